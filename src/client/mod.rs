@@ -1,0 +1,1 @@
+//! ServiceClient, TrainingClient, SamplingClient: what a Rust program drives Lockstep with.

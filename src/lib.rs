@@ -1,0 +1,17 @@
+//! Lockstep: an open, self-hosted training service for language models.
+
+pub mod client;
+pub mod collective;
+pub mod coordinator;
+pub mod gateway;
+pub mod journal;
+pub mod kernels;
+pub mod model;
+pub mod node;
+pub mod protocol;
+pub mod sampler;
+pub mod service;
+pub mod store;
+pub mod trainer;
+pub mod transport;
+pub mod types;

@@ -1,0 +1,26 @@
+//! Decoder, LoRA, losses, optimiser and loaders: the mathematics, which knows no actor.
+
+mod config;
+mod library;
+mod text;
+mod weights;
+
+mod decoder;
+mod kv_cache;
+
+mod lora;
+mod loss;
+mod micro_batch;
+mod state;
+
+pub use config::ModelConfig;
+pub use decoder::{
+    AdapterRows, Batch, BatchSequence, Tape, Workspace, backward, forward, head_logits, head_logprobs,
+};
+pub use kv_cache::KvCache;
+pub use library::{Library, ModelSource};
+pub use lora::{Adapter, AdapterError, LoraLayout};
+pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
+pub use state::{GradientKind, TrainState};
+pub use text::TextCodec;
+pub use weights::{BaseModel, BaseWeights, LayerWeights, ModelError};

@@ -1,0 +1,163 @@
+use bincode::{Decode, Encode};
+
+use crate::types::{
+    Checkpoint, CheckpointFilesResponse, CheckpointId, Digest, LoraConfig, ModelInput, OperationError,
+    PolicyId, RunId, SampleFlags, SampleResult, SamplingParams, ServerCapabilities, SessionId,
+};
+
+use super::{
+    ids::{OperationKey, OperationSeq},
+    operation::{Operation, OperationResult},
+};
+
+/// What a client (or the gateway) asks of the coordinator; each on a stream of its own.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum ClientRequest {
+    /// → `Session`.
+    CreateSession,
+    /// → `Capabilities`.
+    Capabilities,
+    /// → `Run`, once the run is durable. Its ranks are formed in the background; operations
+    /// may be submitted at once.
+    CreateRun(CreateRun),
+    /// → `Accepted`, once the operation is durable.
+    Submit(SubmitOperation),
+    /// → `Operation`: waits up to `hold_ms` for the outcome.
+    WaitOperation { run: RunId, seq: OperationSeq, hold_ms: u32 },
+    /// → `Sample`.
+    Sample(SampleRequest),
+    /// → `Run`.
+    RunInfo { run: RunId },
+    /// → `Checkpoints`: of one run, or of all.
+    ListCheckpoints { run: Option<RunId> },
+    /// → `CheckpointFiles`.
+    CheckpointFiles { checkpoint: CheckpointId, page_size: u32, page_token: u64 },
+    /// → `Blob`: the tokenizer.json of a model, to be fetched with `GetBlob`.
+    Tokenizer { base_model: String },
+    /// → `Cluster`.
+    ClusterStatus,
+}
+
+/// A run to create.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct CreateRun {
+    pub session: SessionId,
+    pub base_model: String,
+    pub lora: LoraConfig,
+    /// Data-parallel ranks; absent: all that the cluster has.
+    pub replicas: Option<u32>,
+    /// Longest sequence; absent: the model's context.
+    pub max_seq_len: Option<u32>,
+    /// Tokens of a micro-batch; absent: 1,024.
+    pub micro_batch_tokens: Option<u32>,
+    /// Display name; absent: the base model.
+    pub name: Option<String>,
+}
+
+/// An operation for a run's queue. Operations execute in the order in which they are accepted.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct SubmitOperation {
+    pub run: RunId,
+    pub key: OperationKey,
+    pub operation: Operation,
+}
+
+/// Which weights a sample is drawn from.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum SampleTarget {
+    /// A base model without adapter.
+    Base { base_model: String },
+    /// The live policy of a run; held until its version is at least `min_version`.
+    Live { run: RunId, min_version: u64 },
+    /// Exactly these weights.
+    Policy(PolicyId),
+    /// A sampler checkpoint, `bt://loops:<run>/sampler_weights/<name>`.
+    Checkpoint { path: String },
+}
+
+/// One `sample` call.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct SampleRequest {
+    pub target: SampleTarget,
+    pub prompt: ModelInput,
+    pub num_samples: u32,
+    pub params: SamplingParams,
+    pub flags: SampleFlags,
+}
+
+/// Answer to a [`ClientRequest`].
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum ClientResponse {
+    Session(SessionId),
+    Capabilities(ServerCapabilities),
+    Run(RunInfo),
+    Accepted {
+        seq: OperationSeq,
+    },
+    Operation(OperationStatus),
+    Sample {
+        result: SampleResult,
+        policy: Option<PolicyId>,
+    },
+    Checkpoints(Vec<Checkpoint>),
+    CheckpointFiles(CheckpointFilesResponse),
+    Blob(BlobSource),
+    Cluster(ClusterStatus),
+    /// The request was refused or failed.
+    Error(OperationError),
+}
+
+/// State of a submitted operation.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum OperationStatus {
+    /// Queued or executing.
+    Pending,
+    Done(OperationResult),
+    Failed(OperationError),
+}
+
+/// A blob to fetch with `GetBlob`.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct BlobSource {
+    pub digest: Digest,
+    pub size: u64,
+}
+
+/// What a run is and where it stands.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct RunInfo {
+    pub run: RunId,
+    pub session: SessionId,
+    pub name: String,
+    pub base_model: String,
+    pub lora: LoraConfig,
+    pub replicas: u32,
+    pub max_seq_len: u32,
+    pub micro_batch_tokens: u32,
+    pub incarnation: u32,
+    /// Optimiser steps applied: the trainer's policy version.
+    pub step: u64,
+    /// The policy that samplers serve, if one was published.
+    pub live: Option<PolicyId>,
+    /// Operations accepted and not finished.
+    pub queued: u32,
+    /// `forming`, `ready`, `executing`, `waiting for nodes` …, for people.
+    pub phase: String,
+}
+
+/// What a cluster looks like, for people.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct ClusterStatus {
+    pub nodes: Vec<NodeStatus>,
+    pub runs: Vec<RunInfo>,
+}
+
+/// One node, for people.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct NodeStatus {
+    pub name: String,
+    pub pid: u32,
+    pub trainers: u32,
+    pub samplers: u32,
+    pub numerics: String,
+}

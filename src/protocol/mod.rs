@@ -1,0 +1,51 @@
+//! Every message between processes, its size limit and its encoding: the only user of
+//! bincode.
+//!
+//! ```text
+//!   client ──Request──────────────► coordinator ◄──NodeControl── node      (long-lived, ordered)
+//!      │                               │  ▲
+//!      ├──PutBlob / GetBlob───────────►│  └──PutBlob / GetBlob──── node   (payloads by digest)
+//!                                      └──Generate──────────────► node    (one stream a request)
+//!                                node ◄──Collective──► node                (one stream a peer)
+//! ```
+//!
+//! A stream is opened with one [`StreamOpen`] frame that says what it carries. Control stays
+//! small; whatever may be large (datums, results, adapters, snapshots) is a blob on a stream
+//! of its own, named by its digest, and a message carries the digest.
+//!
+//! Variants are only ever appended: their number is the wire format.
+
+mod codec;
+mod encode;
+
+mod client;
+mod ids;
+mod node;
+mod operation;
+mod stream;
+
+pub use client::{
+    BlobSource, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, OperationStatus,
+    RunInfo, SampleRequest, SampleTarget, SubmitOperation,
+};
+pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
+pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
+pub use node::{
+    Blame, CoordinatorMessage, Generate, GenerateReply, ModelOffer, NodeHello, NodeMessage, Numerics,
+    RankSeat, RunSpec, Snapshot,
+};
+pub use operation::{MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload};
+pub use stream::{BlobReply, StreamOpen};
+
+/// Version of these messages: part of the ALPN name and of every hello.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// ALPN name under which endpoints speak this protocol.
+pub const ALPN: &[u8] = b"lockstep/1";
+
+/// Largest control message. The largest legitimate one is a `Generate` with a prompt of
+/// 128 Ki tokens (512 KiB) or its reply with 20 alternatives for each of 32 Ki positions.
+pub const MAX_MESSAGE: usize = 8 << 20;
+
+/// Largest blob that a peer may offer: a snapshot of a large adapter with its moments.
+pub const MAX_BLOB: u64 = 8 << 30;

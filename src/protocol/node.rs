@@ -1,0 +1,209 @@
+use bincode::{Decode, Encode};
+
+use crate::types::{
+    Digest, LoraConfig, OperationError, PolicyId, RunId, SampleFlags, SampleResult, SamplingParams,
+};
+
+use super::{
+    ids::{Epoch, Generation, NodeId, OpToken, RankIndex, RequestId},
+    operation::{Operation, OperationResult, Payload},
+};
+
+/// What decides a run's bits beside its operations: all ranks of a run share it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Numerics {
+    /// Version of this program.
+    pub build: String,
+    /// Kernel path: `avx512`, `avx2`, `neon`, …
+    pub kernels: String,
+    /// Type of the base weights: `f32`.
+    pub dtype: String,
+}
+
+/// A base model that a node has on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ModelOffer {
+    pub name: String,
+    /// Other names it answers to.
+    pub aliases: Vec<String>,
+    /// Digest of the files it is loaded from.
+    pub digest: Digest,
+    pub context: u32,
+    pub vocab: u32,
+    /// tokenizer.json, as a blob that the node has put into the store.
+    pub tokenizer: Digest,
+    pub tokenizer_size: u64,
+}
+
+/// A node introduces itself.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct NodeHello {
+    pub protocol_version: u32,
+    /// Chosen by whoever launched it; a later hello with the same name replaces the earlier.
+    pub name: String,
+    pub pid: u32,
+    /// Ranks that it can hold.
+    pub trainers: u32,
+    /// Replicas that it runs.
+    pub samplers: u32,
+    pub models: Vec<ModelOffer>,
+    pub numerics: Numerics,
+    /// Where other nodes reach its QUIC listener.
+    pub address: String,
+    /// Machine and boot: ranks with the same one share memory.
+    pub host: String,
+}
+
+/// What a rank must know of a run to hold its state.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct RunSpec {
+    pub run: RunId,
+    pub base_model: String,
+    pub max_seq_len: u32,
+    pub micro_batch_tokens: u32,
+    /// The adapter that an `Init` without one of its own restores; sizes the buffers.
+    pub lora: LoraConfig,
+}
+
+/// Where one rank of a run sits.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct RankSeat {
+    pub rank: RankIndex,
+    pub node: NodeId,
+    /// Which of the node's rank threads, from 0.
+    pub slot: u32,
+    pub host: String,
+    pub address: String,
+}
+
+/// A run's whole state as a blob: weights, moments, accumulated gradient, counts, step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Snapshot {
+    pub digest: Digest,
+    pub size: u64,
+}
+
+/// Coordinator → node, in order.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum CoordinatorMessage {
+    /// First: the node is in.
+    Welcome { node: NodeId, epoch: Epoch },
+    /// Takes (or takes over) these ranks of a run, with the state of `restore`, or empty and
+    /// waiting for `Init`. → `RanksReady` or `RanksFailed`.
+    FormRanks {
+        spec: RunSpec,
+        epoch: Epoch,
+        generation: Generation,
+        roster: Vec<RankSeat>,
+        restore: Option<Snapshot>,
+    },
+    /// Drops a run's ranks of this and any earlier generation.
+    ReleaseRanks { run: RunId, generation: Generation },
+    /// Every rank of the run computes the operation into its second buffer.
+    /// → `Prepared` or `OperationFailed`, one per rank.
+    Execute { token: OpToken, operation: Operation },
+    /// The outcome is durable: what was prepared under `token` becomes the state.
+    Commit { token: OpToken },
+    /// What was prepared under `token` is dropped.
+    Discard { token: OpToken },
+    /// Rank 0 writes the committed state as a blob. → `SnapshotTaken`.
+    TakeSnapshot { token: OpToken },
+    /// Every replica of the node fetches, verifies and holds an adapter without serving it.
+    /// → `Staged` or `StageFailed`, once per node.
+    Stage { policy: PolicyId, base_model: String, adapter: Payload },
+    /// New requests for this policy are served from now on. → `Activated`.
+    Activate { policy: PolicyId },
+    /// The policy leaves memory when its last sequence has ended.
+    Retire { policy: PolicyId },
+    /// → `Pong`.
+    Ping { nonce: u64 },
+    /// Finish what runs and exit.
+    Shutdown,
+}
+
+/// Node → coordinator, in order.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum NodeMessage {
+    RanksReady {
+        run: RunId,
+        generation: Generation,
+    },
+    RanksFailed {
+        run: RunId,
+        generation: Generation,
+        error: OperationError,
+    },
+    /// One rank has computed the operation.
+    Prepared {
+        token: OpToken,
+        rank: RankIndex,
+        /// Over the state that a commit would leave; equal on all ranks.
+        state: Digest,
+        /// Equal on all ranks. Blobs that it names are stored before this is sent.
+        result: OperationResult,
+        /// The adapter (`SaveWeightsForSampler`) or the trainer state (`SaveState`) that the
+        /// operation saved: a blob stored by rank 0 before this is sent. Equal on all ranks.
+        saved: Option<(Payload, Digest)>,
+        /// Optimiser steps after the operation.
+        step: u64,
+    },
+    /// The operation is refused by the data itself (every rank says so), or by this rank.
+    OperationFailed {
+        token: OpToken,
+        rank: RankIndex,
+        error: OperationError,
+        blame: Blame,
+    },
+    SnapshotTaken {
+        token: OpToken,
+        snapshot: Snapshot,
+    },
+    SnapshotFailed {
+        token: OpToken,
+        error: OperationError,
+    },
+    Staged {
+        policy: PolicyId,
+    },
+    StageFailed {
+        policy: PolicyId,
+        error: OperationError,
+    },
+    Activated {
+        policy: PolicyId,
+    },
+    Pong {
+        nonce: u64,
+    },
+}
+
+/// Why an operation did not get prepared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum Blame {
+    /// Its inputs or the numbers: it would fail again, on every rank.
+    Operation,
+    /// A lost peer, a deadline, no memory: another rank set might do it.
+    Environment,
+}
+
+/// One sample request on its way to a replica.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct Generate {
+    pub request: RequestId,
+    pub base_model: String,
+    /// Absent: the base model.
+    pub policy: Option<PolicyId>,
+    pub prompt: Vec<u32>,
+    pub num_samples: u32,
+    pub params: SamplingParams,
+    /// Minted by the coordinator when the caller gave none: a retry elsewhere draws the same.
+    pub seed: u64,
+    pub flags: SampleFlags,
+}
+
+/// What a replica answers.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum GenerateReply {
+    Done(SampleResult),
+    Failed(OperationError),
+}

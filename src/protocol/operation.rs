@@ -1,0 +1,52 @@
+use bincode::{Decode, Encode};
+
+use crate::types::{
+    AdamParams, Digest, InitTrainerServerResponse, LoadWeightsResponse, LoraConfig, LossSpec,
+    OptimStepResponse, SaveWeightsForSamplerResponse, SaveWeightsResponse,
+};
+
+/// Payloads up to here travel and are journaled inside the message; longer ones are blobs.
+pub const MAX_INLINE_PAYLOAD: usize = 64 << 10;
+
+/// A value that may be large, in its canonical compressed form
+/// ([`encode_compressed`](super::encode_compressed)).
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Payload {
+    /// At most [`MAX_INLINE_PAYLOAD`] bytes.
+    Inline(Vec<u8>),
+    /// A blob that the coordinator's store holds.
+    Blob { digest: Digest, size: u64 },
+}
+
+/// One step of a run's state machine. What it decides is decided by its fields and the state
+/// before it alone.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum Operation {
+    /// A fresh adapter: B zero, moments and accumulated gradient dropped, step 0.
+    Init { lora: LoraConfig },
+    /// Loss and log-probabilities; touches no gradient. `data`: `Vec<Datum>`.
+    Forward { loss: LossSpec, data: Payload },
+    /// The same, and adds the gradient of the loss's sum. `data`: `Vec<Datum>`.
+    ForwardBackward { loss: LossSpec, data: Payload },
+    /// Divides by the token count, clips, steps, clears the gradient; raises the step by 1.
+    OptimStep { adam: AdamParams },
+    /// Saves adapter, moments and step as a trainer checkpoint.
+    SaveState { name: String },
+    /// Saves the adapter as a sampler checkpoint; `publish` also makes it the live policy.
+    SaveWeightsForSampler { name: String, publish: bool },
+    /// Replaces the weights by those of a checkpoint. `manifest` is filled in by the
+    /// coordinator when it accepts the operation, so that the name can move later.
+    LoadState { path: String, with_optimizer: bool, snapshot: Option<Payload> },
+}
+
+/// What a finished operation returns.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum OperationResult {
+    Init(InitTrainerServerResponse),
+    /// Holds a `ForwardBackwardOutput`, for `Forward` and `ForwardBackward`.
+    ForwardBackward(Payload),
+    OptimStep(OptimStepResponse),
+    SaveState(SaveWeightsResponse),
+    SaveWeightsForSampler(SaveWeightsForSamplerResponse),
+    LoadState(LoadWeightsResponse),
+}

@@ -1,0 +1,40 @@
+use bincode::{Decode, Encode};
+
+use crate::types::{Digest, OperationError};
+
+use super::{
+    client::ClientRequest,
+    ids::{Epoch, Generation, RankIndex},
+    node::{Generate, NodeHello},
+};
+use crate::types::RunId;
+
+/// First frame of every stream: what the stream carries.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum StreamOpen {
+    /// Node → coordinator. Then frames both ways until one side goes:
+    /// [`NodeMessage`](super::NodeMessage) up, [`CoordinatorMessage`](super::CoordinatorMessage) down.
+    NodeControl(NodeHello),
+    /// Client or gateway → coordinator. One [`ClientResponse`](super::ClientResponse) frame answers.
+    Request(ClientRequest),
+    /// Anyone → coordinator: `size` raw bytes follow; one [`BlobReply`] frame answers once
+    /// they are durable and hash to `digest`.
+    PutBlob { digest: Digest, size: u64 },
+    /// Anyone → coordinator: one [`BlobReply`] frame answers; on `Found`, raw bytes follow.
+    GetBlob { digest: Digest },
+    /// Coordinator → node: one [`GenerateReply`](super::GenerateReply) frame answers.
+    Generate(Generate),
+    /// Rank → rank: frames of the collective follow, defined in `collective/`.
+    Collective { run: RunId, epoch: Epoch, generation: Generation, from: RankIndex, to: RankIndex },
+}
+
+/// Answer to `PutBlob` and `GetBlob`.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum BlobReply {
+    /// The blob is durable.
+    Stored,
+    /// `size` raw bytes follow.
+    Found { size: u64 },
+    /// No such blob, a digest that does not match, no room.
+    Refused(OperationError),
+}

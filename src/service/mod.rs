@@ -1,0 +1,2 @@
+//! Starts the parts: the supervisor behind `lockstep up`, and a cluster inside the caller's
+//! process.

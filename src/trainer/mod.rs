@@ -1,0 +1,1 @@
+//! One rank: micro-batches, reduce, prepare and commit, snapshot, publish.
