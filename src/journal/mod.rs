@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
-use crate::protocol::Payload;
 use crate::{
     protocol::{
-        CreateRun, Epoch, Generation, Operation, OperationKey, OperationResult, OperationSeq, Snapshot,
+        BlobRef, CreateRun, Epoch, Generation, Operation, OperationKey, OperationResult, OperationSeq,
+        SavedFile,
     },
     types::{Checkpoint, Digest, OperationError, PolicyId, RunId, SessionId},
 };
@@ -50,19 +50,19 @@ pub enum Record {
     Snapshot {
         run: RunId,
         seq: OperationSeq,
-        snapshot: Snapshot,
+        snapshot: BlobRef,
     },
     /// A checkpoint and its files: name, blob, size. One (run, target, name) is one checkpoint:
     /// a later one replaces the earlier.
     Checkpoint {
         checkpoint: Checkpoint,
-        files: Vec<(String, Digest, u64)>,
+        files: Vec<SavedFile>,
     },
     /// The live policy of a run.
     Slot {
         policy: PolicyId,
         base_model: String,
-        adapter: Payload,
+        adapter: BlobRef,
     },
 }
 
@@ -93,10 +93,10 @@ pub struct RecoveredRun {
     pub model_digest: Digest,
     pub created_at_ms: u64,
     /// The newest.
-    pub snapshot: Option<(OperationSeq, Snapshot)>,
+    pub snapshot: Option<(OperationSeq, BlobRef)>,
     /// In order.
     pub operations: Vec<RecoveredOperation>,
-    pub slot: Option<(PolicyId, Payload)>,
+    pub slot: Option<(PolicyId, BlobRef)>,
 }
 
 /// Everything that a starting coordinator needs.
@@ -106,7 +106,7 @@ pub struct Recovered {
     pub epoch: Epoch,
     pub sessions: Vec<SessionId>,
     pub runs: Vec<RecoveredRun>,
-    pub checkpoints: Vec<(Checkpoint, Vec<(String, Digest, u64)>)>,
+    pub checkpoints: Vec<(Checkpoint, Vec<SavedFile>)>,
 }
 
 /// Handle to the journal's one writer thread; cheap to clone.

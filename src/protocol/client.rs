@@ -1,13 +1,13 @@
 use bincode::{Decode, Encode};
 
 use crate::types::{
-    Checkpoint, CheckpointFilesResponse, CheckpointId, Digest, LoraConfig, ModelInput, OperationError,
-    PolicyId, RunId, SampleFlags, SampleResult, SamplingParams, ServerCapabilities, SessionId,
+    Checkpoint, CheckpointFilesResponse, CheckpointId, LoraConfig, ModelInput, OperationError, PolicyId,
+    RunId, SampleFlags, SampleResult, SamplingParams, ServerCapabilities, SessionId,
 };
 
 use super::{
     ids::{OperationKey, OperationSeq},
-    operation::{Operation, OperationResult},
+    operation::{BlobRef, Operation, OperationResult},
 };
 
 /// What a client (or the gateway) asks of the coordinator; each on a stream of its own.
@@ -101,7 +101,7 @@ pub enum ClientResponse {
     },
     Checkpoints(Vec<Checkpoint>),
     CheckpointFiles(CheckpointFilesResponse),
-    Blob(BlobSource),
+    Blob(BlobRef),
     Cluster(ClusterStatus),
     /// The request was refused or failed.
     Error(OperationError),
@@ -114,13 +114,6 @@ pub enum OperationStatus {
     Pending,
     Done(OperationResult),
     Failed(OperationError),
-}
-
-/// A blob to fetch with `GetBlob`.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct BlobSource {
-    pub digest: Digest,
-    pub size: u64,
 }
 
 /// What a run is and where it stands.

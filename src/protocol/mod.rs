@@ -25,16 +25,19 @@ mod operation;
 mod stream;
 
 pub use client::{
-    BlobSource, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, OperationStatus,
-    RunInfo, SampleRequest, SampleTarget, SubmitOperation,
+    ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, OperationStatus, RunInfo,
+    SampleRequest, SampleTarget, SubmitOperation,
 };
 pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
 pub use node::{
     Blame, CoordinatorMessage, Generate, GenerateReply, ModelOffer, NodeHello, NodeMessage, Numerics,
-    RankSeat, RunSpec, Snapshot,
+    RankSeat, RunSpec,
 };
-pub use operation::{MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload};
+pub use operation::{
+    ADAPTER_FILE, BlobRef, LoadSource, MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload, STATE_FILE,
+    Saved, SavedFile,
+};
 pub use stream::{BlobReply, StreamOpen};
 
 /// Version of these messages: part of the ALPN name and of every hello.

@@ -6,7 +6,7 @@ use crate::types::{
 
 use super::{
     ids::{Epoch, Generation, NodeId, OpToken, RankIndex, RequestId},
-    operation::{Operation, OperationResult, Payload},
+    operation::{BlobRef, Operation, OperationResult, Saved},
 };
 
 /// What decides a run's bits beside its operations: all ranks of a run share it.
@@ -76,26 +76,19 @@ pub struct RankSeat {
     pub address: String,
 }
 
-/// A run's whole state as a blob: weights, moments, accumulated gradient, counts, step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub struct Snapshot {
-    pub digest: Digest,
-    pub size: u64,
-}
-
 /// Coordinator → node, in order.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum CoordinatorMessage {
     /// First: the node is in.
     Welcome { node: NodeId, epoch: Epoch },
-    /// Takes (or takes over) these ranks of a run, with the state of `restore`, or empty and
-    /// waiting for `Init`. → `RanksReady` or `RanksFailed`.
+    /// Takes (or takes over) the ranks of a run that `roster` seats on this node, with the state
+    /// of `restore` (a `TrainState`), or the fresh adapter of `spec.lora`. → `RanksReady` or `RanksFailed`.
     FormRanks {
         spec: RunSpec,
         epoch: Epoch,
         generation: Generation,
         roster: Vec<RankSeat>,
-        restore: Option<Snapshot>,
+        restore: Option<BlobRef>,
     },
     /// Drops a run's ranks of this and any earlier generation.
     ReleaseRanks { run: RunId, generation: Generation },
@@ -110,7 +103,7 @@ pub enum CoordinatorMessage {
     TakeSnapshot { token: OpToken },
     /// Every replica of the node fetches, verifies and holds an adapter without serving it.
     /// → `Staged` or `StageFailed`, once per node.
-    Stage { policy: PolicyId, base_model: String, adapter: Payload },
+    Stage { policy: PolicyId, base_model: String, adapter: BlobRef },
     /// New requests for this policy are served from now on. → `Activated`.
     Activate { policy: PolicyId },
     /// The policy leaves memory when its last sequence has ended.
@@ -141,9 +134,8 @@ pub enum NodeMessage {
         state: Digest,
         /// Equal on all ranks. Blobs that it names are stored before this is sent.
         result: OperationResult,
-        /// The adapter (`SaveWeightsForSampler`) or the trainer state (`SaveState`) that the
-        /// operation saved: a blob stored by rank 0 before this is sent. Equal on all ranks.
-        saved: Option<(Payload, Digest)>,
+        /// What a save left: its blobs are stored by rank 0 before this is sent.
+        saved: Option<Saved>,
         /// Optimiser steps after the operation.
         step: u64,
     },
@@ -156,7 +148,7 @@ pub enum NodeMessage {
     },
     SnapshotTaken {
         token: OpToken,
-        snapshot: Snapshot,
+        snapshot: BlobRef,
     },
     SnapshotFailed {
         token: OpToken,

@@ -1,8 +1,8 @@
 use bincode::{Decode, Encode};
 
 use crate::types::{
-    AdamParams, Digest, InitTrainerServerResponse, LoadWeightsResponse, LoraConfig, LossSpec,
-    OptimStepResponse, SaveWeightsForSamplerResponse, SaveWeightsResponse,
+    AdamParams, CheckpointTarget, Digest, InitTrainerServerResponse, LoadWeightsResponse, LoraConfig,
+    LossSpec, OptimStepResponse, SaveWeightsForSamplerResponse, SaveWeightsResponse,
 };
 
 /// Payloads up to here travel and are journaled inside the message; longer ones are blobs.
@@ -15,7 +15,46 @@ pub enum Payload {
     /// At most [`MAX_INLINE_PAYLOAD`] bytes.
     Inline(Vec<u8>),
     /// A blob that the coordinator's store holds.
-    Blob { digest: Digest, size: u64 },
+    Blob(BlobRef),
+}
+
+/// A blob by name; fetched with `GetBlob`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct BlobRef {
+    pub digest: Digest,
+    pub size: u64,
+}
+
+/// One file that an operation saved.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct SavedFile {
+    pub name: String,
+    pub blob: BlobRef,
+}
+
+/// What `SaveState` and `SaveWeightsForSampler` leave behind; equal on all ranks.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Saved {
+    /// Identity of what was saved: the adapter's digest (of a `PolicyId`), or the state's.
+    pub digest: Digest,
+    /// A sampler checkpoint: [`ADAPTER_FILE`] and `adapter_config.json` (PEFT layout). A
+    /// trainer checkpoint: [`STATE_FILE`].
+    pub files: Vec<SavedFile>,
+}
+
+/// The adapter's weights: what replicas stage, and what `LoadState` reads of a sampler
+/// checkpoint.
+pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
+
+/// A run's whole state, as `TrainState::to_bytes` writes it.
+pub const STATE_FILE: &str = "state.safetensors";
+
+/// Where a `LoadState` reads from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct LoadSource {
+    /// `Trainer`: the blob is a [`STATE_FILE`]; `Sampler`: an [`ADAPTER_FILE`].
+    pub target: CheckpointTarget,
+    pub blob: BlobRef,
 }
 
 /// One step of a run's state machine. What it decides is decided by its fields and the state
@@ -34,9 +73,10 @@ pub enum Operation {
     SaveState { name: String },
     /// Saves the adapter as a sampler checkpoint; `publish` also makes it the live policy.
     SaveWeightsForSampler { name: String, publish: bool },
-    /// Replaces the weights by those of a checkpoint. `manifest` is filled in by the
+    /// Replaces the weights by those of a checkpoint, dropping the accumulated gradient; without
+    /// the optimiser also the moments, and the step is 0 again. `source` is filled in by the
     /// coordinator when it accepts the operation, so that the name can move later.
-    LoadState { path: String, with_optimizer: bool, snapshot: Option<Payload> },
+    LoadState { path: String, with_optimizer: bool, source: Option<LoadSource> },
 }
 
 /// What a finished operation returns.

@@ -1,13 +1,12 @@
 use bincode::{Decode, Encode};
 
-use crate::types::{Digest, OperationError};
+use crate::types::{Digest, OperationError, RunId};
 
 use super::{
     client::ClientRequest,
     ids::{Epoch, Generation, RankIndex},
     node::{Generate, NodeHello},
 };
-use crate::types::RunId;
 
 /// First frame of every stream: what the stream carries.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
