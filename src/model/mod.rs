@@ -11,6 +11,7 @@ mod kv_cache;
 mod lora;
 mod loss;
 mod micro_batch;
+mod param_vector;
 mod state;
 
 pub use config::ModelConfig;
@@ -19,8 +20,9 @@ pub use decoder::{
 };
 pub use kv_cache::KvCache;
 pub use library::{Library, ModelSource};
-pub use lora::{Adapter, AdapterError, LoraLayout};
+pub use lora::{Adapter, AdapterError, LoraEntry, LoraLayout};
 pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
+pub use param_vector::ParamVector;
 pub use state::{GradientKind, TrainState};
 pub use text::TextCodec;
 pub use weights::{BaseModel, BaseWeights, LayerWeights, ModelError};

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use crate::types::{AdamParams, Digest, OperationError, OptimStepResponse};
 
-use super::{Adapter, AdapterError, LoraLayout, ModelConfig};
+use super::{Adapter, AdapterError, LoraLayout, ModelConfig, ParamVector};
 
 /// Whether accumulated gradients are divided by the token count at `optim_step`; the two
 /// never meet in one step.
@@ -19,14 +19,14 @@ pub enum GradientKind {
 #[derive(Clone)]
 pub struct TrainState {
     pub layout: Arc<LoraLayout>,
-    pub weights: Arc<Vec<f32>>,
+    pub weights: ParamVector,
     /// First and second moments.
-    pub m: Arc<Vec<f32>>,
-    pub v: Arc<Vec<f32>>,
+    pub m: ParamVector,
+    pub v: ParamVector,
     /// Steps of the current moments, for the bias correction.
     pub moment_steps: u64,
     /// Sum of gradients since the last `optim_step`; absent: zero.
-    pub gradient: Option<Arc<Vec<f32>>>,
+    pub gradient: Option<ParamVector>,
     /// Active tokens counted since the last `optim_step`.
     pub tokens: u64,
     pub kind: Option<GradientKind>,
