@@ -21,6 +21,10 @@ pub struct ReplicaConfig {
     pub kv_bytes: usize,
     /// Most sequences decoded together.
     pub max_batch: usize,
+    /// Called with a sentence when the actor or one of its threads has panicked, after its
+    /// pending requests were answered: the binary aborts and is restarted by its launcher, an
+    /// embedded cluster fails its operations.
+    pub on_death: Arc<dyn Fn(&str) + Send + Sync>,
 }
 
 /// A replica's reports to its node.
