@@ -1,6 +1,6 @@
 //! Sessions, runs, order of operations, membership, versions: decides, never computes.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use crate::transport::Endpoint;
 
@@ -8,6 +8,51 @@ use crate::transport::Endpoint;
 pub struct CoordinatorConfig {
     /// Holds the journal and the blobs.
     pub data_dir: PathBuf,
+    /// Deadlines and bounds; the defaults fit a cluster of CPU nodes.
+    pub limits: Limits,
+}
+
+impl CoordinatorConfig {
+    /// The defaults for a data directory.
+    pub fn new(data_dir: impl Into<PathBuf>) -> Self {
+        Self { data_dir: data_dir.into(), limits: Limits::default() }
+    }
+}
+
+/// How long the coordinator waits for others, and how much it holds at once.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// From `Execute` to the last rank's answer.
+    pub operation_deadline: Duration,
+    /// From `FormRanks` to the last node's answer; covers loading the base model.
+    pub form_deadline: Duration,
+    /// From `Stage` or `Activate` to a node's answer.
+    pub stage_deadline: Duration,
+    /// A node without a pong for this long is lost.
+    pub node_deadline: Duration,
+    /// How long a drain waits for what is executing.
+    pub drain_deadline: Duration,
+    /// From handing a sample request to a replica to its answer.
+    pub generate_deadline: Duration,
+    /// How long a run waits for all of its `replicas` before it goes on with fewer.
+    pub placement_grace: Duration,
+    /// Optimiser steps between snapshots of a run.
+    pub snapshot_every_steps: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            operation_deadline: Duration::from_secs(600),
+            form_deadline: Duration::from_secs(300),
+            stage_deadline: Duration::from_secs(60),
+            node_deadline: Duration::from_secs(15),
+            drain_deadline: Duration::from_secs(30),
+            generate_deadline: Duration::from_secs(1800),
+            placement_grace: Duration::from_secs(3),
+            snapshot_every_steps: 8,
+        }
+    }
 }
 
 /// Runs a coordinator on `endpoint` until `shutdown` resolves, then drains: takes snapshots,

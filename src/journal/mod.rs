@@ -32,7 +32,9 @@ pub enum Record {
         model_digest: Digest,
         created_at_ms: u64,
     },
-    /// An accepted operation; blobs that it names are durable already.
+    /// An accepted operation; blobs that it names are durable already. A second record of the
+    /// same (run, seq) replaces the first: a `LoadState` is journaled again, with the source it
+    /// was resolved to, in the append that holds its outcome.
     Operation {
         run: RunId,
         seq: OperationSeq,
@@ -53,10 +55,12 @@ pub enum Record {
         snapshot: BlobRef,
     },
     /// A checkpoint and its files: name, blob, size. One (run, target, name) is one checkpoint:
-    /// a later one replaces the earlier.
+    /// a later one replaces the earlier. `policy`: identity of a sampler checkpoint's weights, by
+    /// which replicas verify them.
     Checkpoint {
         checkpoint: Checkpoint,
         files: Vec<SavedFile>,
+        policy: Option<PolicyId>,
     },
     /// The live policy of a run.
     Slot {
@@ -106,7 +110,7 @@ pub struct Recovered {
     pub epoch: Epoch,
     pub sessions: Vec<SessionId>,
     pub runs: Vec<RecoveredRun>,
-    pub checkpoints: Vec<(Checkpoint, Vec<SavedFile>)>,
+    pub checkpoints: Vec<(Checkpoint, Vec<SavedFile>, Option<PolicyId>)>,
 }
 
 /// Handle to the journal's one writer thread; cheap to clone.

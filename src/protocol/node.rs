@@ -99,7 +99,9 @@ pub enum CoordinatorMessage {
     Commit { token: OpToken },
     /// What was prepared under `token` is dropped.
     Discard { token: OpToken },
-    /// Rank 0 writes the committed state as a blob. → `SnapshotTaken`.
+    /// Rank 0 writes the committed state as a blob. → `SnapshotTaken`. `token.seq` is the last
+    /// operation with an outcome. The state is taken in the order of the messages: an `Execute`
+    /// or `Commit` behind this one may be handled before the blob is stored, but isn't in it.
     TakeSnapshot { token: OpToken },
     /// Every replica of the node fetches, verifies and holds an adapter without serving it.
     /// → `Staged` or `StageFailed`, once per node.
@@ -140,6 +142,10 @@ pub enum NodeMessage {
         step: u64,
     },
     /// The operation is refused by the data itself (every rank says so), or by this rank.
+    ///
+    /// An `OptimStep` refused as `NotFinite` still clears the accumulated gradient, by the
+    /// `Discard` that follows at the latest. Replay therefore executes it again, and expects
+    /// this answer again; no other failed operation is executed on replay.
     OperationFailed {
         token: OpToken,
         rank: RankIndex,

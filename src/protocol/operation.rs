@@ -75,7 +75,8 @@ pub enum Operation {
     SaveWeightsForSampler { name: String, publish: bool },
     /// Replaces the weights by those of a checkpoint, dropping the accumulated gradient; without
     /// the optimiser also the moments, and the step is 0 again. `source` is filled in by the
-    /// coordinator when it accepts the operation, so that the name can move later.
+    /// coordinator when the operation's turn comes (a save queued before it is then found), and
+    /// journaled with the outcome, so that the name can move later.
     LoadState { path: String, with_optimizer: bool, source: Option<LoadSource> },
 }
 
