@@ -1,0 +1,89 @@
+use std::{error::Error, io, path::PathBuf};
+
+use crate::types::{Digest, ErrorKind, OperationError};
+
+/// Why a blob can't be stored or read.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The directory can't be made, read or swept: a matter of its path or permissions.
+    #[error("cannot open the blob store in {}: {source}", path.display())]
+    Open { path: PathBuf, source: io::Error },
+    /// The bytes on disk are not those that were stored. Nothing that needs them can go on
+    /// until they are put again.
+    #[error("blob {digest} is damaged: its {size} bytes hash to {actual}; restore it from a copy")]
+    Damaged { digest: Digest, actual: Digest, size: u64 },
+    /// The disk, or the quota on it, has no room. Worth another try once there is.
+    #[error("no room for blob {digest} of {size} bytes: the disk is full")]
+    Full { digest: Digest, size: u64 },
+    /// The disk failed.
+    #[error("cannot {action} blob {digest}: {source}")]
+    Io { action: &'static str, digest: Digest, source: Box<dyn Error + Send + Sync> },
+    /// The runtime shut down underneath.
+    #[error("the runtime shut down before the blob store had answered")]
+    Interrupted,
+}
+
+impl StoreError {
+    /// Tells a full disk from other failures, however deep object_store has wrapped it.
+    pub(super) fn object(
+        action: &'static str,
+        digest: Digest,
+        size: u64,
+        source: object_store::Error,
+    ) -> Self {
+        let mut cause: Option<&(dyn Error + 'static)> = Some(&source);
+        while let Some(error) = cause {
+            if error.downcast_ref().is_some_and(is_full) {
+                return Self::Full { digest, size };
+            }
+            cause = error.source();
+        }
+        Self::Io { action, digest, source: Box::new(source) }
+    }
+
+    /// The same for a bare error of the file system.
+    pub(super) fn io(action: &'static str, digest: Digest, size: u64, source: io::Error) -> Self {
+        match is_full(&source) {
+            true => Self::Full { digest, size },
+            false => Self::Io { action, digest, source: Box::new(source) },
+        }
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+impl From<StoreError> for OperationError {
+    fn from(error: StoreError) -> Self {
+        let kind = match error {
+            StoreError::Full { .. } => ErrorKind::ResourceExhausted,
+            StoreError::Interrupted => ErrorKind::Unavailable,
+            StoreError::Open { .. } | StoreError::Damaged { .. } | StoreError::Io { .. } => {
+                ErrorKind::Internal
+            }
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wrapped(source: io::Error) -> object_store::Error {
+        let source = object_store::Error::Generic { store: "inner", source: Box::new(source) };
+        object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(source) }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_from_a_broken_one() {
+        let digest = Digest::of(b"blob");
+        let of = |source| StoreError::object("write", digest, 4, source);
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            assert!(matches!(of(wrapped(kind.into())), StoreError::Full { size: 4, .. }));
+        }
+        let broken = of(wrapped(io::ErrorKind::PermissionDenied.into()));
+        assert!(matches!(broken, StoreError::Io { action: "write", .. }));
+    }
+}
