@@ -10,6 +10,13 @@ use super::{AdapterRows, BaseModel, ModelConfig, Workspace};
 /// A datum checked against the loss and the model, ready to compute.
 pub struct Example {}
 
+impl Example {
+    /// Positions of its sequence: what the budget of a micro-batch counts.
+    pub fn tokens(&self) -> usize {
+        todo!()
+    }
+}
+
 /// What one micro-batch contributes.
 #[derive(Debug, Clone, Default)]
 pub struct MicroBatchOutput {
