@@ -101,6 +101,12 @@ impl LoraEntry {
     pub fn module_name(&self) -> String {
         format!("model.layers.{}.{}.{}", self.layer, self.target.parent(), self.target.name())
     }
+
+    /// Names of A and B in a PEFT adapter file.
+    pub fn tensor_names(&self) -> [String; 2] {
+        let module = self.module_name();
+        ["lora_A", "lora_B"].map(|matrix| format!("base_model.model.{module}.{matrix}.weight"))
+    }
 }
 
 #[cfg(test)]

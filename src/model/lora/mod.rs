@@ -4,10 +4,10 @@
 //! and B `[out, rank]` (Hu et al., 2021). All matrices of an adapter are one flat vector of
 //! f32, so that gradients, moments and weights are added, hashed and sent as slices.
 
-mod layout;
+pub(super) mod layout;
 
 mod adapter;
-mod bytes;
+pub(super) mod bytes;
 mod init;
 
 pub use adapter::Adapter;

@@ -1,0 +1,190 @@
+//! A run's training state: weights, moments, accumulated gradient and counts, and the steps
+//! from one state to the next. A step never changes a state: it makes the next one beside it,
+//! sharing what stays, so that an outcome can be dropped until it is durable.
+
+mod adam;
+mod bytes;
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{Digest, ErrorKind, OperationError};
+
+use super::{Adapter, LoraLayout, ParamVector};
+
+/// Whether accumulated gradients are divided by the token count at `optim_step`; the two
+/// never meet in one step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GradientKind {
+    /// Divided by the number of active tokens.
+    TokenMean,
+    /// Taken as the sum (`skip_token_normalization`).
+    Sum,
+}
+
+/// A run's state: everything that replay must bring back. All vectors have `layout.len()`
+/// values.
+///
+/// Invariant: weights and moments are finite, and `kind` is present exactly if `gradient` is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainState {
+    pub layout: Arc<LoraLayout>,
+    pub weights: ParamVector,
+    /// First and second moments.
+    pub m: ParamVector,
+    pub v: ParamVector,
+    /// Steps of the current moments, for the bias correction.
+    pub moment_steps: u64,
+    /// Sum of gradients since the last `optim_step`; absent: zero.
+    pub gradient: Option<ParamVector>,
+    /// Active tokens counted since the last `optim_step`.
+    pub tokens: u64,
+    pub kind: Option<GradientKind>,
+    pub step: u64,
+}
+
+impl TrainState {
+    /// A fresh adapter, step 0.
+    pub fn fresh(layout: Arc<LoraLayout>) -> Self {
+        Self::of_adapter(Adapter::init(layout))
+    }
+
+    /// The weights of an adapter, moments zero, step 0.
+    pub fn of_adapter(adapter: Adapter) -> Self {
+        let zeros = ParamVector::from(vec![0.0; adapter.layout.len()]);
+        Self {
+            layout: adapter.layout,
+            weights: adapter.values,
+            m: zeros.clone(),
+            v: zeros,
+            moment_steps: 0,
+            gradient: None,
+            tokens: 0,
+            kind: None,
+            step: 0,
+        }
+    }
+
+    /// The state after adding one operation's gradient sum. Refuses mixing kinds. Tokens count
+    /// only for the token mean.
+    ///
+    /// # Panics
+    /// If `gradient` has not `layout.len()` values.
+    pub fn accumulate(
+        &self,
+        gradient: &[f32],
+        tokens: u64,
+        kind: GradientKind,
+    ) -> Result<Self, OperationError> {
+        assert_eq!(gradient.len(), self.layout.len(), "a gradient has the layout of the weights");
+        if self.kind.is_some_and(|accumulated| accumulated != kind) {
+            return Err(OperationError::new(
+                ErrorKind::InvalidInput,
+                "gradients with and without `skip_token_normalization` can't meet in one optimiser step; \
+                 call optim_step between them",
+            ));
+        }
+        let sum: Vec<f32> = match &self.gradient {
+            None => gradient.to_vec(),
+            Some(before) => before.iter().zip(gradient).map(|(sum, more)| sum + more).collect(),
+        };
+        let counted = match kind {
+            GradientKind::TokenMean => tokens,
+            GradientKind::Sum => 0,
+        };
+        Ok(Self {
+            gradient: Some(sum.into()),
+            tokens: self.tokens + counted,
+            kind: Some(kind),
+            ..self.clone()
+        })
+    }
+
+    /// The same state with nothing accumulated: what remains when `optim_step` refused.
+    pub fn without_gradient(&self) -> Self {
+        Self { gradient: None, tokens: 0, kind: None, ..self.clone() }
+    }
+
+    /// The same weights with moments and gradient dropped and step 0.
+    pub fn without_optimizer(&self) -> Self {
+        Self::of_adapter(self.adapter())
+    }
+
+    /// The adapter of the present weights.
+    pub fn adapter(&self) -> Adapter {
+        Adapter { layout: self.layout.clone(), values: self.weights.clone() }
+    }
+
+    /// SHA-256 over all of it. Vectors that an operation did not change are not hashed again.
+    pub fn digest(&self) -> Digest {
+        bytes::digest(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{model::lora::layout::tests::tiny_model, types::LoraConfig};
+
+    pub(super) fn fresh() -> TrainState {
+        TrainState::fresh(Arc::new(LoraLayout::new(&tiny_model(), &LoraConfig::new(2, 3)).unwrap()))
+    }
+
+    pub(super) fn gradient(state: &TrainState, salt: usize) -> Vec<f32> {
+        (0..state.layout.len()).map(|i| ((i * 31 + salt * 17) % 101) as f32 * 0.02 - 1.0).collect()
+    }
+
+    #[test]
+    fn a_fresh_state_is_its_seeds_adapter_at_step_zero() {
+        let state = fresh();
+        assert_eq!(state.weights, Adapter::init(state.layout.clone()).values);
+        assert_eq!((state.step, state.moment_steps, state.tokens), (0, 0, 0));
+        assert!(state.m.iter().chain(state.v.iter()).all(|value| *value == 0.0));
+    }
+
+    #[test]
+    fn accumulate_adds_gradients_and_tokens() {
+        let state = fresh();
+        let (first, second) = (gradient(&state, 1), gradient(&state, 2));
+        let after = state.accumulate(&first, 3, GradientKind::TokenMean).unwrap();
+        let after = after.accumulate(&second, 4, GradientKind::TokenMean).unwrap();
+        let sum: Vec<f32> = first.iter().zip(&second).map(|(a, b)| a + b).collect();
+        assert_eq!(after.gradient, Some(sum.into()));
+        assert_eq!(after.tokens, 7);
+        assert_eq!(after.weights, state.weights);
+    }
+
+    #[test]
+    fn accumulate_does_not_count_the_tokens_of_sums() {
+        let state = fresh();
+        let after = state.accumulate(&gradient(&state, 1), 3, GradientKind::Sum).unwrap();
+        assert_eq!(after.tokens, 0);
+    }
+
+    #[test]
+    fn accumulate_refuses_to_mix_kinds() {
+        let state = fresh();
+        let values = gradient(&state, 1);
+        for (first, second) in
+            [(GradientKind::TokenMean, GradientKind::Sum), (GradientKind::Sum, GradientKind::TokenMean)]
+        {
+            let after = state.accumulate(&values, 1, first).unwrap();
+            let error = after.accumulate(&values, 1, second).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::InvalidInput);
+            after.accumulate(&values, 1, first).unwrap();
+        }
+    }
+
+    #[test]
+    fn without_optimizer_keeps_the_weights_alone() {
+        let state = fresh();
+        let after = state.accumulate(&gradient(&state, 1), 3, GradientKind::TokenMean).unwrap();
+        let (after, _) = after.optim_step(&Default::default()).unwrap();
+        let bare = after.without_optimizer();
+        assert_eq!(bare.weights, after.weights);
+        assert_eq!(bare, TrainState::of_adapter(after.adapter()));
+        assert_eq!(bare.step, 0);
+    }
+}
