@@ -31,8 +31,8 @@ pub use client::{
 pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
 pub use node::{
-    Blame, CoordinatorMessage, Generate, GenerateReply, ModelOffer, NodeHello, NodeMessage, Numerics,
-    RankSeat, RunSpec,
+    Blame, CoordinatorMessage, Generate, GenerateReply, MicroBatchPart, ModelOffer, NodeHello, NodeMessage,
+    Numerics, RankPart, RankSeat, RunSpec,
 };
 pub use operation::{
     ADAPTER_FILE, BlobRef, LoadSource, MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload, STATE_FILE,

@@ -1,7 +1,10 @@
+use std::collections::BTreeMap;
+
 use bincode::{Decode, Encode};
 
 use crate::types::{
-    Digest, LoraConfig, OperationError, PolicyId, RunId, SampleFlags, SampleResult, SamplingParams,
+    DatumOutput, Digest, LoraConfig, OperationError, PolicyId, RunId, SampleFlags, SampleResult,
+    SamplingParams,
 };
 
 use super::{
@@ -182,6 +185,33 @@ pub enum Blame {
     Operation,
     /// A lost peer, a deadline, no memory: another rank set might do it.
     Environment,
+}
+
+/// What one rank adds to a `Forward` or `ForwardBackward`: gathered by all ranks of the run, so
+/// that each builds the same result and hears of a failure at once.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum RankPart {
+    /// The consecutive micro-batches from number `first`; may be none.
+    Computed {
+        first: u32,
+        micro_batches: Vec<MicroBatchPart>,
+    },
+    Failed {
+        error: OperationError,
+        blame: Blame,
+    },
+}
+
+/// What one micro-batch adds to a result.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct MicroBatchPart {
+    pub loss_sum: f64,
+    /// Active positions.
+    pub active: u64,
+    /// Further sums over active positions, by name.
+    pub sums: BTreeMap<String, f64>,
+    /// One per datum, in order.
+    pub outputs: Vec<DatumOutput>,
 }
 
 /// One sample request on its way to a replica.

@@ -1,0 +1,206 @@
+//! The compute thread of a rank slot: owns the weights, works through jobs one by one.
+
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, mpsc},
+};
+
+use actix::Addr;
+use bytes::Bytes;
+
+use crate::{
+    collective::Collective,
+    model::{BaseModel, LoraLayout, TrainState, Workspace},
+    protocol::{BlobRef, OpToken, Operation, RankIndex, RunSpec},
+    types::{ErrorKind, OperationError, RunId},
+};
+
+use super::{
+    Failure, Prepared, RankConfig,
+    abort::AbortSwitch,
+    actor::{Deliver, TrainerRank},
+    operation,
+    state::{Done, Event, Formation, Job},
+};
+
+/// Compute yields to control, so that a busy machine never looks dead.
+const NICE: i32 = 5;
+
+/// A job, and for a formation the switch that breaks its collectives.
+pub(super) struct Work {
+    pub(super) job: Job,
+    pub(super) abort: Option<Arc<AbortSwitch>>,
+}
+
+/// What a rank holds of one run.
+pub(super) struct HeldRun {
+    pub(super) spec: RunSpec,
+    pub(super) rank: RankIndex,
+    /// Cores that this rank asks for: the node's, divided among the run's ranks on it.
+    pub(super) cores: usize,
+    pub(super) model: Arc<BaseModel>,
+    pub(super) collective: Box<dyn Collective>,
+    pub(super) abort: Arc<AbortSwitch>,
+    /// The committed state.
+    pub(super) state: TrainState,
+    pending: Option<Pending>,
+}
+
+/// The second buffer.
+struct Pending {
+    token: OpToken,
+    /// Becomes the state on commit; absent if the operation failed here.
+    on_commit: Option<TrainState>,
+    /// Becomes the state on discard; absent: it stays as it is.
+    on_discard: Option<TrainState>,
+}
+
+/// What every run of the slot computes with.
+pub(super) struct Tools {
+    pub(super) config: RankConfig,
+    pub(super) workspace: Workspace,
+}
+
+struct Compute {
+    tools: Tools,
+    runs: HashMap<RunId, HeldRun>,
+}
+
+/// Starts the thread `rank-N`. It ends when the sender of `work` is dropped.
+pub(super) fn spawn(
+    config: RankConfig,
+    work: mpsc::Receiver<Work>,
+    actor: Addr<TrainerRank>,
+) -> std::io::Result<()> {
+    let control = tokio::runtime::Handle::current();
+    let name = format!("rank-{}", config.slot);
+    std::thread::Builder::new().name(name.clone()).spawn(move || {
+        lower_priority();
+        let on_death = config.on_death.clone();
+        let mut compute =
+            Compute { tools: Tools { config, workspace: Workspace::default() }, runs: HashMap::new() };
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            while let Ok(Work { job, abort }) = work.recv() {
+                let done = compute.perform(job, abort);
+                // Waits for room in the mailbox, which no handler blocks; fails once the actor
+                // has stopped.
+                if control.block_on(actor.send(Deliver(Event::Done(done)))).is_err() {
+                    break;
+                }
+            }
+        }));
+        if let Err(panic) = outcome {
+            on_death(&format!("thread {name} has panicked: {}", panic_message(&*panic)));
+        }
+    })?;
+    Ok(())
+}
+
+impl Compute {
+    fn perform(&mut self, job: Job, abort: Option<Arc<AbortSwitch>>) -> Done {
+        match job {
+            Job::Form(formation) => {
+                let (run, epoch, generation) = (formation.spec.run, formation.epoch, formation.generation);
+                let result = self.form(formation, abort.unwrap_or_default());
+                Done::Formed { run, epoch, generation, result }
+            }
+            Job::Execute { token, operation } => {
+                Done::Executed { token, result: self.execute(token, operation) }
+            }
+            Job::Commit { token } => self.settle(token, |pending| pending.on_commit),
+            Job::Discard { token } => self.settle(token, |pending| pending.on_discard),
+            Job::Snapshot { token } => Done::Snapshot { token, result: self.snapshot(token) },
+            Job::Drop { run, .. } => {
+                self.runs.remove(&run);
+                Done::Applied
+            }
+        }
+    }
+
+    fn form(&mut self, formation: Formation, abort: Arc<AbortSwitch>) -> Result<(), OperationError> {
+        let config = &self.tools.config;
+        let spec = &formation.spec;
+        let model = config.library.load(&spec.base_model).map_err(|e| {
+            OperationError::new(ErrorKind::Internal, format!("loading {:?}: {e}", spec.base_model))
+        })?;
+        let state = match formation.restore {
+            Some(blob) => TrainState::from_bytes(&model.config, &config.blobs.get(blob)?).map_err(|e| {
+                OperationError::new(ErrorKind::Internal, format!("restoring {}: {e}", spec.run))
+            })?,
+            None => TrainState::fresh(Arc::new(LoraLayout::new(&model.config, &spec.lora)?)),
+        };
+        let collective = (config.join)(&formation)?;
+        abort.install(collective.abort_handle());
+        let node = formation.roster.iter().find(|seat| seat.rank == formation.rank).map(|seat| seat.node);
+        let neighbours = formation.roster.iter().filter(|seat| Some(seat.node) == node).count();
+        let held = HeldRun {
+            rank: formation.rank,
+            cores: config.threads.div_ceil(neighbours.max(1)),
+            spec: formation.spec,
+            model,
+            collective,
+            abort,
+            state,
+            pending: None,
+        };
+        self.runs.insert(held.spec.run, held);
+        Ok(())
+    }
+
+    fn execute(&mut self, token: OpToken, operation: Operation) -> Result<Prepared, Failure> {
+        let run = self.runs.get_mut(&token.run).ok_or_else(|| not_held(token))?;
+        if run.abort.is_thrown() {
+            return Err(Failure::environment(ErrorKind::Unavailable, format!("{token} was called off")));
+        }
+        let clears_gradient = matches!(operation, Operation::OptimStep { .. });
+        match operation::run(run, &mut self.tools, token, operation) {
+            Ok(operation::Outcome { next, result, saved }) => {
+                let prepared = Prepared { state: next.digest(), result, saved, step: next.step };
+                run.pending = Some(Pending { token, on_commit: Some(next), on_discard: None });
+                Ok(prepared)
+            }
+            Err(failure) => {
+                // A step whose gradient is not finite uses the gradient up; everything else
+                // that fails leaves no trace.
+                let used_up = clears_gradient && failure.error.kind == ErrorKind::NotFinite;
+                let on_discard = used_up.then(|| operation::without_gradient(&run.state));
+                run.pending = Some(Pending { token, on_commit: None, on_discard });
+                Err(failure)
+            }
+        }
+    }
+
+    fn settle(&mut self, token: OpToken, choose: fn(Pending) -> Option<TrainState>) -> Done {
+        if let Some(run) = self.runs.get_mut(&token.run)
+            && let Some(pending) = run.pending.take_if(|pending| pending.token == token)
+            && let Some(state) = choose(pending)
+        {
+            run.state = state;
+        }
+        Done::Applied
+    }
+
+    fn snapshot(&self, token: OpToken) -> Result<BlobRef, OperationError> {
+        let run = self.runs.get(&token.run).ok_or_else(|| not_held(token).error)?;
+        self.tools.config.blobs.put(Bytes::from(run.state.to_bytes()))
+    }
+}
+
+fn not_held(token: OpToken) -> Failure {
+    Failure::environment(ErrorKind::Unavailable, format!("{token}: its rank is no longer held here"))
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+/// Linux counts niceness per thread; elsewhere the thread keeps the process's.
+fn lower_priority() {
+    #[cfg(target_os = "linux")]
+    // SAFETY: changes the calling thread's scheduling, touches no memory; refusal is harmless.
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, NICE);
+    }
+}

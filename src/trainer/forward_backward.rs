@@ -1,0 +1,251 @@
+//! `forward` and `forward_backward`, shared by the ranks of a run.
+//!
+//! ```text
+//!   data ─prepare─► examples ─cut─► micro-batches ─assign─► this rank's ─► part, partial sums
+//!                                                                            │        │
+//!                     every rank's parts, in micro-batch order ◄─ all_gather ┘        │
+//!                     gradient of the operation ◄──────────────── all_reduce ─────────┘
+//! ```
+//!
+//! Every rank goes into the gather whatever became of its own part, and says there what went
+//! wrong: so a rank that fails never keeps the others waiting to the deadline, and all of them
+//! report the same failure, that of the lowest rank.
+
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    collective::{CollectiveError, Partial, TreeAccumulator, assign_leaves},
+    kernels::Priority,
+    model::{
+        AdapterRows, Example, GradientKind, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch,
+    },
+    protocol::{
+        Blame, MAX_INLINE_PAYLOAD, MicroBatchPart, OpToken, OperationResult, Payload, RankPart, decode,
+        decode_compressed, encode, encode_compressed,
+    },
+    types::{Datum, ErrorKind, ForwardBackwardOutput, LossFn, LossSpec, OperationError},
+};
+
+use super::{
+    Failure,
+    compute::{HeldRun, Tools},
+    operation::{Outcome, store},
+};
+
+/// From the start of an operation to its last collective call. An operation of hours is not
+/// one: a batch of 64 sequences of 4,096 tokens takes a 2-core machine a quarter of this.
+const OPERATION_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Largest gathered part: the outputs of one rank, uncompressed.
+const MAX_PART: usize = 1 << 30;
+
+/// Whether a gradient is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    Forward,
+    ForwardBackward,
+}
+
+/// What one rank computed itself.
+struct OwnShare {
+    part: RankPart,
+    /// Micro-batches of the whole operation.
+    leaves: u32,
+    partials: Vec<Partial>,
+}
+
+/// Computes the operation together with the run's other ranks.
+pub(super) fn run(
+    run: &mut HeldRun,
+    tools: &mut Tools,
+    token: OpToken,
+    loss: &LossSpec,
+    data: &Payload,
+    mode: Mode,
+) -> Result<Outcome, Failure> {
+    let deadline = Instant::now() + OPERATION_DEADLINE;
+    let (part, leaves, partials) = match own_share(run, tools, token, loss, data, mode) {
+        Ok(OwnShare { part, leaves, partials }) => (part, leaves, partials),
+        Err(Failure { error, blame }) => (RankPart::Failed { error, blame }, 0, Vec::new()),
+    };
+    let gathered = run.collective.all_gather(token, encode(&part), deadline)?;
+    let micro_batches = in_order(gathered)?;
+    let active = micro_batches.iter().map(|part| part.active).sum();
+
+    let next = match mode {
+        Mode::Forward => run.state.clone(),
+        Mode::ForwardBackward => {
+            let mut gradient = vec![0.0; run.state.layout.len()];
+            run.collective.all_reduce(token, leaves, partials, &mut gradient, deadline)?;
+            let kind = match loss.skip_token_normalization {
+                true => GradientKind::Sum,
+                false => GradientKind::TokenMean,
+            };
+            run.state.accumulate(&gradient, active, kind)?
+        }
+    };
+
+    let bytes = encode_compressed(&output(loss, active, micro_batches)?);
+    let payload = match bytes.len() {
+        0..=MAX_INLINE_PAYLOAD => Payload::Inline(bytes),
+        _ => Payload::Blob(store(run, &*tools.config.blobs, bytes)?),
+    };
+    Ok(Outcome { next, result: OperationResult::ForwardBackward(payload), saved: None })
+}
+
+fn own_share(
+    run: &HeldRun,
+    tools: &mut Tools,
+    token: OpToken,
+    loss: &LossSpec,
+    data: &Payload,
+    mode: Mode,
+) -> Result<OwnShare, Failure> {
+    let data = fetch(tools, data)?;
+    let examples = prepare(&run.model.config, run.spec.max_seq_len as usize, loss, &data)
+        .map_err(OperationError::from)?;
+    let micro_batches = cut_micro_batches(&examples, run.spec.micro_batch_tokens as usize);
+    let costs: Vec<u64> = micro_batches.iter().map(|range| tokens(&examples[range.clone()])).collect();
+    let world_size = run.collective.world_size();
+    let mine = assign_leaves(&costs, world_size)[run.rank.0 as usize].clone();
+
+    let parameters = run.state.layout.len();
+    let mut sums = TreeAccumulator::new(mine.start, parameters);
+    let mut computed = Vec::with_capacity(mine.len());
+    for range in &micro_batches[as_usize(&mine)] {
+        if run.abort.is_thrown() {
+            return Err(Failure::environment(ErrorKind::Unavailable, format!("{token} was called off")));
+        }
+        let mut gradient = (mode == Mode::ForwardBackward).then(|| vec![0.0; parameters]);
+        let rows = AdapterRows { layout: &run.state.layout, values: &run.state.weights };
+        let lease = tools.config.cores.lease(run.cores, Priority::Training);
+        computed.push(run_micro_batch(
+            &run.model,
+            rows,
+            loss,
+            &examples[range.clone()],
+            gradient.as_deref_mut(),
+            &mut tools.workspace,
+            lease.team(),
+        )?);
+        drop(lease);
+        if let Some(gradient) = gradient {
+            sums.push(gradient);
+        }
+    }
+    let leaves = micro_batches.len() as u32;
+    let part = RankPart::Computed {
+        first: mine.start,
+        micro_batches: computed.into_iter().map(MicroBatchPart::from).collect(),
+    };
+    Ok(OwnShare { part, leaves, partials: sums.finish(leaves) })
+}
+
+fn fetch(tools: &Tools, data: &Payload) -> Result<Vec<Datum>, Failure> {
+    let fetched;
+    let bytes = match data {
+        Payload::Inline(bytes) => bytes.as_slice(),
+        Payload::Blob(blob) => {
+            fetched = tools.config.blobs.get(*blob)?;
+            &fetched
+        }
+    };
+    // The coordinator took these bytes as canonical, so the fault is not the caller's; but every
+    // rank finds it, and would find it again.
+    decode_compressed("data of an operation", bytes).map_err(|e| Failure {
+        error: OperationError::new(ErrorKind::Internal, e.to_string()),
+        blame: Blame::Operation,
+    })
+}
+
+/// Every micro-batch's part in micro-batch order, or the failure of the lowest rank that failed.
+fn in_order(gathered: Vec<Vec<u8>>) -> Result<Vec<MicroBatchPart>, Failure> {
+    let mut parts = Vec::with_capacity(gathered.len());
+    for (rank, bytes) in gathered.iter().enumerate() {
+        match decode("part of a rank", bytes, MAX_PART) {
+            Ok(RankPart::Computed { first, micro_batches }) => parts.push((first, micro_batches)),
+            Ok(RankPart::Failed { error, blame }) => return Err(Failure { error, blame }),
+            Err(e) => {
+                return Err(Failure::environment(ErrorKind::Internal, format!("from rank {rank}: {e}")));
+            }
+        }
+    }
+    // A rank without micro-batches stands anywhere: it adds nothing.
+    parts.sort_by_key(|(first, _)| *first);
+    Ok(parts.into_iter().flat_map(|(_, micro_batches)| micro_batches).collect())
+}
+
+/// The result, from sums that are added in micro-batch order whoever computed them.
+fn output(
+    loss: &LossSpec,
+    active: u64,
+    micro_batches: Vec<MicroBatchPart>,
+) -> Result<ForwardBackwardOutput, OperationError> {
+    let mut loss_sum = 0.0;
+    let mut sums = BTreeMap::<String, f64>::new();
+    let mut loss_fn_outputs = Vec::new();
+    for part in micro_batches {
+        loss_sum += part.loss_sum;
+        for (name, sum) in part.sums {
+            *sums.entry(name).or_default() += sum;
+        }
+        loss_fn_outputs.extend(part.outputs);
+    }
+    let mean = |sum: f64| if active == 0 { 0.0 } else { sum / active as f64 };
+    let value = if loss.skip_token_normalization { loss_sum } else { mean(loss_sum) };
+
+    let mut metrics: BTreeMap<String, f64> = sums
+        .into_iter()
+        .map(|(name, sum)| (name.strip_suffix("_sum").unwrap_or(&name).to_owned(), mean(sum)))
+        .collect();
+    metrics.insert("loss".to_owned(), value);
+    if loss.skip_token_normalization {
+        metrics.insert("skip_token_normalization".to_owned(), 1.0);
+    }
+    if let Some((name, value)) = metrics.iter().find(|(_, value)| !value.is_finite()) {
+        let problem = format!("`{name}` is {value}: the numbers of this batch left the finite range");
+        return Err(OperationError::new(ErrorKind::NotFinite, problem));
+    }
+    Ok(ForwardBackwardOutput {
+        loss: value,
+        loss_fn_output_type: loss_name(loss.loss_fn).to_owned(),
+        loss_fn_outputs,
+        metrics,
+    })
+}
+
+fn loss_name(loss: LossFn) -> &'static str {
+    match loss {
+        LossFn::CrossEntropy => "cross_entropy",
+        LossFn::ImportanceSampling => "importance_sampling",
+    }
+}
+
+fn tokens(examples: &[Example]) -> u64 {
+    examples.iter().map(|example| example.tokens() as u64).sum()
+}
+
+fn as_usize(range: &Range<u32>) -> Range<usize> {
+    range.start as usize..range.end as usize
+}
+
+impl From<MicroBatchOutput> for MicroBatchPart {
+    fn from(output: MicroBatchOutput) -> Self {
+        let MicroBatchOutput { loss_sum, active, outputs, sums } = output;
+        Self { loss_sum, active, sums, outputs }
+    }
+}
+
+impl From<CollectiveError> for Failure {
+    fn from(error: CollectiveError) -> Self {
+        let kind = match &error {
+            CollectiveError::Deadline { .. } => ErrorKind::DeadlineExceeded,
+            _ => ErrorKind::Unavailable,
+        };
+        Self::environment(kind, error.to_string())
+    }
+}
