@@ -1,142 +1,138 @@
 //! What must survive: sessions, runs, operations, outcomes, snapshots, checkpoints and slots,
-//! in SQLite (WAL, `synchronous=FULL`, exclusive lock).
+//! in SQLite (WAL, `synchronous=FULL`, exclusive lock). Knows rows and digests, never a tensor
+//! and never HTTP.
+//!
+//! ```text
+//!   append(records, done) ──► bounded queue ──► writer thread ── one transaction ──► disk
+//!   append(records, done) ──►               ──►      │           for all that queued
+//!                       done(Ok | Err) ◄─────────────┘           in the order of the calls
+//! ```
+//!
+//! # What survives what
+//!
+//! An append whose `done` got `Ok` survives everything but the loss of the disk: the end of the
+//! process at any instruction, and a power cut (the log is synced before `done` is called). An
+//! append whose `done` was not called yet is there wholly or not at all, and only if those
+//! before it are there. After that:
+//!
+//! | table | a row says | leaves by |
+//! | --- | --- | --- |
+//! | `leader` | the epoch, raised at each open before anything else | never |
+//! | `session` | this session id was given out | never |
+//! | `run` | what the run is, with every default | never |
+//! | `operation` | it was accepted; with its idempotency key, so a retry finds it | `Prune` |
+//! | `outcome` | it ended, and how; without one it is run (again) after a restart | `Prune` |
+//! | `snapshot` | this blob is the run's state after that operation | `Prune` |
+//! | `checkpoint` | this name means these files; one row, so replacing it is atomic | a later save of the name |
+//! | `slot` | this policy is the run's live one | a later publish of the run |
+//! | `blob_ref` | this row needs that blob | with its row |
+//!
+//! A row names a blob only after the blob is durable in `store/`; a crash between the two leaves
+//! a blob that no row names (see [`Recovered::live_blobs`]), never a row without its blob.
 
-use std::path::Path;
+mod error;
+mod record;
 
-use crate::{
-    protocol::{
-        BlobRef, CreateRun, Epoch, Generation, Operation, OperationKey, OperationResult, OperationSeq,
-        SavedFile,
+mod database;
+mod recover;
+mod rows;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{SyncSender, TrySendError, sync_channel},
     },
-    types::{Checkpoint, Digest, OperationError, PolicyId, RunId, SessionId},
+    thread::{self, JoinHandle, ThreadId},
 };
 
-/// Why the journal can't be opened or written.
-#[derive(Debug, thiserror::Error)]
-pub enum JournalError {
-    #[error("{0}")]
-    Placeholder(String),
-}
+pub use error::JournalError;
+pub use record::{Outcome, Record, Recovered, RecoveredOperation, RecoveredRun};
 
-/// One fact. Facts of one `append` become durable together or not at all.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Record {
-    Session {
-        session: SessionId,
-        created_at_ms: u64,
-    },
-    /// `create` with every default filled in.
-    Run {
-        run: RunId,
-        create: CreateRun,
-        model_digest: Digest,
-        created_at_ms: u64,
-    },
-    /// An accepted operation; blobs that it names are durable already. A second record of the
-    /// same (run, seq) replaces the first: a `LoadState` is journaled again, with the source it
-    /// was resolved to, in the append that holds its outcome.
-    Operation {
-        run: RunId,
-        seq: OperationSeq,
-        key: OperationKey,
-        incarnation: u32,
-        operation: Operation,
-    },
-    /// What became of it.
-    Outcome {
-        run: RunId,
-        seq: OperationSeq,
-        outcome: Outcome,
-    },
-    /// The run's state after `seq`.
-    Snapshot {
-        run: RunId,
-        seq: OperationSeq,
-        snapshot: BlobRef,
-    },
-    /// A checkpoint and its files: name, blob, size. One (run, target, name) is one checkpoint:
-    /// a later one replaces the earlier. `policy`: identity of a sampler checkpoint's weights, by
-    /// which replicas verify them.
-    Checkpoint {
-        checkpoint: Checkpoint,
-        files: Vec<SavedFile>,
-        policy: Option<PolicyId>,
-    },
-    /// The live policy of a run.
-    Slot {
-        policy: PolicyId,
-        base_model: String,
-        adapter: BlobRef,
-    },
-}
+use database::Database;
+use writer::{Append, Command};
 
-/// The end of an operation, as it was journaled.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
-    /// `state`: digest of the run's state after it.
-    Done { result: OperationResult, state: Digest, step: u64 },
-    /// Skipped by replay: the run is as it was before.
-    Failed { error: OperationError },
-}
+/// Appends that may wait for the disk. At the 8 ms of a commit they are gone in a few groups;
+/// with payloads of 64 KiB they are 256 MiB.
+const QUEUE_APPENDS: usize = 4096;
 
-/// One operation of a recovered run.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RecoveredOperation {
-    pub seq: OperationSeq,
-    pub key: OperationKey,
-    pub incarnation: u32,
-    pub operation: Operation,
-    pub outcome: Option<Outcome>,
-}
-
-/// A run as the journal has it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RecoveredRun {
-    pub run: RunId,
-    pub create: CreateRun,
-    pub model_digest: Digest,
-    pub created_at_ms: u64,
-    /// The newest.
-    pub snapshot: Option<(OperationSeq, BlobRef)>,
-    /// In order.
-    pub operations: Vec<RecoveredOperation>,
-    pub slot: Option<(PolicyId, BlobRef)>,
-}
-
-/// Everything that a starting coordinator needs.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Recovered {
-    /// One higher than at the last start, already durable.
-    pub epoch: Epoch,
-    pub sessions: Vec<SessionId>,
-    pub runs: Vec<RecoveredRun>,
-    pub checkpoints: Vec<(Checkpoint, Vec<SavedFile>, Option<PolicyId>)>,
-}
-
-/// Handle to the journal's one writer thread; cheap to clone.
+/// Handle to the journal's one writer thread; cheap to clone. When the last handle goes, what
+/// has queued is written and the file is closed.
 #[derive(Clone)]
-pub struct Journal {}
+pub struct Journal(Arc<Writer>);
+
+struct Writer {
+    queue: SyncSender<Command>,
+    id: ThreadId,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
 
 impl Journal {
     /// Opens or makes `DIR/journal.sqlite`, takes its lock, raises the epoch, reads everything.
     /// Refuses a directory of another version or one that another coordinator holds.
     pub fn open(directory: &Path) -> Result<(Self, Recovered), JournalError> {
-        let _ = directory;
-        todo!()
+        let (database, recovered) = Database::open(directory)?;
+        let (queue, commands) = sync_channel(QUEUE_APPENDS);
+        let thread = thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || writer::run(database, commands))
+            .map_err(|e| JournalError::Open { path: directory.to_owned(), reason: e.to_string() })?;
+        let (id, thread) = (thread.thread().id(), Mutex::new(Some(thread)));
+        Ok((Self(Arc::new(Writer { queue, id, thread })), recovered))
     }
 
-    /// Queues facts; `done` is called on the writer thread once they are durable, or with why
-    /// not. Facts are written in the order of the calls; what has queued is one commit.
+    /// Queues facts and never blocks. Facts are written in the order of the calls; what has
+    /// queued is one commit.
+    ///
+    /// `done` is called exactly once: on the writer thread, in the order of the calls, when the
+    /// facts are durable or why not is known; on this thread with [`JournalError::Full`] or
+    /// [`JournalError::Closed`] when they can't be queued. It should hand on and return: the next
+    /// commit waits for it. An append without records is a barrier.
+    ///
+    /// A refused append leaves no trace, and later ones are still written: whoever appends what
+    /// builds on an earlier append whose `done` hasn't been called undoes both if that one fails.
     pub fn append(&self, records: Vec<Record>, done: Box<dyn FnOnce(Result<(), JournalError>) + Send>) {
-        let _ = (records, done);
-        todo!()
+        let append = Command::Append(Append::new(records, done));
+        match self.0.queue.try_send(append) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => {} // a dropped append says `Closed`
+            Err(TrySendError::Full(Command::Append(append))) => {
+                append.finish(Err(JournalError::Full { limit: QUEUE_APPENDS }));
+            }
+            Err(TrySendError::Full(Command::Close)) => {} // not what was sent
+        }
     }
 
-    /// Waits until everything queued is durable, then closes.
+    /// Waits until everything queued is durable, then closes; appends through other handles get
+    /// [`JournalError::Closed`] from then on. Blocks for about a commit: not for an actor.
     pub fn close(self) {
-        todo!()
+        self.0.close();
     }
 }
 
-#[allow(dead_code)]
-type Unused = Generation;
+impl Writer {
+    fn close(&self) {
+        // A `done` that held the last handle: the thread can't wait for itself, and ends because
+        // its queue has no sender any more.
+        if self.id == thread::current().id() {
+            return;
+        }
+        // Held to the end, so that a second closer waits as well.
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(thread) = thread.take() else { return };
+        // Waits for room if the queue is full; fails only if the thread is gone already.
+        let _ = self.queue.send(Command::Close);
+        if thread.join().is_err() {
+            tracing::error!("the journal's thread panicked; what it had not written is not durable");
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

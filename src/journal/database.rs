@@ -1,0 +1,167 @@
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use rusqlite::{Connection, TransactionBehavior};
+
+use crate::protocol::Epoch;
+
+use super::{
+    Record, Recovered,
+    error::{Fault, JournalError},
+    recover, rows,
+};
+
+/// Name of the journal in the data directory.
+const FILE: &str = "journal.sqlite";
+
+/// Version of schema.sql and of the payloads in it.
+const SCHEMA_VERSION: i64 = 1;
+
+/// "LkSt": marks an SQLite file as ours, beside its version.
+const APPLICATION_ID: i64 = 0x4c6b_5374;
+
+/// Pages (of 4 KiB) after which the log is folded into the file: 16 MiB. Each folding syncs
+/// both, so fewer are better; a restart reads the log from its start.
+const CHECKPOINT_PAGES: u32 = 4096;
+
+/// The open file, locked against every other process for as long as this lives.
+pub(super) struct Database {
+    connection: Connection,
+    path: PathBuf,
+}
+
+impl Database {
+    /// Opens or makes the journal of `directory`, raises the epoch and reads everything.
+    pub(super) fn open(directory: &Path) -> Result<(Self, Recovered), JournalError> {
+        let path = directory.join(FILE);
+        let unopenable = |e: io::Error| JournalError::Open { path: path.clone(), reason: e.to_string() };
+        fs::create_dir_all(directory).map_err(unopenable)?;
+        let mut connection = lock(&path)?;
+        prepare(&mut connection, &path)?;
+        // SQLite syncs what is in the file; that the file is in its directory is up to us.
+        File::open(directory).and_then(|d| d.sync_all()).map_err(unopenable)?;
+
+        let opening = |fault: Fault| fault.while_opening(&path);
+        let epoch = raise_epoch(&mut connection).map_err(opening)?;
+        let recovered = recover::read(&connection, epoch).map_err(opening)?;
+        Ok((Self { connection, path }, recovered))
+    }
+
+    /// Writes each append wholly or not at all, all in one transaction, and says what became of
+    /// each. They are durable when this returns.
+    pub(super) fn write<'a>(
+        &mut self,
+        appends: impl ExactSizeIterator<Item = &'a [Record]>,
+    ) -> Vec<Result<(), JournalError>> {
+        let count = appends.len();
+        match self.write_transaction(appends) {
+            Ok(verdicts) => verdicts,
+            // A full disk or a broken one: SQLite may have rolled back more than the append
+            // that met it, so nothing of the transaction stays.
+            Err(error) => vec![Err(error); count],
+        }
+    }
+
+    fn write_transaction<'a>(
+        &mut self,
+        appends: impl Iterator<Item = &'a [Record]>,
+    ) -> Result<Vec<Result<(), JournalError>>, JournalError> {
+        let path = &self.path;
+        let failed = |e: rusqlite::Error| Fault::Sqlite(e).while_writing(path, || "a transaction".into());
+        let mut transaction =
+            self.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
+        let mut verdicts = Vec::new();
+        for records in appends {
+            let savepoint = transaction.savepoint().map_err(failed)?;
+            let written = records.iter().try_for_each(|record| {
+                rows::write(&savepoint, record).map_err(|e| e.while_writing(path, || record.to_string()))
+            });
+            match written {
+                Ok(()) => savepoint.commit().map_err(failed)?,
+                Err(JournalError::Refused { .. }) => savepoint.finish().map_err(failed)?,
+                Err(error) => return Err(error),
+            }
+            verdicts.push(written);
+        }
+        transaction.commit().map_err(failed)?;
+        Ok(verdicts)
+    }
+}
+
+/// Opens the file and takes its lock, changing nothing in it.
+fn lock(path: &Path) -> Result<Connection, JournalError> {
+    let locked = || -> Result<Connection, rusqlite::Error> {
+        let connection = Connection::open(path)?;
+        // Whoever holds it holds it until it exits: waiting would only delay the message.
+        connection.busy_timeout(std::time::Duration::ZERO)?;
+        connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+        // The first read takes the lock, which this mode never gives back.
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
+        Ok(connection)
+    };
+    locked().map_err(|e| Fault::from(e).while_opening(path))
+}
+
+/// Checks that the file is whole and ours, or makes it so if it is new.
+fn prepare(connection: &mut Connection, path: &Path) -> Result<(), JournalError> {
+    let opening = |e: rusqlite::Error| Fault::from(e).while_opening(path);
+    let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let (application, version) =
+        (pragma("application_id").map_err(opening)?, pragma("user_version").map_err(opening)?);
+    let tables: i64 =
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).map_err(opening)?;
+    let new = (application, version, tables) == (0, 0, 0);
+    if !new && application != APPLICATION_ID {
+        return Err(JournalError::Foreign { path: path.to_owned() });
+    }
+    if !new && version != SCHEMA_VERSION {
+        return Err(JournalError::Version { path: path.to_owned(), found: version, ours: SCHEMA_VERSION });
+    }
+    configure(connection).map_err(opening)?;
+    if new {
+        make_tables(connection).map_err(opening)?;
+    }
+    let health: String =
+        connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(opening)?;
+    match health.as_str() {
+        "ok" => Ok(()),
+        _ => Err(JournalError::Corrupt { path: path.to_owned(), detail: health }),
+    }
+}
+
+fn configure(connection: &Connection) -> Result<(), rusqlite::Error> {
+    // This one answers with the mode that it got.
+    connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get::<_, String>(0))?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    // On macOS a plain fsync leaves data in the drive's cache; elsewhere these two do nothing.
+    connection.pragma_update(None, "fullfsync", true)?;
+    connection.pragma_update(None, "checkpoint_fullfsync", true)?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(())
+}
+
+fn make_tables(connection: &mut Connection) -> Result<(), rusqlite::Error> {
+    let transaction = connection.transaction()?;
+    transaction.execute_batch(include_str!("schema.sql"))?;
+    transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+    transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+    transaction.commit()
+}
+
+/// The new epoch, durable.
+fn raise_epoch(connection: &mut Connection) -> Result<Epoch, Fault> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let epoch: i64 = transaction.query_row(
+        "INSERT INTO leader (id, epoch) VALUES (1, 1)
+         ON CONFLICT (id) DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
+        [],
+        |row| row.get(0),
+    )?;
+    transaction.commit()?;
+    Ok(Epoch(rows::unsigned(epoch)?))
+}

@@ -1,0 +1,239 @@
+use rusqlite::{Connection, OptionalExtension, params};
+
+use crate::{
+    protocol::{
+        BlobRef, MAX_MESSAGE, Operation, OperationKey, OperationResult, OperationSeq, Payload, SavedFile,
+        encode,
+    },
+    types::{Checkpoint, CheckpointTarget, Digest, PolicyId, RunId},
+};
+
+use super::{Outcome, Record, error::Fault};
+
+/// Writes one record. After an error its rows may be there in part: the caller rolls back.
+pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
+    match record {
+        Record::Session { session, created_at_ms } => insert(
+            db,
+            "INSERT INTO session (id, created_at_ms) VALUES (?, ?)",
+            params![signed(session.0)?, signed(*created_at_ms)?],
+        ),
+        Record::Run { run, create, model_digest, created_at_ms } => insert(
+            db,
+            "INSERT INTO run (id, session, payload, model_digest, created_at_ms) VALUES (?, ?, ?, ?, ?)",
+            params![
+                signed(run.0)?,
+                signed(create.session.0)?,
+                bounded(encode(create))?,
+                model_digest.0,
+                signed(*created_at_ms)?
+            ],
+        ),
+        Record::Operation { run, seq, key, incarnation, operation } => {
+            write_operation(db, (*run, *seq), key, *incarnation, operation)
+        }
+        Record::Outcome { run, seq, outcome } => write_outcome(db, (*run, *seq), outcome),
+        Record::Snapshot { run, seq, snapshot } => {
+            let (run, seq) = (signed(run.0)?, signed(seq.0)?);
+            insert(
+                db,
+                "INSERT OR REPLACE INTO snapshot (run, seq, digest, size) VALUES (?, ?, ?, ?)",
+                params![run, seq, snapshot.digest.0, signed(snapshot.size)?],
+            )?;
+            hold(db, Owner { run, kind: "snapshot", seq }, &[*snapshot])
+        }
+        Record::Checkpoint { checkpoint, files, policy } => {
+            write_checkpoint(db, checkpoint, files, policy.as_ref())
+        }
+        Record::Slot { policy, base_model, adapter } => {
+            let run = signed(policy.run.0)?;
+            insert(
+                db,
+                "INSERT OR REPLACE INTO slot (run, base_model, policy, digest, size) VALUES (?, ?, ?, ?, ?)",
+                params![run, base_model, encode(policy), adapter.digest.0, signed(adapter.size)?],
+            )?;
+            hold(db, Owner { run, kind: "slot", seq: 0 }, &[*adapter])
+        }
+        Record::Prune { run, upto } => prune(db, signed(run.0)?, signed(upto.0)?),
+    }
+}
+
+fn write_operation(
+    db: &Connection,
+    (run, seq): (RunId, OperationSeq),
+    key: &OperationKey,
+    incarnation: u32,
+    operation: &Operation,
+) -> Result<(), Fault> {
+    let (run, seq) = (signed(run.0)?, signed(seq.0)?);
+    let payload = bounded(encode(operation))?;
+    let digest = Digest::of(&payload);
+    let changed = db
+        .prepare_cached(
+            "INSERT INTO operation (run, seq, key, kind, incarnation, payload, digest)
+             VALUES (?, ?, ?, ?, ?, ?, ?)
+             ON CONFLICT (run, seq) DO UPDATE
+             SET incarnation = excluded.incarnation, payload = excluded.payload, digest = excluded.digest
+             WHERE key = excluded.key AND kind = excluded.kind",
+        )?
+        .execute(params![run, seq, key.0, kind(operation), incarnation, payload, digest.0])?;
+    if changed == 0 {
+        return Err(Fault::Refused("its number was given to another operation".into()));
+    }
+    hold(db, Owner { run, kind: "operation", seq }, &blobs_of_operation(operation))
+}
+
+fn write_outcome(db: &Connection, (run, seq): (RunId, OperationSeq), outcome: &Outcome) -> Result<(), Fault> {
+    let (run, seq) = (signed(run.0)?, signed(seq.0)?);
+    let (payload, state, step, blobs) = match outcome {
+        Outcome::Done { result, state, step } => {
+            (encode(result), Some(state.0), Some(signed(*step)?), blobs_of_result(result))
+        }
+        Outcome::Failed { error } => (encode(error), None, None, Vec::new()),
+    };
+    insert(
+        db,
+        "INSERT INTO outcome (run, seq, payload, state, step) VALUES (?, ?, ?, ?, ?)",
+        params![run, seq, bounded(payload)?, state, step],
+    )?;
+    hold(db, Owner { run, kind: "outcome", seq }, &blobs)
+}
+
+fn write_checkpoint(
+    db: &Connection,
+    checkpoint: &Checkpoint,
+    files: &Vec<SavedFile>,
+    policy: Option<&PolicyId>,
+) -> Result<(), Fault> {
+    let (id, run) = (signed(checkpoint.id.0)?, signed(checkpoint.run_id.0)?);
+    let target = match checkpoint.target {
+        CheckpointTarget::Trainer => "trainer",
+        CheckpointTarget::Sampler => "sampler",
+    };
+    let replaced: Option<i64> = db
+        .prepare_cached("DELETE FROM checkpoint WHERE run = ? AND target = ? AND name = ? RETURNING id")?
+        .query_row(params![run, target, checkpoint.checkpoint_id], |row| row.get(0))
+        .optional()?;
+    if let Some(seq) = replaced {
+        hold(db, Owner { run, kind: "checkpoint", seq }, &[])?;
+    }
+    insert(
+        db,
+        "INSERT INTO checkpoint (id, run, target, name, payload, files, policy) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        params![
+            id,
+            run,
+            target,
+            checkpoint.checkpoint_id,
+            bounded(encode(checkpoint))?,
+            bounded(encode(files))?,
+            policy.map(encode)
+        ],
+    )?;
+    let blobs: Vec<_> = files.iter().map(|file| file.blob).collect();
+    hold(db, Owner { run, kind: "checkpoint", seq: id }, &blobs)
+}
+
+fn prune(db: &Connection, run: i64, upto: i64) -> Result<(), Fault> {
+    let base =
+        db.prepare_cached("SELECT 1 FROM snapshot WHERE run = ? AND seq = ?")?.exists(params![run, upto])?;
+    if !base {
+        return Err(Fault::Refused("there is no snapshot to go on from".into()));
+    }
+    for sql in [
+        "DELETE FROM outcome WHERE run = ? AND seq <= ?",
+        "DELETE FROM operation WHERE run = ? AND seq <= ?",
+        "DELETE FROM snapshot WHERE run = ? AND seq < ?",
+        "DELETE FROM blob_ref WHERE run = ? AND owner IN ('operation', 'outcome') AND seq <= ?",
+        "DELETE FROM blob_ref WHERE run = ? AND owner = 'snapshot' AND seq < ?",
+    ] {
+        insert(db, sql, params![run, upto])?;
+    }
+    Ok(())
+}
+
+/// The row that holds blobs; see blob_ref in schema.sql.
+struct Owner {
+    run: i64,
+    kind: &'static str,
+    seq: i64,
+}
+
+/// From now on `owner` holds exactly these blobs.
+fn hold(db: &Connection, owner: Owner, blobs: &[BlobRef]) -> Result<(), Fault> {
+    let Owner { run, kind, seq } = owner;
+    insert(db, "DELETE FROM blob_ref WHERE run = ? AND owner = ? AND seq = ?", params![run, kind, seq])?;
+    for blob in blobs {
+        insert(
+            db,
+            // A checkpoint may hold one blob under two names.
+            "INSERT OR IGNORE INTO blob_ref (run, owner, seq, digest, size) VALUES (?, ?, ?, ?, ?)",
+            params![run, kind, seq, blob.digest.0, signed(blob.size)?],
+        )?;
+    }
+    Ok(())
+}
+
+fn insert(db: &Connection, sql: &str, values: impl rusqlite::Params) -> Result<(), Fault> {
+    db.prepare_cached(sql)?.execute(values)?;
+    Ok(())
+}
+
+fn kind(operation: &Operation) -> &'static str {
+    match operation {
+        Operation::Init { .. } => "init",
+        Operation::Forward { .. } => "forward",
+        Operation::ForwardBackward { .. } => "forward_backward",
+        Operation::OptimStep { .. } => "optim_step",
+        Operation::SaveState { .. } => "save_state",
+        Operation::SaveWeightsForSampler { .. } => "save_weights_for_sampler",
+        Operation::LoadState { .. } => "load_state",
+    }
+}
+
+fn blobs_of_operation(operation: &Operation) -> Vec<BlobRef> {
+    match operation {
+        Operation::Forward { data, .. } | Operation::ForwardBackward { data, .. } => blobs_of_payload(data),
+        Operation::LoadState { source, .. } => source.iter().map(|source| source.blob).collect(),
+        Operation::Init { .. }
+        | Operation::OptimStep { .. }
+        | Operation::SaveState { .. }
+        | Operation::SaveWeightsForSampler { .. } => Vec::new(),
+    }
+}
+
+fn blobs_of_result(result: &OperationResult) -> Vec<BlobRef> {
+    match result {
+        OperationResult::ForwardBackward(output) => blobs_of_payload(output),
+        OperationResult::Init(_)
+        | OperationResult::OptimStep(_)
+        | OperationResult::SaveState(_)
+        | OperationResult::SaveWeightsForSampler(_)
+        | OperationResult::LoadState(_) => Vec::new(),
+    }
+}
+
+fn blobs_of_payload(payload: &Payload) -> Vec<BlobRef> {
+    match payload {
+        Payload::Inline(_) => Vec::new(),
+        Payload::Blob(blob) => vec![*blob],
+    }
+}
+
+/// Recovery reads no payload past [`MAX_MESSAGE`], so none is written.
+fn bounded(payload: Vec<u8>) -> Result<Vec<u8>, Fault> {
+    match payload.len() {
+        0..=MAX_MESSAGE => Ok(payload),
+        size => Err(Fault::Refused(format!("{size} bytes are over the limit of {MAX_MESSAGE}"))),
+    }
+}
+
+/// SQLite's integers are signed.
+fn signed(value: u64) -> Result<i64, Fault> {
+    i64::try_from(value).map_err(|_| Fault::Refused(format!("{value} is over the limit of {}", i64::MAX)))
+}
+
+/// Back from [`signed`].
+pub(super) fn unsigned(value: i64) -> Result<u64, Fault> {
+    u64::try_from(value).map_err(|_| Fault::Corrupt(format!("{value} where no negative number can be")))
+}

@@ -1,0 +1,82 @@
+-- Integers are u64 values below 2^63. Digests are 32 bytes. A payload is the bincode of a
+-- message of protocol/. Whoever changes a table raises SCHEMA_VERSION in database.rs.
+
+CREATE TABLE leader (
+    id    INTEGER PRIMARY KEY CHECK (id = 1),
+    epoch INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE session (
+    id            INTEGER PRIMARY KEY,
+    created_at_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE run (
+    id            INTEGER PRIMARY KEY,
+    session       INTEGER NOT NULL REFERENCES session (id),
+    payload       BLOB NOT NULL, -- CreateRun
+    model_digest  BLOB NOT NULL,
+    created_at_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE operation (
+    run         INTEGER NOT NULL REFERENCES run (id),
+    seq         INTEGER NOT NULL,
+    key         BLOB NOT NULL,
+    kind        TEXT NOT NULL,
+    incarnation INTEGER NOT NULL,
+    payload     BLOB NOT NULL, -- Operation
+    digest      BLOB NOT NULL, -- of payload
+    PRIMARY KEY (run, seq),
+    UNIQUE (run, key)
+) STRICT;
+
+CREATE TABLE outcome (
+    run     INTEGER NOT NULL,
+    seq     INTEGER NOT NULL,
+    payload BLOB NOT NULL, -- done: OperationResult; failed: OperationError
+    state   BLOB,          -- done: digest of the run's state
+    step    INTEGER,       -- done: optimiser steps
+    PRIMARY KEY (run, seq),
+    FOREIGN KEY (run, seq) REFERENCES operation (run, seq),
+    CHECK ((state IS NULL) = (step IS NULL))
+) STRICT;
+
+CREATE TABLE snapshot (
+    run    INTEGER NOT NULL REFERENCES run (id),
+    seq    INTEGER NOT NULL,
+    digest BLOB NOT NULL,
+    size   INTEGER NOT NULL,
+    PRIMARY KEY (run, seq)
+) STRICT;
+
+-- No reference to run: checkpoints outlive their run.
+CREATE TABLE checkpoint (
+    id      INTEGER NOT NULL UNIQUE,
+    run     INTEGER NOT NULL,
+    target  TEXT NOT NULL,
+    name    TEXT NOT NULL,
+    payload BLOB NOT NULL, -- Checkpoint
+    files   BLOB NOT NULL, -- the manifest: Vec<SavedFile>
+    policy  BLOB,          -- PolicyId
+    PRIMARY KEY (run, target, name)
+) STRICT;
+
+CREATE TABLE slot (
+    run        INTEGER PRIMARY KEY REFERENCES run (id),
+    base_model TEXT NOT NULL,
+    policy     BLOB NOT NULL, -- PolicyId
+    digest     BLOB NOT NULL, -- of the adapter's blob
+    size       INTEGER NOT NULL
+) STRICT;
+
+-- Which row holds which blob; what is named here may not leave the store.
+-- seq: an operation's, an outcome's or a snapshot's; a checkpoint's id; 0 for a slot.
+CREATE TABLE blob_ref (
+    run    INTEGER NOT NULL,
+    owner  TEXT NOT NULL,
+    seq    INTEGER NOT NULL,
+    digest BLOB NOT NULL,
+    size   INTEGER NOT NULL,
+    PRIMARY KEY (run, owner, seq, digest)
+) STRICT, WITHOUT ROWID;

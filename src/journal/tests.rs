@@ -1,0 +1,207 @@
+use std::{collections::BTreeMap, path::Path, sync::mpsc};
+
+use crate::{
+    protocol::{
+        BlobRef, CreateRun, Epoch, Operation, OperationKey, OperationResult, OperationSeq, Payload, SavedFile,
+    },
+    types::{
+        AdamParams, Checkpoint, CheckpointId, CheckpointTarget, Digest, ErrorKind, LoraConfig, LoraTarget,
+        LossFn, LossSpec, OperationError, OptimStepResponse, PolicyId, RunId, SaveWeightsResponse, SessionId,
+    },
+};
+
+use super::*;
+
+/// Appends and waits for the disk.
+fn write(journal: &Journal, records: Vec<Record>) -> Result<(), JournalError> {
+    let (answer, answered) = mpsc::channel();
+    journal.append(records, Box::new(move |outcome| answer.send(outcome).unwrap()));
+    answered.recv().unwrap()
+}
+
+/// What is in the directory, with the journal closed again.
+fn recover(directory: &Path) -> Recovered {
+    let (journal, recovered) = Journal::open(directory).unwrap();
+    journal.close();
+    recovered
+}
+
+fn blob(n: u8) -> BlobRef {
+    BlobRef { digest: Digest::of(&[n]), size: u64::from(n) }
+}
+
+fn session(n: u64) -> Record {
+    Record::Session { session: SessionId(n), created_at_ms: 1_700_000_000_000 }
+}
+
+fn create(session: u64) -> CreateRun {
+    CreateRun {
+        session: SessionId(session),
+        base_model: "org/model".into(),
+        lora: LoraConfig { rank: 8, alpha: 32.0, seed: u64::MAX, targets: vec![LoraTarget::QProj] },
+        replicas: Some(2),
+        max_seq_len: None,
+        micro_batch_tokens: Some(1024),
+        name: Some("a run".into()),
+    }
+}
+
+fn run(n: u64) -> Record {
+    Record::Run { run: RunId(n), create: create(1), model_digest: Digest::of(b"model"), created_at_ms: 5 }
+}
+
+fn operation(run: u64, seq: u64, key: u8, operation: Operation) -> Record {
+    Record::Operation {
+        run: RunId(run),
+        seq: OperationSeq(seq),
+        key: OperationKey([key; 16]),
+        incarnation: 1,
+        operation,
+    }
+}
+
+fn step() -> Operation {
+    Operation::OptimStep { adam: AdamParams::default() }
+}
+
+fn forward_backward(data: Payload) -> Operation {
+    let loss = LossSpec {
+        loss_fn: LossFn::CrossEntropy,
+        config: BTreeMap::from([("beta".into(), 0.05)]),
+        skip_token_normalization: false,
+        top_k_logprobs: 3,
+    };
+    Operation::ForwardBackward { loss, data }
+}
+
+fn done(run: u64, seq: u64, result: OperationResult) -> Record {
+    let outcome = Outcome::Done { result, state: Digest::of(b"state"), step: seq };
+    Record::Outcome { run: RunId(run), seq: OperationSeq(seq), outcome }
+}
+
+fn stepped() -> OperationResult {
+    OperationResult::OptimStep(OptimStepResponse { metrics: BTreeMap::from([("step".into(), 1.0)]) })
+}
+
+fn failed(run: u64, seq: u64) -> Record {
+    let error = OperationError::new(ErrorKind::NotFinite, "the loss is not finite");
+    Record::Outcome { run: RunId(run), seq: OperationSeq(seq), outcome: Outcome::Failed { error } }
+}
+
+fn snapshot(run: u64, seq: u64, n: u8) -> Record {
+    Record::Snapshot { run: RunId(run), seq: OperationSeq(seq), snapshot: blob(n) }
+}
+
+fn policy(run: u64, step: u64) -> PolicyId {
+    PolicyId { run: RunId(run), incarnation: 1, step, digest: Digest::of(&step.to_le_bytes()) }
+}
+
+fn slot(run: u64, step: u64, n: u8) -> Record {
+    Record::Slot { policy: policy(run, step), base_model: "org/model".into(), adapter: blob(n) }
+}
+
+fn checkpoint(id: u64, run: u64, target: CheckpointTarget, name: &str) -> Checkpoint {
+    Checkpoint {
+        id: CheckpointId(id),
+        run_id: RunId(run),
+        checkpoint_id: name.into(),
+        checkpoint_type: "lora".into(),
+        target,
+        created_at_ms: 7,
+        base_model: "org/model".into(),
+        lora_rank: 8,
+        lora_alpha: 32.0,
+        step: 1,
+        size_bytes: 3,
+        path: format!("bt://loops:run-{run}/weights/{name}"),
+    }
+}
+
+fn saved(id: u64, run: u64, target: CheckpointTarget, name: &str, blobs: &[u8]) -> Record {
+    let files = blobs.iter().map(|n| SavedFile { name: format!("file-{n}"), blob: blob(*n) }).collect();
+    let policy = (target == CheckpointTarget::Sampler).then(|| policy(run, 1));
+    Record::Checkpoint { checkpoint: checkpoint(id, run, target, name), files, policy }
+}
+
+#[test]
+fn every_record_is_recovered_as_it_was_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, first) = Journal::open(directory.path()).unwrap();
+    let empty = Recovered {
+        epoch: Epoch(1),
+        sessions: vec![],
+        runs: vec![],
+        checkpoints: vec![],
+        live_blobs: vec![],
+    };
+    assert_eq!(first, empty);
+
+    let inline = forward_backward(Payload::Inline(vec![0; 64 << 10]));
+    let large = forward_backward(Payload::Blob(blob(1)));
+    let output = OperationResult::ForwardBackward(Payload::Blob(blob(2)));
+    let path = SaveWeightsResponse { path: "bt://loops:run-3/weights/a".into() };
+    let facts = vec![
+        session(1),
+        run(3),
+        operation(3, 1, 1, inline.clone()),
+        done(3, 1, stepped()),
+        operation(3, 2, 2, large.clone()),
+        done(3, 2, output.clone()),
+        operation(3, 3, 3, step()),
+        failed(3, 3),
+        operation(3, 4, 4, step()),
+        snapshot(3, 1, 3),
+        snapshot(3, 2, 4),
+        saved(1, 3, CheckpointTarget::Trainer, "a", &[5]),
+        saved(2, 3, CheckpointTarget::Sampler, "a", &[6, 7, 7]),
+        slot(3, 1, 8),
+    ];
+    for fact in facts {
+        write(&journal, vec![fact]).unwrap();
+    }
+    write(&journal, vec![operation(3, 5, 5, step()), done(3, 5, OperationResult::SaveState(path.clone()))])
+        .unwrap();
+    journal.close();
+
+    let recovered = recover(directory.path());
+    assert_eq!((recovered.epoch, recovered.sessions), (Epoch(2), vec![SessionId(1)]));
+    let expected = |seq: u64, operation: Operation, outcome: Option<Outcome>| RecoveredOperation {
+        seq: OperationSeq(seq),
+        key: OperationKey([seq as u8; 16]),
+        incarnation: 1,
+        operation,
+        outcome,
+    };
+    let outcome = |record: Record| match record {
+        Record::Outcome { outcome, .. } => Some(outcome),
+        _ => None,
+    };
+    let [found] = recovered.runs.try_into().unwrap();
+    assert_eq!(
+        found,
+        RecoveredRun {
+            run: RunId(3),
+            create: create(1),
+            model_digest: Digest::of(b"model"),
+            created_at_ms: 5,
+            snapshot: Some((OperationSeq(2), blob(4))),
+            operations: vec![
+                expected(1, inline, outcome(done(3, 1, stepped()))),
+                expected(2, large, outcome(done(3, 2, output))),
+                expected(3, step(), outcome(failed(3, 3))),
+                expected(4, step(), None),
+                expected(5, step(), outcome(done(3, 5, OperationResult::SaveState(path)))),
+            ],
+            slot: Some((policy(3, 1), blob(8))),
+        }
+    );
+    let names: Vec<_> = recovered
+        .checkpoints
+        .iter()
+        .map(|(c, files, policy)| (c.id.0, files.len(), policy.is_some()))
+        .collect();
+    assert_eq!(names, [(1, 1, false), (2, 3, true)]);
+    let mut live: Vec<_> = (1..=8).map(blob).collect();
+    live.sort_by_key(|blob| blob.digest);
+    assert_eq!(recovered.live_blobs, live);
+}

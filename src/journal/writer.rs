@@ -1,0 +1,85 @@
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use super::{Record, database::Database, error::JournalError};
+
+/// Most appends in one transaction: what waits longest waits for one commit of this many.
+const GROUP_APPENDS: usize = 1024;
+
+/// Called once, with what became of an append.
+pub(super) type Done = Box<dyn FnOnce(Result<(), JournalError>) + Send>;
+
+/// What the writer thread is asked to do.
+pub(super) enum Command {
+    Append(Append),
+    /// Finish what came before and close the file.
+    Close,
+}
+
+/// Facts on their way to the disk. Dropped unwritten, it says so.
+pub(super) struct Append {
+    records: Vec<Record>,
+    done: Option<Done>,
+}
+
+impl Append {
+    pub(super) fn new(records: Vec<Record>, done: Done) -> Self {
+        Self { records, done: Some(done) }
+    }
+
+    pub(super) fn finish(mut self, outcome: Result<(), JournalError>) {
+        if let Some(done) = self.done.take() {
+            done(outcome);
+        }
+    }
+}
+
+impl Drop for Append {
+    fn drop(&mut self) {
+        if let Some(done) = self.done.take() {
+            done(Err(JournalError::Closed));
+        }
+    }
+}
+
+/// The writer thread: commits what has queued, in order, until it is told to close or nobody is
+/// left to ask.
+pub(super) fn run(mut database: Database, queue: Receiver<Command>) {
+    let mut broken = None;
+    while let Ok(first) = queue.recv() {
+        let (group, go_on) = gather(first, &queue);
+        let verdicts = match &broken {
+            None => database.write(group.iter().map(|append| append.records.as_slice())),
+            Some(error) => vec![Err(JournalError::clone(error)); group.len()],
+        };
+        // After a failed sync the kernel may have dropped what it could not write, and the next
+        // sync would succeed without it: only opening the file again tells what is in it.
+        broken = verdicts.iter().find_map(|verdict| match verdict {
+            Err(error @ JournalError::Io { .. }) => Some(error.clone()),
+            _ => None,
+        });
+        for (append, verdict) in group.into_iter().zip(verdicts) {
+            append.finish(verdict);
+        }
+        if !go_on {
+            break;
+        }
+    }
+}
+
+/// What has queued behind `first`, and whether the journal stays open after it.
+fn gather(first: Command, queue: &Receiver<Command>) -> (Vec<Append>, bool) {
+    let mut group = Vec::new();
+    let mut next = Ok(first);
+    loop {
+        match next {
+            Ok(Command::Append(append)) => group.push(append),
+            Ok(Command::Close) => return (group, false),
+            Err(TryRecvError::Empty) => return (group, true),
+            Err(TryRecvError::Disconnected) => return (group, false),
+        }
+        if group.len() == GROUP_APPENDS {
+            return (group, true);
+        }
+        next = queue.try_recv();
+    }
+}
