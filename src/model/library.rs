@@ -1,11 +1,19 @@
-use std::{path::PathBuf, sync::Arc};
+//! The models that a process serves: described at once, loaded when first asked for.
 
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use super::{
+    BaseModel, ModelConfig, ModelError, TextCodec,
+    files::{ModelFiles, Stamp},
+};
 use crate::types::Digest;
 
-use super::{BaseModel, ModelConfig, ModelError};
-
 /// A model on disk under the name it is served by.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelSource {
     pub name: String,
     pub aliases: Vec<String>,
@@ -14,23 +22,180 @@ pub struct ModelSource {
 }
 
 /// The base models of a process: each is loaded once, when first asked for, and shared.
-pub struct Library {}
+pub struct Library {
+    models: Vec<Entry>,
+    /// Names and aliases, in lower case.
+    by_name: HashMap<String, usize>,
+}
+
+struct Entry {
+    source: ModelSource,
+    digest: Digest,
+    files: ModelFiles,
+    stamps: Vec<Stamp>,
+    /// Held while loading, so that whoever comes meanwhile waits for the one load.
+    loaded: Mutex<Option<Arc<BaseModel>>>,
+}
 
 impl Library {
     /// Reads each model's configuration and digest, not its weights.
     pub fn open(sources: Vec<ModelSource>) -> Result<Self, ModelError> {
-        let _ = sources;
-        todo!()
+        let mut library = Self { models: Vec::new(), by_name: HashMap::new() };
+        for source in sources {
+            library.claim_names(&source)?;
+            let files = ModelFiles::open(&source.path)?;
+            // Taken before hashing: a change in between is then seen at the load.
+            let stamps = files.stamps()?;
+            let digest = files.digest()?;
+            library.models.push(Entry { source, digest, files, stamps, loaded: Mutex::default() });
+        }
+        Ok(library)
     }
 
     /// Names offered, with their sources, configurations and digests.
     pub fn offers(&self) -> Vec<(ModelSource, ModelConfig, Digest)> {
-        todo!()
+        let offer = |entry: &Entry| (entry.source.clone(), entry.files.config.clone(), entry.digest);
+        self.models.iter().map(offer).collect()
     }
 
     /// The model of this name or alias; loads it (blocking, seconds) when nobody has yet.
+    ///
+    /// Callers that come while it loads wait for that load. A load that fails is tried again by
+    /// the next caller.
     pub fn load(&self, name: &str) -> Result<Arc<BaseModel>, ModelError> {
-        let _ = name;
-        todo!()
+        let entry = self.entry(name)?;
+        // A load that panicked left nothing behind: the slot is filled last.
+        let mut loaded = entry.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(model) = &*loaded {
+            return Ok(model.clone());
+        }
+        entry.check_unchanged()?;
+        let model = Arc::new(BaseModel {
+            name: entry.source.name.clone(),
+            config: entry.files.config.clone(),
+            weights: entry.files.load_weights()?,
+            text: entry.files.text.clone(),
+            digest: entry.digest,
+        });
+        *loaded = Some(model.clone());
+        Ok(model)
+    }
+
+    /// Tokenizer and chat template of a model, without its weights.
+    pub fn text(&self, name: &str) -> Result<Arc<TextCodec>, ModelError> {
+        Ok(self.entry(name)?.files.text.clone())
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry, ModelError> {
+        let unknown = || ModelError::Unknown { name: name.to_owned(), offered: self.offered() };
+        self.by_name.get(&name.to_lowercase()).map(|&index| &self.models[index]).ok_or_else(unknown)
+    }
+
+    fn offered(&self) -> String {
+        match self.models.is_empty() {
+            true => "none".to_owned(),
+            false => {
+                self.models.iter().map(|entry| entry.source.name.as_str()).collect::<Vec<_>>().join(", ")
+            }
+        }
+    }
+
+    fn claim_names(&mut self, source: &ModelSource) -> Result<(), ModelError> {
+        let index = self.models.len();
+        for name in std::iter::once(&source.name).chain(&source.aliases) {
+            let other = self.by_name.insert(name.to_lowercase(), index);
+            if let Some(other) = other.filter(|&other| other != index) {
+                let first = self.models[other].source.path.clone();
+                return Err(ModelError::NameTaken { name: name.clone(), first, second: source.path.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Entry {
+    fn check_unchanged(&self) -> Result<(), ModelError> {
+        let now = self.files.stamps()?;
+        match self.stamps.iter().zip(&now).find(|(then, now)| then != now) {
+            Some((changed, _)) => Err(ModelError::Changed { path: changed.path.clone() }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ChatMessage, tiny};
+
+    fn tiny_source(directory: &std::path::Path) -> ModelSource {
+        tiny::write(directory, &tiny::config(), 7).unwrap();
+        ModelSource {
+            name: "org/Tiny".to_owned(),
+            aliases: vec!["tiny".to_owned()],
+            path: directory.to_owned(),
+        }
+    }
+
+    #[test]
+    fn loads_a_model_once_and_shares_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let models: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| library.load("tiny").unwrap())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(models.iter().all(|model| Arc::ptr_eq(model, &models[0])));
+        let model = library.load("ORG/tiny").unwrap();
+        assert!(Arc::ptr_eq(&model, &models[0]), "alias and name are one model");
+
+        assert_eq!(model.name, "org/Tiny");
+        assert_eq!(model.config, tiny::config());
+        assert_eq!(model.digest, library.offers()[0].2);
+        assert_eq!(model.digest, BaseModel::load("other", directory.path()).unwrap().digest);
+        assert!(Arc::ptr_eq(&model.weights.embed.data, &model.weights.head.data), "a tied head is shared");
+        assert_eq!(model.weights.layers.len(), 2);
+        assert_eq!(model.weights.layers[1].down.in_features, 64);
+    }
+
+    #[test]
+    fn hands_out_text_without_loading() {
+        let directory = tempfile::tempdir().unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let text = library.text("tiny").unwrap();
+        let user = ChatMessage { role: "user".to_owned(), content: "Hi".to_owned() };
+        let prompt = text.apply_chat_template(&[user], true).unwrap();
+        assert_eq!(prompt, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+        let tokens = text.encode(&prompt).unwrap();
+        assert_eq!(tokens[0], 1);
+        assert_eq!(text.decode(&tokens, false), prompt);
+        assert!(library.models[0].loaded.lock().unwrap().is_none());
+    }
+
+    #[test]
+    fn refuses_an_unknown_name_and_says_what_is_offered() {
+        let directory = tempfile::tempdir().unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let error = library.load("gpt-5").err().unwrap();
+        assert_eq!(error, ModelError::Unknown { name: "gpt-5".to_owned(), offered: "org/Tiny".to_owned() });
+        assert_eq!(error.to_string(), "no model `gpt-5` is served here; offered: org/Tiny");
+    }
+
+    #[test]
+    fn refuses_two_models_of_one_name() {
+        let [one, two] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let error = Library::open(vec![tiny_source(one.path()), tiny_source(two.path())]).err().unwrap();
+        assert!(matches!(error, ModelError::NameTaken { name, .. } if name == "org/Tiny"));
+    }
+
+    #[test]
+    fn refuses_files_that_changed_after_the_digest_was_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let mut other = tiny::config();
+        other.rope_theta = 1_234_567.0;
+        tiny::write(directory.path(), &other, 7).unwrap();
+        let error = library.load("tiny").err().unwrap();
+        assert!(matches!(error, ModelError::Changed { .. }), "{error}");
     }
 }

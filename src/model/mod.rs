@@ -1,6 +1,8 @@
 //! Decoder, LoRA, losses, optimiser and loaders: the mathematics, which knows no actor.
 
 mod config;
+mod error;
+mod files;
 mod library;
 mod text;
 mod weights;
@@ -14,15 +16,18 @@ mod micro_batch;
 mod param_vector;
 mod state;
 
+pub mod tiny;
+
 pub use config::ModelConfig;
 pub use decoder::{
     AdapterRows, Batch, BatchSequence, Tape, Workspace, backward, forward, head_logits, head_logprobs,
 };
+pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use library::{Library, ModelSource};
 pub use lora::{Adapter, AdapterError, LoraEntry, LoraLayout};
 pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
 pub use param_vector::ParamVector;
 pub use state::{GradientKind, TrainState};
-pub use text::TextCodec;
-pub use weights::{BaseModel, BaseWeights, LayerWeights, ModelError};
+pub use text::{ChatMessage, TextCodec};
+pub use weights::{BaseModel, BaseWeights, LayerWeights};

@@ -1,0 +1,146 @@
+//! A model's files on disk, in either form: found, checked and described without reading the
+//! weights into memory.
+
+mod hugging_face;
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use memmap2::Mmap;
+use serde_json::{Map, Value};
+
+use super::{
+    BaseWeights, ModelConfig, ModelError, TextCodec,
+    weights::{self, Shards},
+};
+use crate::types::{Digest, Hasher};
+
+/// Largest text file (tokenizer.json, an index, a template) that is read into memory; Llama
+/// 3's tokenizer has 17 MB.
+const MAX_TEXT_BYTES: u64 = 64 << 20;
+
+/// A model whose files are all there and whose weights have the right names, types and shapes;
+/// the weights themselves were not read.
+pub(super) struct ModelFiles {
+    pub config: ModelConfig,
+    pub text: Arc<TextCodec>,
+    /// Every file it is made of, sorted by name.
+    files: Vec<PathBuf>,
+    form: Form,
+}
+
+enum Form {
+    HuggingFace(Shards),
+}
+
+impl ModelFiles {
+    /// Opens a Hugging Face directory or a GGUF file.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let metadata = fs::metadata(path).map_err(|error| ModelError::unreadable(path, &error))?;
+        if metadata.is_dir() {
+            hugging_face::open(path)
+        } else {
+            Err(ModelError::malformed(path, "GGUF is not read yet"))
+        }
+    }
+
+    /// Reads the weights: seconds, and four bytes of memory a weight.
+    pub fn load_weights(&self) -> Result<BaseWeights, ModelError> {
+        match &self.form {
+            Form::HuggingFace(shards) => weights::load(&self.config, &shards.open()?),
+        }
+    }
+
+    /// SHA-256 over each file's name and content, in the order of names; of a GGUF, the file's
+    /// own. So the digest names the model wherever its directory stands.
+    pub fn digest(&self) -> Result<Digest, ModelError> {
+        let mut hasher = Hasher::default();
+        for path in &self.files {
+            match &self.form {
+                Form::HuggingFace(_) => {
+                    let name = file_name(path);
+                    hasher.update(&(name.len() as u64).to_le_bytes());
+                    hasher.update(name.as_bytes());
+                    hasher.update(&Stamp::of(path)?.size.to_le_bytes());
+                }
+            }
+            hash_file(path, &mut hasher)?;
+        }
+        Ok(hasher.finish())
+    }
+
+    /// Size and time of every file, to see later whether one has changed.
+    pub fn stamps(&self) -> Result<Vec<Stamp>, ModelError> {
+        self.files.iter().map(|path| Stamp::of(path)).collect()
+    }
+}
+
+/// What tells a changed file from an unchanged one without reading it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Stamp {
+    pub path: PathBuf,
+    pub size: u64,
+    /// Since the Unix epoch.
+    pub modified_ns: u128,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Result<Self, ModelError> {
+        let unreadable = |error| ModelError::unreadable(path, &error);
+        let metadata = fs::metadata(path).map_err(unreadable)?;
+        let modified = metadata.modified().map_err(unreadable)?;
+        let since_epoch = modified.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Ok(Self { path: path.to_owned(), size: metadata.len(), modified_ns: since_epoch.as_nanos() })
+    }
+}
+
+/// Maps a file of weights read-only.
+pub(super) fn map_file(path: &Path) -> Result<Mmap, ModelError> {
+    let unreadable = |error| ModelError::unreadable(path, &error);
+    let file = File::open(path).map_err(unreadable)?;
+    // SAFETY: the map is read-only and lives as long as one load. A file that somebody truncates
+    // meanwhile kills the process (SIGBUS), as it does in every reader that maps weights; model
+    // files are installed by rename and never rewritten in place.
+    unsafe { Mmap::map(&file) }.map_err(unreadable)
+}
+
+/// A whole text file, refused when it is larger than any real one.
+pub(super) fn read_text(path: &Path) -> Result<String, ModelError> {
+    let unreadable = |error| ModelError::unreadable(path, &error);
+    let file = File::open(path).map_err(unreadable)?;
+    let size = file.metadata().map_err(unreadable)?.len();
+    if size > MAX_TEXT_BYTES {
+        return Err(ModelError::TooLarge { path: path.to_owned(), size, limit: MAX_TEXT_BYTES });
+    }
+    let mut text = String::new();
+    file.take(MAX_TEXT_BYTES).read_to_string(&mut text).map_err(unreadable)?;
+    Ok(text)
+}
+
+/// A file that holds one JSON object.
+pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>, ModelError> {
+    serde_json::from_str(&read_text(path)?).map_err(|error| ModelError::malformed(path, error.to_string()))
+}
+
+/// The last part of a path, for hashing and messages.
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn hash_file(path: &Path, hasher: &mut Hasher) -> Result<(), ModelError> {
+    /// Large enough that reading isn't bound by system calls.
+    const PIECE_BYTES: usize = 1 << 20;
+    let unreadable = |error| ModelError::unreadable(path, &error);
+    let mut file = File::open(path).map_err(unreadable)?;
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        match file.read(&mut piece).map_err(unreadable)? {
+            0 => return Ok(()),
+            read => hasher.update(&piece[..read]),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! A whole Hugging Face directory of a few kilobytes with random weights, for tests, examples
+//! and trials of a cluster: everything works on it as on a real model, except its answers.
+
+use std::{fs, io, path::Path};
+
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+use safetensors::{Dtype, tensor::TensorView};
+use serde_json::{Map, Value, json};
+
+use super::{
+    ModelConfig,
+    text::byte_level,
+    weights::{Weight, hugging_face_name},
+};
+
+/// Special tokens, ids 0, 1, 2: end of text, and ChatML's two.
+const SPECIAL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+
+/// ChatML without a system message of its own.
+const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' \
+     + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}\
+     {{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// Two layers of width 32, four heads that share two key/value heads, one token a byte.
+pub fn config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: SPECIAL_TOKENS.len() + 256,
+        hidden_size: 32,
+        intermediate_size: 64,
+        num_layers: 2,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 8,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        max_position_embeddings: 512,
+        tie_word_embeddings: true,
+        eos_token_ids: vec![2],
+    }
+}
+
+/// Writes a model of `config` into `directory` (made if absent): config.json, tokenizer.json,
+/// tokenizer_config.json and model.safetensors, in f32.
+///
+/// Linear weights are uniform in ±sqrt(3/in), norms one; the same seed gives the same bytes.
+/// The vocabulary must hold at least the 259 tokens of the tokenizer.
+pub fn write(directory: &Path, config: &ModelConfig, seed: u64) -> io::Result<()> {
+    fs::create_dir_all(directory)?;
+    let write_json = |file: &str, value: Value| fs::write(directory.join(file), value.to_string());
+    write_json("config.json", config_json(config))?;
+    write_json("tokenizer.json", tokenizer_json())?;
+    write_json(
+        "tokenizer_config.json",
+        json!({
+            "bos_token": SPECIAL_TOKENS[1],
+            "eos_token": SPECIAL_TOKENS[2],
+            "chat_template": CHAT_TEMPLATE,
+        }),
+    )?;
+    let tensors = random_tensors(config, seed);
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(io::Error::other)?;
+        Ok((name.as_str(), view))
+    });
+    let views = views.collect::<io::Result<Vec<_>>>()?;
+    safetensors::serialize_to_file(views, None, &directory.join("model.safetensors"))
+        .map_err(io::Error::other)
+}
+
+fn config_json(config: &ModelConfig) -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "eos_token_id": config.eos_token_ids,
+    })
+}
+
+fn tokenizer_json() -> Value {
+    let special = |(id, content): (usize, &&str)| {
+        json!({
+            "id": id, "content": content, "special": true,
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        })
+    };
+    let tokens = SPECIAL_TOKENS.iter().map(|token| token.to_string());
+    let tokens = tokens.chain((0..=255).map(|byte| byte_level::character_of(byte).to_string()));
+    let vocabulary: Map<String, Value> = tokens.enumerate().map(|(id, token)| (token, id.into())).collect();
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": SPECIAL_TOKENS.iter().enumerate().map(special).collect::<Vec<_>>(),
+        "normalizer": null,
+        "pre_tokenizer": byte_level,
+        "post_processor": null,
+        "decoder": byte_level,
+        "model": { "type": "BPE", "vocab": vocabulary, "merges": [] },
+    })
+}
+
+fn random_tensors(config: &ModelConfig, seed: u64) -> Vec<(String, Vec<usize>, Vec<u8>)> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let tensor = |weight: Weight| {
+        let shape = weight.shape(config);
+        let count = shape.iter().product();
+        let values: Vec<f32> = match shape[..] {
+            [_, in_features] => {
+                let bound = (3.0 / in_features as f32).sqrt();
+                // 24 bits: every value of the unit interval's grid is an f32.
+                let uniform = |word: u32| (word >> 8) as f32 / (1 << 23) as f32 - 1.0;
+                (0..count).map(|_| bound * uniform(random.next_u32())).collect()
+            }
+            _ => vec![1.0; count],
+        };
+        (hugging_face_name(weight), shape, values.into_iter().flat_map(f32::to_le_bytes).collect())
+    };
+    Weight::all(config).map(tensor).collect()
+}

@@ -1,0 +1,220 @@
+//! The frozen weights of a decoder, and how they come from a file into memory.
+//!
+//! [`Weight`] names each one; a [`TensorSource`] is a file format. [`check`] compares a
+//! source's names and shapes with the configuration, [`load`] reads the values.
+
+mod safetensors;
+
+use std::{collections::HashSet, path::Path, sync::Arc};
+
+use super::{ModelConfig, ModelError, TextCodec, files::ModelFiles};
+use crate::{kernels::Matrix, types::Digest};
+
+pub(super) use self::safetensors::{Shards, hugging_face_name};
+
+/// A base model in memory: frozen, shared by every rank and replica of a process.
+pub struct BaseModel {
+    pub name: String,
+    pub config: ModelConfig,
+    pub weights: BaseWeights,
+    pub text: Arc<TextCodec>,
+    /// SHA-256 over the files it was loaded from.
+    pub digest: Digest,
+}
+
+/// Weights of a decoder, f32.
+pub struct BaseWeights {
+    /// `[vocab, hidden]`.
+    pub embed: Matrix,
+    pub layers: Vec<LayerWeights>,
+    /// `[hidden]`.
+    pub final_norm: Vec<f32>,
+    /// `[vocab, hidden]`; the same allocation as `embed` when tied.
+    pub head: Matrix,
+}
+
+/// Weights of one decoder block.
+pub struct LayerWeights {
+    pub attn_norm: Vec<f32>,
+    pub q: Matrix,
+    pub k: Matrix,
+    pub v: Matrix,
+    pub o: Matrix,
+    pub mlp_norm: Vec<f32>,
+    pub gate: Matrix,
+    pub up: Matrix,
+    pub down: Matrix,
+}
+
+impl BaseModel {
+    /// Loads a Hugging Face directory or a GGUF file.
+    ///
+    /// Blocks for seconds: reads and hashes every byte. A [`Library`](super::Library) does it
+    /// once for a process.
+    pub fn load(name: &str, path: &Path) -> Result<Self, ModelError> {
+        let files = ModelFiles::open(path)?;
+        let weights = files.load_weights()?;
+        let digest = files.digest()?;
+        Ok(Self { name: name.to_owned(), config: files.config, weights, text: files.text, digest })
+    }
+}
+
+/// One weight of a decoder, whatever a file format calls it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Weight {
+    Embed,
+    FinalNorm,
+    Head,
+    Layer(usize, LayerWeight),
+}
+
+/// One weight of a decoder block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LayerWeight {
+    AttnNorm,
+    Q,
+    K,
+    V,
+    O,
+    MlpNorm,
+    Gate,
+    Up,
+    Down,
+}
+
+const LAYER_WEIGHTS: [LayerWeight; 9] = {
+    use LayerWeight::*;
+    [AttnNorm, Q, K, V, O, MlpNorm, Gate, Up, Down]
+};
+
+impl Weight {
+    /// Its shape: `[out, in]` of a linear layer, `[width]` of a norm.
+    pub fn shape(self, config: &ModelConfig) -> Vec<usize> {
+        let hidden = config.hidden_size;
+        let queries = config.num_heads * config.head_dim;
+        let keys = config.num_kv_heads * config.head_dim;
+        match self {
+            Self::Embed | Self::Head => vec![config.vocab_size, hidden],
+            Self::FinalNorm => vec![hidden],
+            Self::Layer(_, weight) => match weight {
+                LayerWeight::AttnNorm | LayerWeight::MlpNorm => vec![hidden],
+                LayerWeight::Q => vec![queries, hidden],
+                LayerWeight::K | LayerWeight::V => vec![keys, hidden],
+                LayerWeight::O => vec![hidden, queries],
+                LayerWeight::Gate | LayerWeight::Up => vec![config.intermediate_size, hidden],
+                LayerWeight::Down => vec![hidden, config.intermediate_size],
+            },
+        }
+    }
+
+    /// Every weight that `config` calls for.
+    pub fn all(config: &ModelConfig) -> impl Iterator<Item = Self> {
+        let layers =
+            (0..config.num_layers).flat_map(|layer| LAYER_WEIGHTS.map(|weight| Self::Layer(layer, weight)));
+        let head = (!config.tie_word_embeddings).then_some(Self::Head);
+        [Self::Embed, Self::FinalNorm].into_iter().chain(head).chain(layers)
+    }
+}
+
+/// A file format that holds weights: safetensors or GGUF.
+pub(super) trait TensorSource {
+    /// What the format calls a weight.
+    fn name(&self, weight: Weight) -> String;
+
+    /// Names of all tensors in the file.
+    fn names(&self) -> impl Iterator<Item = &str>;
+
+    /// The tensor's shape, outermost dimension first, if the file holds it in a number format
+    /// that can be read.
+    fn shape(&self, name: &str) -> Result<Vec<usize>, ModelError>;
+
+    /// The weight's values in f32, row-major, in the order of the Hugging Face layout.
+    fn values(&self, weight: Weight, config: &ModelConfig) -> Result<Vec<f32>, ModelError>;
+
+    /// The file that holds the tensor, for messages.
+    fn path_of(&self, name: &str) -> &Path;
+
+    /// Tensors that decoders of this family carry and nobody reads.
+    fn is_ignored(&self, name: &str) -> bool;
+}
+
+/// Refuses a source whose tensors aren't exactly those that `config` calls for.
+pub(super) fn check(config: &ModelConfig, source: &impl TensorSource) -> Result<(), ModelError> {
+    let mut expected = HashSet::new();
+    for weight in Weight::all(config) {
+        let tensor = source.name(weight);
+        let (shape, found) = (weight.shape(config), source.shape(&tensor)?);
+        if shape != found {
+            let path = source.path_of(&tensor).to_owned();
+            return Err(ModelError::TensorShape { path, tensor, expected: shape, found });
+        }
+        expected.insert(tensor);
+    }
+    // A tied head may be stored all the same; whether it equals the embedding shows in `load`.
+    let head = source.name(Weight::Head);
+    let extra =
+        source.names().find(|&name| !expected.contains(name) && name != head && !source.is_ignored(name));
+    match extra {
+        Some(tensor) => {
+            let path = source.path_of(tensor).to_owned();
+            Err(ModelError::UnexpectedTensor { path, tensor: tensor.to_owned() })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Reads all weights of a source that [`check`] has passed.
+pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<BaseWeights, ModelError> {
+    check(config, source)?;
+    let values = |weight: Weight| -> Result<Vec<f32>, ModelError> {
+        let values = source.values(weight, config)?;
+        debug_assert_eq!(values.len(), weight.shape(config).iter().product::<usize>());
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(index) => {
+                let tensor = source.name(weight);
+                Err(ModelError::NotFinite { path: source.path_of(&tensor).to_owned(), tensor, index })
+            }
+        }
+    };
+    let matrix = |weight: Weight| -> Result<Matrix, ModelError> {
+        let shape = weight.shape(config);
+        Ok(Matrix { out_features: shape[0], in_features: shape[1], data: Arc::new(values(weight)?) })
+    };
+    let layer = |layer: usize| -> Result<LayerWeights, ModelError> {
+        let values = |weight| values(Weight::Layer(layer, weight));
+        let matrix = |weight| matrix(Weight::Layer(layer, weight));
+        Ok(LayerWeights {
+            attn_norm: values(LayerWeight::AttnNorm)?,
+            q: matrix(LayerWeight::Q)?,
+            k: matrix(LayerWeight::K)?,
+            v: matrix(LayerWeight::V)?,
+            o: matrix(LayerWeight::O)?,
+            mlp_norm: values(LayerWeight::MlpNorm)?,
+            gate: matrix(LayerWeight::Gate)?,
+            up: matrix(LayerWeight::Up)?,
+            down: matrix(LayerWeight::Down)?,
+        })
+    };
+    let embed = matrix(Weight::Embed)?;
+    let head = match config.tie_word_embeddings {
+        true => tied_head(config, source, &embed)?,
+        false => matrix(Weight::Head)?,
+    };
+    let layers = (0..config.num_layers).map(layer).collect::<Result<_, _>>()?;
+    Ok(BaseWeights { embed, layers, final_norm: values(Weight::FinalNorm)?, head })
+}
+
+/// The embedding as head; a head that is stored beside it must be the same.
+fn tied_head(config: &ModelConfig, source: &impl TensorSource, embed: &Matrix) -> Result<Matrix, ModelError> {
+    let tensor = source.name(Weight::Head);
+    if source.names().any(|name| name == tensor) {
+        let shape = source.shape(&tensor)?;
+        let same_shape = shape == Weight::Head.shape(config);
+        if !same_shape || source.values(Weight::Head, config)? != *embed.data {
+            let problem = "is true, but the file holds another head than the embedding";
+            return Err(ModelError::unsupported(source.path_of(&tensor), "tie_word_embeddings", problem));
+        }
+    }
+    Ok(embed.clone())
+}
