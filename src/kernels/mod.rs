@@ -5,4 +5,4 @@ mod matrix;
 mod threads;
 
 pub use matrix::Matrix;
-pub use threads::{CoreBudget, Lease, Priority, Team};
+pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};
