@@ -51,6 +51,11 @@ impl Matrix {
         self.out_features
     }
 
+    /// Whether both are the same weights in memory, as a tied head and its embedding.
+    pub fn shares_storage(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.panels, &other.panels)
+    }
+
     /// Number of inputs.
     pub fn in_features(&self) -> usize {
         self.in_features

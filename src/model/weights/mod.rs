@@ -179,7 +179,7 @@ pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<B
     };
     let matrix = |weight: Weight| -> Result<Matrix, ModelError> {
         let shape = weight.shape(config);
-        Ok(Matrix { out_features: shape[0], in_features: shape[1], data: Arc::new(values(weight)?) })
+        Ok(Matrix::from_rows(shape[0], shape[1], &values(weight)?))
     };
     let layer = |layer: usize| -> Result<LayerWeights, ModelError> {
         let values = |weight| values(Weight::Layer(layer, weight));
@@ -208,10 +208,17 @@ pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<B
 /// The embedding as head; a head that is stored beside it must be the same.
 fn tied_head(config: &ModelConfig, source: &impl TensorSource, embed: &Matrix) -> Result<Matrix, ModelError> {
     let tensor = source.name(Weight::Head);
+    let rows = || -> Vec<f32> {
+        let mut rows = vec![0.0; embed.out_features() * embed.in_features()];
+        rows.chunks_exact_mut(embed.in_features())
+            .enumerate()
+            .for_each(|(token, row)| embed.copy_row(token, row));
+        rows
+    };
     if source.names().any(|name| name == tensor) {
         let shape = source.shape(&tensor)?;
         let same_shape = shape == Weight::Head.shape(config);
-        if !same_shape || source.values(Weight::Head, config)? != *embed.data {
+        if !same_shape || source.values(Weight::Head, config)? != rows() {
             let problem = "is true, but the file holds another head than the embedding";
             return Err(ModelError::unsupported(source.path_of(&tensor), "tie_word_embeddings", problem));
         }
