@@ -1,5 +1,17 @@
 //! One replica: admission, continuous batching, KV cache, versions, generation.
 
+mod budget;
+mod error;
+mod schedule;
+mod slots;
+mod state;
+
+mod draw;
+mod numerics;
+mod stop;
+
+pub use error::SamplerError;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -75,11 +87,18 @@ impl actix::Actor for SamplerReplica {
 }
 
 impl SamplerReplica {
-    /// Starts the actor (in the current actix system) and its compute thread.
+    /// Starts the actor (in the current actix system) and its threads, which end with it.
+    ///
+    /// `reports` must be drained: a replica whose report finds no room calls `on_death`, because
+    /// its coordinator would wait for it for ever.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses a thread.
     pub fn launch(
         config: ReplicaConfig,
         reports: tokio::sync::mpsc::Sender<ReplicaReport>,
-    ) -> actix::Addr<Self> {
+    ) -> std::io::Result<actix::Addr<Self>> {
         let _ = (config, reports);
         todo!()
     }
