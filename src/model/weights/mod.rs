@@ -208,20 +208,21 @@ pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<B
 /// The embedding as head; a head that is stored beside it must be the same.
 fn tied_head(config: &ModelConfig, source: &impl TensorSource, embed: &Matrix) -> Result<Matrix, ModelError> {
     let tensor = source.name(Weight::Head);
-    let rows = || -> Vec<f32> {
-        let mut rows = vec![0.0; embed.out_features() * embed.in_features()];
-        rows.chunks_exact_mut(embed.in_features())
-            .enumerate()
-            .for_each(|(token, row)| embed.copy_row(token, row));
-        rows
-    };
     if source.names().any(|name| name == tensor) {
-        let shape = source.shape(&tensor)?;
-        let same_shape = shape == Weight::Head.shape(config);
-        if !same_shape || source.values(Weight::Head, config)? != rows() {
+        let same_shape = source.shape(&tensor)? == Weight::Head.shape(config);
+        if !same_shape || !holds(embed, &source.values(Weight::Head, config)?) {
             let problem = "is true, but the file holds another head than the embedding";
             return Err(ModelError::unsupported(source.path_of(&tensor), "tie_word_embeddings", problem));
         }
     }
     Ok(embed.clone())
+}
+
+/// Whether the matrix was made of `rows`.
+fn holds(matrix: &Matrix, rows: &[f32]) -> bool {
+    let mut row = vec![0.0; matrix.in_features()];
+    rows.chunks_exact(matrix.in_features()).enumerate().all(|(output, expected)| {
+        matrix.copy_row(output, &mut row);
+        row == expected
+    })
 }

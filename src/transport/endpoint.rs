@@ -1,0 +1,81 @@
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+
+use super::{Connection, Identity, MemoryNetwork, Role, TransportError, memory, quic};
+
+/// A socket that accepts and makes connections: QUIC or in memory. Dropping the last clone stops
+/// accepting; connections live on until they are dropped.
+#[derive(Clone)]
+pub struct Endpoint(Kind);
+
+#[derive(Clone)]
+enum Kind {
+    Quic(Arc<quic::Socket>),
+    Memory(Arc<memory::Station>),
+}
+
+impl Endpoint {
+    /// Binds a UDP socket (port 0: any). Must be called inside a tokio runtime. An identity of the
+    /// role `Client` only connects.
+    pub fn quic(bind: SocketAddr, identity: Identity, alpn: &[u8]) -> Result<Self, TransportError> {
+        quic::Socket::bind(bind, identity, alpn).map(|socket| Self(Kind::Quic(Arc::new(socket))))
+    }
+
+    /// An endpoint of an in-memory network; its address is `memory:<name>`. Names are unique on
+    /// a network, whatever the role, until the endpoint is closed or dropped.
+    pub fn memory(network: &MemoryNetwork, role: Role, name: &str) -> Result<Self, TransportError> {
+        memory::Station::register(network, role, name).map(|station| Self(Kind::Memory(Arc::new(station))))
+    }
+
+    /// Where this endpoint is reached: `IP:PORT` or `memory:<name>`.
+    pub fn local_address(&self) -> String {
+        match &self.0 {
+            Kind::Quic(socket) => socket.local_address(),
+            Kind::Memory(station) => station.local_address(),
+        }
+    }
+
+    /// Connects, checks that the other end has `role` (by the DNS name of its certificate),
+    /// within `deadline`. Somebody who comes to the address before the deadline is found.
+    ///
+    /// Returns once the other end has checked us too: a certificate or protocol that it refuses
+    /// is an error here, not on the first stream.
+    pub async fn connect(
+        &self,
+        address: &str,
+        role: Role,
+        deadline: Duration,
+    ) -> Result<Connection, TransportError> {
+        let connecting = async {
+            match &self.0 {
+                Kind::Quic(socket) => socket.connect(address, role).await,
+                Kind::Memory(station) => station.connect(address, role).await,
+            }
+        };
+        tokio::time::timeout(deadline, connecting)
+            .await
+            .unwrap_or_else(|_| Err(TransportError::ConnectTimeout { address: address.into(), deadline }))
+    }
+
+    /// The next connection whose handshake succeeded; `None` once closed. A failed handshake
+    /// is logged and costs the others nothing.
+    pub async fn accept(&self) -> Option<Connection> {
+        match &self.0 {
+            Kind::Quic(socket) => socket.accept().await,
+            Kind::Memory(station) => station.accept().await,
+        }
+    }
+
+    /// Closes every connection.
+    pub async fn close(&self) {
+        match &self.0 {
+            Kind::Quic(socket) => socket.close().await,
+            Kind::Memory(station) => station.close(),
+        }
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Endpoint({})", self.local_address())
+    }
+}

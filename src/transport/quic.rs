@@ -1,0 +1,364 @@
+//! The twin over UDP: quinn with the certificates of one cluster.
+//!
+//! A server sees a client's certificate after the client's own handshake has ended (TLS 1.3), so
+//! a client could not tell "accepted" from "about to be refused". Hence the welcome: once the
+//! server has checked the client and has room for it, it opens an empty unidirectional stream, and
+//! `connect` waits for that.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use quinn::{
+    ConnectionError, IdleTimeout, ReadError, StoppedError, TransportConfig, TransportErrorCode, WriteError,
+};
+use rustls_pki_types::CertificateDer;
+use tokio::{
+    sync::{Mutex, Semaphore, mpsc},
+    task::AbortHandle,
+    time::timeout,
+};
+
+use super::{
+    Connection, Identity, MAX_STREAMS, Peer, Role, Stream, TransportError,
+    connection::Wire,
+    name,
+    stream::{RecvWire, SendWire},
+    tls,
+};
+
+/// Silence after which the other end counts as gone. Control threads answer within milliseconds;
+/// 30 s outlives a machine that swaps or a switch that restarts.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Six keep-alives fit into the idle timeout: five may be lost.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// A handshake takes two round trips; one that takes longer than this is no peer of ours.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Handshakes at once; more are told to come again. A cluster that restarts brings a few hundred.
+const MAX_HANDSHAKES: usize = 512;
+
+/// Handshakes at once from which an address must prove that it receives (QUIC's retry), so that
+/// forged ones can't hold the rest.
+const UNVALIDATED_HANDSHAKES: usize = 64;
+
+/// Connections whose handshake is done and that nobody has accepted yet.
+const ACCEPT_QUEUE: usize = 64;
+
+/// Unread bytes of one stream: 8 MiB keep 1 Gbit/s busy over 60 ms.
+const STREAM_WINDOW: u32 = 8 << 20;
+
+/// Unread bytes of one connection: 32 streams whose reader has stalled do not stall the others.
+const CONNECTION_WINDOW: u32 = 256 << 20;
+
+/// Sent and not acknowledged bytes of one connection.
+const SEND_WINDOW: u64 = 32 << 20;
+
+/// How long `close` waits for the other ends to hear of it.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Application error codes on the wire; the reason beside them is for people.
+const CODE_CLOSED: u32 = 0;
+const CODE_DROPPED: u32 = 1;
+
+/// Pieces taken from quinn under one lock.
+const PIECES: usize = 32;
+
+/// A bound socket.
+pub(super) struct Socket {
+    endpoint: quinn::Endpoint,
+    client: quinn::ClientConfig,
+    cluster: String,
+    accepted: Mutex<mpsc::Receiver<Connection>>,
+    acceptor: AbortHandle,
+    local: SocketAddr,
+}
+
+impl Socket {
+    pub(super) fn bind(bind: SocketAddr, identity: Identity, alpn: &[u8]) -> Result<Self, TransportError> {
+        let transport = Arc::new(transport_config());
+        let mut client = quinn::ClientConfig::new(Arc::new(tls::client_config(&identity, alpn)?));
+        client.transport_config(transport.clone());
+        let server = match identity.role() {
+            Role::Client => None,
+            Role::Coordinator | Role::Node | Role::Gateway => {
+                let mut server =
+                    quinn::ServerConfig::with_crypto(Arc::new(tls::server_config(&identity, alpn)?));
+                server.transport_config(transport);
+                Some(server)
+            }
+        };
+
+        let bind_error = |source: io::Error| match source.kind() {
+            io::ErrorKind::AddrInUse => TransportError::AddressInUse { address: bind.to_string() },
+            _ => TransportError::Bind { address: bind.to_string(), source },
+        };
+        let socket = UdpSocket::bind(bind).map_err(bind_error)?;
+        let endpoint = quinn::Endpoint::new(
+            quinn::EndpointConfig::default(),
+            server,
+            socket,
+            Arc::new(quinn::TokioRuntime),
+        )
+        .map_err(bind_error)?;
+        let local = endpoint.local_addr().map_err(bind_error)?;
+
+        let (ready, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let cluster = identity.cluster().to_owned();
+        let acceptor = tokio::spawn(accept_all(endpoint.clone(), cluster.clone(), ready)).abort_handle();
+        Ok(Self { endpoint, client, cluster, accepted: Mutex::new(accepted), acceptor, local })
+    }
+
+    pub(super) fn local_address(&self) -> String {
+        self.local.to_string()
+    }
+
+    pub(super) async fn connect(&self, address: &str, role: Role) -> Result<Connection, TransportError> {
+        let to = self.resolve(address).await?;
+        let connecting = self
+            .endpoint
+            .connect_with(self.client.clone(), to, &name::role_dns_name(role, &self.cluster))
+            .map_err(|e| match e {
+                quinn::ConnectError::EndpointStopping => TransportError::EndpointClosed,
+                other => {
+                    TransportError::InvalidAddress { address: address.into(), reason: other.to_string() }
+                }
+            })?;
+        let failed = |e| connect_error(address, role, e);
+        let connection = connecting.await.map_err(failed)?;
+        // The welcome.
+        connection.accept_uni().await.map_err(failed)?;
+        let peer = peer_of(&connection, &self.cluster)?;
+        Ok(Connection::new(peer, Wire::Quic(Link(connection))))
+    }
+
+    /// The first address behind a name that this socket's family reaches.
+    async fn resolve(&self, address: &str) -> Result<SocketAddr, TransportError> {
+        let invalid =
+            |reason: &str| TransportError::InvalidAddress { address: address.into(), reason: reason.into() };
+        let (host, port) = address.rsplit_once(':').ok_or_else(|| invalid("expected HOST:PORT"))?;
+        match port.parse::<u16>() {
+            Ok(0) | Err(_) => return Err(invalid("expected a port from 1 to 65535 behind the last `:`")),
+            Ok(_) if host.is_empty() => return Err(invalid("expected HOST:PORT")),
+            Ok(_) => {}
+        }
+        let unreachable = |reason: String| TransportError::Unreachable { address: address.into(), reason };
+        let mut found = tokio::net::lookup_host(address).await.map_err(|e| unreachable(e.to_string()))?;
+        found.find(|a| a.is_ipv4() || self.local.is_ipv6()).ok_or_else(|| {
+            unreachable(format!("it has no IPv4 address, and this process listens on {}", self.local))
+        })
+    }
+
+    pub(super) async fn accept(&self) -> Option<Connection> {
+        self.accepted.lock().await.recv().await
+    }
+
+    pub(super) async fn close(&self) {
+        self.endpoint.close(CODE_CLOSED.into(), b"shutting down");
+        // Bounded: a peer that is gone does not hold up our exit.
+        let _ = timeout(CLOSE_DEADLINE, self.endpoint.wait_idle()).await;
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.acceptor.abort();
+    }
+}
+
+fn transport_config() -> TransportConfig {
+    let mut config = TransportConfig::default();
+    config
+        .max_concurrent_bidi_streams(MAX_STREAMS.into())
+        // The welcome, and nothing else.
+        .max_concurrent_uni_streams(1u8.into())
+        .stream_receive_window(STREAM_WINDOW.into())
+        .receive_window(CONNECTION_WINDOW.into())
+        .send_window(SEND_WINDOW)
+        .datagram_receive_buffer_size(None)
+        .keep_alive_interval(Some(KEEP_ALIVE))
+        .max_idle_timeout(Some(
+            IdleTimeout::try_from(IDLE_TIMEOUT).expect("30 s fit a variable-length integer"),
+        ));
+    config
+}
+
+/// Runs every handshake in a task of its own, so that a slow one holds up nobody.
+async fn accept_all(endpoint: quinn::Endpoint, cluster: String, ready: mpsc::Sender<Connection>) {
+    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    while let Some(incoming) = endpoint.accept().await {
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            incoming.refuse();
+            continue;
+        };
+        let busy = MAX_HANDSHAKES - slots.available_permits() > UNVALIDATED_HANDSHAKES;
+        if busy && incoming.may_retry() {
+            // Checked: `retry` fails only for one that has been retried.
+            let _ = incoming.retry();
+            continue;
+        }
+        let (cluster, ready) = (cluster.clone(), ready.clone());
+        tokio::spawn(async move {
+            let from = incoming.remote_address();
+            match timeout(HANDSHAKE_DEADLINE, welcome(incoming, &cluster, &ready)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%from, %error, "refused a connection"),
+                Err(_) => tracing::warn!(%from, "refused a connection: its handshake did not end in time"),
+            }
+            drop(slot);
+        });
+    }
+}
+
+/// Completes one handshake, reads who it is and queues it.
+async fn welcome(
+    incoming: quinn::Incoming,
+    cluster: &str,
+    ready: &mpsc::Sender<Connection>,
+) -> Result<(), TransportError> {
+    let connection = incoming.await.map_err(stream_error)?;
+    let peer = match peer_of(&connection, cluster) {
+        Ok(peer) => peer,
+        Err(error) => {
+            connection.close(CODE_CLOSED.into(), error.to_string().as_bytes());
+            return Err(error);
+        }
+    };
+    let place = ready.reserve().await.map_err(|_| TransportError::EndpointClosed)?;
+    let mut welcome = connection.open_uni().await.map_err(stream_error)?;
+    // Fails only if it was finished before.
+    let _ = welcome.finish();
+    tracing::debug!(%peer, from = %connection.remote_address(), "accepted a connection");
+    place.send(Connection::new(peer, Wire::Quic(Link(connection))));
+    Ok(())
+}
+
+/// Who the verified certificate names.
+fn peer_of(connection: &quinn::Connection, cluster: &str) -> Result<Peer, TransportError> {
+    let chain =
+        connection.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
+    match chain.as_deref().map(Vec::as_slice) {
+        Some([certificate, ..]) => tls::peer_of_certificate(certificate, cluster),
+        _ => Err(TransportError::Certificate("the other end showed none".into())),
+    }
+}
+
+/// An established connection.
+#[derive(Clone)]
+pub(super) struct Link(quinn::Connection);
+
+impl Link {
+    pub(super) async fn open_stream(&self) -> Result<Stream, TransportError> {
+        self.0.open_bi().await.map(into_stream).map_err(stream_error)
+    }
+
+    pub(super) async fn accept_stream(&self) -> Result<Stream, TransportError> {
+        self.0.accept_bi().await.map(into_stream).map_err(stream_error)
+    }
+
+    pub(super) async fn closed(&self) -> TransportError {
+        stream_error(self.0.closed().await)
+    }
+
+    pub(super) fn close(&self, reason: &str) {
+        self.0.close(CODE_CLOSED.into(), reason.as_bytes());
+    }
+}
+
+fn into_stream((send, recv): (quinn::SendStream, quinn::RecvStream)) -> Stream {
+    Stream::new(SendWire::Quic(Writer(send)), RecvWire::Quic(Reader(recv)))
+}
+
+pub(super) struct Writer(quinn::SendStream);
+
+impl Writer {
+    pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), TransportError> {
+        self.0.write_all(bytes).await.map_err(|e| match e {
+            WriteError::Stopped(_) => TransportError::Stopped,
+            WriteError::ConnectionLost(e) => stream_error(e),
+            WriteError::ClosedStream | WriteError::ZeroRttRejected => {
+                TransportError::NotWritable { reason: "it was closed" }
+            }
+        })
+    }
+
+    /// quinn's own `finish` returns at once; `stopped` returns when everything is acknowledged, or
+    /// the other end has stopped reading.
+    pub(super) async fn finish(&mut self) -> Result<(), TransportError> {
+        // Fails if the other end stopped reading, which `stopped` then says.
+        let _ = self.0.finish();
+        match self.0.stopped().await {
+            Ok(_) => Ok(()),
+            Err(StoppedError::ConnectionLost(e)) => Err(stream_error(e)),
+            Err(StoppedError::ZeroRttRejected) => {
+                Err(TransportError::NotWritable { reason: "it was closed" })
+            }
+        }
+    }
+
+    pub(super) fn reset(&mut self) {
+        // Fails only if it was reset before.
+        let _ = self.0.reset(CODE_DROPPED.into());
+    }
+}
+
+pub(super) struct Reader(quinn::RecvStream);
+
+impl Reader {
+    /// Appends what has arrived; `false` at the end.
+    pub(super) async fn read(&mut self, into: &mut VecDeque<Bytes>) -> Result<bool, TransportError> {
+        let mut pieces = [const { Bytes::new() }; PIECES];
+        match self.0.read_chunks(&mut pieces).await {
+            Ok(Some(count)) => {
+                into.extend(pieces.into_iter().take(count));
+                Ok(true)
+            }
+            Ok(None) => Ok(false),
+            Err(ReadError::Reset(_)) => Err(TransportError::Reset),
+            Err(ReadError::ConnectionLost(e)) => Err(stream_error(e)),
+            Err(e) => Err(TransportError::Lost { reason: e.to_string() }),
+        }
+    }
+}
+
+/// Why a connection attempt failed. TLS alerts are QUIC errors 0x100 to 0x1ff (RFC 9001, 4.8).
+fn connect_error(address: &str, role: Role, error: ConnectionError) -> TransportError {
+    let is_tls = |code: TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
+    let address = address.to_owned();
+    match error {
+        ConnectionError::TransportError(e) if is_tls(e.code) => {
+            TransportError::Untrusted { address, role: role.as_str(), reason: e.reason }
+        }
+        ConnectionError::ConnectionClosed(e) if is_tls(e.error_code) => {
+            TransportError::Refused { address, reason: e.to_string() }
+        }
+        ConnectionError::ConnectionClosed(e) if e.error_code == TransportErrorCode::CONNECTION_REFUSED => {
+            TransportError::Busy { address }
+        }
+        ConnectionError::VersionMismatch => {
+            TransportError::Refused { address, reason: "it speaks another version of QUIC".into() }
+        }
+        // quinn's own limit for a handshake is the idle timeout.
+        ConnectionError::TimedOut => TransportError::ConnectTimeout { address, deadline: IDLE_TIMEOUT },
+        other => stream_error(other),
+    }
+}
+
+/// Why an established connection is gone.
+fn stream_error(error: ConnectionError) -> TransportError {
+    match error {
+        ConnectionError::ApplicationClosed(e) => {
+            TransportError::ClosedByPeer { reason: String::from_utf8_lossy(&e.reason).into_owned() }
+        }
+        ConnectionError::LocallyClosed => TransportError::ClosedLocally,
+        ConnectionError::TimedOut => TransportError::TimedOut,
+        other => TransportError::Lost { reason: other.to_string() },
+    }
+}
