@@ -4,6 +4,10 @@ use super::ModelConfig;
 pub struct KvCache {}
 
 impl KvCache {
+    /// Positions that are allocated, and shared between forks, together: what admission to a
+    /// replica reserves is a multiple of it.
+    pub const BLOCK: usize = 64;
+
     /// An empty cache.
     pub fn new(config: &ModelConfig) -> Self {
         let _ = config;
