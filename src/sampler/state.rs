@@ -276,8 +276,8 @@ impl SamplerState {
         self.models[model.0].weights = Weights::Cold;
         let waiting = self.works.iter().filter(|(_, work)| work.model == model).map(|(&key, _)| key);
         for key in waiting.collect::<Vec<_>>() {
-            self.finish(key, effects);
             effects.push(failed(key, error.clone()));
+            self.finish(key, effects);
         }
     }
 
@@ -363,11 +363,11 @@ impl SamplerState {
             // One that was cancelled meanwhile is unknown to both sides by now.
             self.leaving.retain(|&leaving| leaving != key);
             if self.requests.contains_key(&key) {
-                self.finish(key, effects);
                 effects.push(match outcome {
                     Ok(result) => Effect::Answer { key, reply: GenerateReply::Done(result) },
                     Err(error) => failed(key, error),
                 });
+                self.finish(key, effects);
             }
         }
     }
@@ -439,3 +439,6 @@ fn settle(policy: PolicyId, fate: Fate, effects: &mut Vec<Effect>) {
         effects.push(Effect::Forget(policy));
     }
 }
+
+#[cfg(test)]
+mod tests;
