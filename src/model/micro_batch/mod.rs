@@ -1,33 +1,25 @@
+mod output;
+
 use std::ops::Range;
 
 use crate::{
     kernels::Team,
-    types::{Datum, DatumOutput, InvalidInput, LossSpec, OperationError},
+    types::{Datum, InvalidInput, LossSpec, OperationError},
 };
 
 use super::{AdapterRows, BaseModel, ModelConfig, Workspace};
+
+pub use output::MicroBatchOutput;
 
 /// A datum checked against the loss and the model, ready to compute.
 pub struct Example {}
 
 impl Example {
-    /// Positions of its sequence: what the budget of a micro-batch counts.
+    /// Positions to compute: what the budget of a micro-batch counts, and ranks weigh. 1 for an
+    /// example of which nothing is to be computed, so that no micro-batch weighs nothing.
     pub fn tokens(&self) -> usize {
         todo!()
     }
-}
-
-/// What one micro-batch contributes.
-#[derive(Debug, Clone, Default)]
-pub struct MicroBatchOutput {
-    /// Σ over active positions, in f64, in a fixed order.
-    pub loss_sum: f64,
-    /// Active positions.
-    pub active: u64,
-    /// One per example, in order.
-    pub outputs: Vec<DatumOutput>,
-    /// Further sums by name (for the sampler/trainer gap: `kl_sum`, …), added over micro-batches.
-    pub sums: std::collections::BTreeMap<String, f64>,
 }
 
 /// Checks `data` (the whole call) and makes examples of it: empty data, unknown config keys,
