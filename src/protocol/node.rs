@@ -210,6 +210,8 @@ pub struct MicroBatchPart {
     pub active: u64,
     /// Further sums over active positions, by name.
     pub sums: BTreeMap<String, f64>,
+    /// Largest values over active positions, by name.
+    pub maxima: BTreeMap<String, f64>,
     /// One per datum, in order.
     pub outputs: Vec<DatumOutput>,
 }

@@ -12,7 +12,6 @@
 //! report the same failure, that of the lowest rank.
 
 use std::{
-    collections::BTreeMap,
     ops::Range,
     time::{Duration, Instant},
 };
@@ -27,7 +26,7 @@ use crate::{
         Blame, MAX_INLINE_PAYLOAD, MicroBatchPart, OpToken, OperationResult, Payload, RankPart, decode,
         decode_compressed, encode, encode_compressed,
     },
-    types::{Datum, ErrorKind, ForwardBackwardOutput, LossFn, LossSpec, OperationError},
+    types::{Datum, ErrorKind, ForwardBackwardOutput, LossSpec, OperationError},
 };
 
 use super::{
@@ -89,7 +88,7 @@ pub(super) fn run(
         }
     };
 
-    let bytes = encode_compressed(&output(loss, active, micro_batches)?);
+    let bytes = encode_compressed(&output(loss, micro_batches));
     let payload = match bytes.len() {
         0..=MAX_INLINE_PAYLOAD => Payload::Inline(bytes),
         _ => Payload::Blob(store(run, &*tools.config.blobs, bytes)?),
@@ -179,50 +178,13 @@ fn in_order(gathered: Vec<Vec<u8>>) -> Result<Vec<MicroBatchPart>, Failure> {
     Ok(parts.into_iter().flat_map(|(_, micro_batches)| micro_batches).collect())
 }
 
-/// The result, from sums that are added in micro-batch order whoever computed them.
-fn output(
-    loss: &LossSpec,
-    active: u64,
-    micro_batches: Vec<MicroBatchPart>,
-) -> Result<ForwardBackwardOutput, OperationError> {
-    let mut loss_sum = 0.0;
-    let mut sums = BTreeMap::<String, f64>::new();
-    let mut loss_fn_outputs = Vec::new();
+/// The result, from parts that are merged in micro-batch order whoever computed them.
+fn output(loss: &LossSpec, micro_batches: Vec<MicroBatchPart>) -> ForwardBackwardOutput {
+    let mut whole = MicroBatchOutput::default();
     for part in micro_batches {
-        loss_sum += part.loss_sum;
-        for (name, sum) in part.sums {
-            *sums.entry(name).or_default() += sum;
-        }
-        loss_fn_outputs.extend(part.outputs);
+        whole.merge(part.into());
     }
-    let mean = |sum: f64| if active == 0 { 0.0 } else { sum / active as f64 };
-    let value = if loss.skip_token_normalization { loss_sum } else { mean(loss_sum) };
-
-    let mut metrics: BTreeMap<String, f64> = sums
-        .into_iter()
-        .map(|(name, sum)| (name.strip_suffix("_sum").unwrap_or(&name).to_owned(), mean(sum)))
-        .collect();
-    metrics.insert("loss".to_owned(), value);
-    if loss.skip_token_normalization {
-        metrics.insert("skip_token_normalization".to_owned(), 1.0);
-    }
-    if let Some((name, value)) = metrics.iter().find(|(_, value)| !value.is_finite()) {
-        let problem = format!("`{name}` is {value}: the numbers of this batch left the finite range");
-        return Err(OperationError::new(ErrorKind::NotFinite, problem));
-    }
-    Ok(ForwardBackwardOutput {
-        loss: value,
-        loss_fn_output_type: loss_name(loss.loss_fn).to_owned(),
-        loss_fn_outputs,
-        metrics,
-    })
-}
-
-fn loss_name(loss: LossFn) -> &'static str {
-    match loss {
-        LossFn::CrossEntropy => "cross_entropy",
-        LossFn::ImportanceSampling => "importance_sampling",
-    }
+    whole.finish(loss)
 }
 
 fn tokens(examples: &[Example]) -> u64 {
@@ -235,8 +197,15 @@ fn as_usize(range: &Range<u32>) -> Range<usize> {
 
 impl From<MicroBatchOutput> for MicroBatchPart {
     fn from(output: MicroBatchOutput) -> Self {
-        let MicroBatchOutput { loss_sum, active, outputs, sums } = output;
-        Self { loss_sum, active, sums, outputs }
+        let MicroBatchOutput { loss_sum, active, outputs, sums, maxima } = output;
+        Self { loss_sum, active, sums, maxima, outputs }
+    }
+}
+
+impl From<MicroBatchPart> for MicroBatchOutput {
+    fn from(part: MicroBatchPart) -> Self {
+        let MicroBatchPart { loss_sum, active, sums, maxima, outputs } = part;
+        Self { loss_sum, active, outputs, sums, maxima }
     }
 }
 

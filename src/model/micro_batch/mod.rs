@@ -1,57 +1,128 @@
+//! From the data of a call to losses, log-probabilities and gradients, micro-batch by
+//! micro-batch.
+//!
+//! ```text
+//!   data ─prepare─► examples ─cut_micro_batches─► ranges ─run_micro_batch─► outputs, gradients
+//!                                                                     outputs ─merge, finish─► result
+//! ```
+//!
+//! Everything that can be wrong with the data is found in [`prepare`], for the whole call
+//! and before anything is computed; what is left to fail afterwards is numbers that leave the
+//! finite range. Which micro-batches there are, and what each yields, depends on the call and
+//! the budget alone: not on who computes them.
+
+mod prepare;
+
 mod output;
+mod run;
 
 use std::ops::Range;
 
-use crate::{
-    kernels::Team,
-    types::{Datum, InvalidInput, LossSpec, OperationError},
-};
-
-use super::{AdapterRows, BaseModel, ModelConfig, Workspace};
+use super::loss::LossInputs;
 
 pub use output::MicroBatchOutput;
+pub use prepare::prepare;
+pub use run::run_micro_batch;
 
 /// A datum checked against the loss and the model, ready to compute.
-pub struct Example {}
+#[derive(Debug, Clone, PartialEq)]
+pub struct Example {
+    /// Which datum of the call it is: errors name it.
+    datum: usize,
+    /// The sequence of N positions.
+    tokens: Vec<u32>,
+    /// What to score, by row. Empty: nothing of this example need be computed.
+    targets: Vec<Target>,
+    /// The `logprobs` output before the computed ones are put in: NaN where there is no
+    /// target, 0.0 where a target is not scored or the sequence ends.
+    logprobs: Vec<f32>,
+    /// `[N]` or `[N, K]`.
+    logprobs_shape: Vec<usize>,
+    /// Positions that count for the token mean.
+    active: u64,
+}
+
+/// One (position, token) whose log-probability is computed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Target {
+    /// Position in the sequence.
+    row: usize,
+    token: u32,
+    /// Where its log-probability goes in [`Example::logprobs`]. Absent where only the most
+    /// likely tokens of the row are wanted.
+    slot: Option<usize>,
+    /// Absent: inactive, it adds nothing to loss and gradient.
+    loss: Option<LossInputs>,
+}
 
 impl Example {
     /// Positions to compute: what the budget of a micro-batch counts, and ranks weigh. 1 for an
     /// example of which nothing is to be computed, so that no micro-batch weighs nothing.
     pub fn tokens(&self) -> usize {
-        todo!()
+        if self.targets.is_empty() { 1 } else { self.tokens.len() }
     }
-}
-
-/// Checks `data` (the whole call) and makes examples of it: empty data, unknown config keys,
-/// tokens outside the vocabulary, shapes, lengths, NaN at active positions.
-pub fn prepare(
-    config: &ModelConfig,
-    max_seq_len: usize,
-    loss: &LossSpec,
-    data: &[Datum],
-) -> Result<Vec<Example>, InvalidInput> {
-    let _ = (config, max_seq_len, loss, data);
-    todo!()
 }
 
 /// Cuts examples into micro-batches: consecutive, at most `budget` tokens each; one over the
 /// budget is alone. A pure function of its arguments.
 pub fn cut_micro_batches(examples: &[Example], budget: usize) -> Vec<Range<usize>> {
-    let _ = (examples, budget);
-    todo!()
+    let mut ranges = Vec::new();
+    let (mut start, mut tokens) = (0, 0);
+    for (i, example) in examples.iter().enumerate() {
+        if i > start && tokens + example.tokens() > budget {
+            ranges.push(start..i);
+            (start, tokens) = (i, 0);
+        }
+        tokens += example.tokens();
+    }
+    if start < examples.len() {
+        ranges.push(start..examples.len());
+    }
+    ranges
 }
 
-/// Loss and log-probabilities of one micro-batch; with `gradient` (`layout.len()` zeroed
-/// values) also the gradient of the loss's sum.
-pub fn run_micro_batch(
-    model: &BaseModel,
-    adapter: AdapterRows<'_>,
-    loss: &LossSpec,
-    examples: &[Example],
-    gradient: Option<&mut [f32]>,
-    workspace: &mut Workspace,
-    team: &Team,
-) -> Result<MicroBatchOutput, OperationError> {
-    let _ = (model, adapter, loss, examples, gradient, workspace, team);
-    todo!()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn examples(lengths: &[usize]) -> Vec<Example> {
+        let example = |(datum, &n): (usize, &usize)| Example {
+            datum,
+            tokens: vec![0; n],
+            targets: vec![Target { row: 0, token: 0, slot: Some(0), loss: None }],
+            logprobs: vec![0.0; n],
+            logprobs_shape: vec![n],
+            active: 0,
+        };
+        lengths.iter().enumerate().map(example).collect()
+    }
+
+    #[test]
+    fn cuts_fill_the_budget_in_order() {
+        assert_eq!(cut_micro_batches(&examples(&[4, 4, 2, 5, 5, 1]), 10), [0..3, 3..5, 5..6]);
+    }
+
+    #[test]
+    fn an_example_over_the_budget_is_alone() {
+        assert_eq!(cut_micro_batches(&examples(&[2, 30, 2, 2]), 10), [0..1, 1..2, 2..4]);
+        assert_eq!(cut_micro_batches(&examples(&[30, 2]), 10), [0..1, 1..2]);
+    }
+
+    #[test]
+    fn a_budget_of_zero_cuts_everywhere() {
+        assert_eq!(cut_micro_batches(&examples(&[1, 1]), 0), [0..1, 1..2]);
+    }
+
+    #[test]
+    fn no_examples_make_no_micro_batches() {
+        assert!(cut_micro_batches(&[], 10).is_empty());
+    }
+
+    #[test]
+    fn an_example_without_targets_weighs_one() {
+        let mut examples = examples(&[8, 8, 8]);
+        examples[1].targets.clear();
+        assert_eq!(examples[1].tokens(), 1);
+        assert_eq!(cut_micro_batches(&examples, 9), [0..2, 2..3]);
+    }
 }
