@@ -3,6 +3,7 @@
 //! Nothing here approximates: a field that changes the mathematics and that the decoder
 //! doesn't compute is refused by its name ([`ModelError::Unsupported`]).
 
+mod gguf;
 mod hugging_face;
 
 use std::path::Path;

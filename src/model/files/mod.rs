@@ -1,7 +1,11 @@
 //! A model's files on disk, in either form: found, checked and described without reading the
 //! weights into memory.
 
+mod gguf;
 mod hugging_face;
+
+#[cfg(test)]
+mod smollm2;
 
 use std::{
     fs::{self, File},
@@ -15,7 +19,7 @@ use serde_json::{Map, Value};
 
 use super::{
     BaseWeights, ModelConfig, ModelError, TextCodec,
-    weights::{self, Shards},
+    weights::{self, Gguf, Shards},
 };
 use crate::types::{Digest, Hasher};
 
@@ -35,23 +39,21 @@ pub(super) struct ModelFiles {
 
 enum Form {
     HuggingFace(Shards),
+    Gguf(PathBuf),
 }
 
 impl ModelFiles {
     /// Opens a Hugging Face directory or a GGUF file.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let metadata = fs::metadata(path).map_err(|error| ModelError::unreadable(path, &error))?;
-        if metadata.is_dir() {
-            hugging_face::open(path)
-        } else {
-            Err(ModelError::malformed(path, "GGUF is not read yet"))
-        }
+        if metadata.is_dir() { hugging_face::open(path) } else { gguf::open(path) }
     }
 
     /// Reads the weights: seconds, and four bytes of memory a weight.
     pub fn load_weights(&self) -> Result<BaseWeights, ModelError> {
         match &self.form {
             Form::HuggingFace(shards) => weights::load(&self.config, &shards.open()?),
+            Form::Gguf(path) => weights::load(&self.config, &Gguf::open(path)?),
         }
     }
 
@@ -60,13 +62,11 @@ impl ModelFiles {
     pub fn digest(&self) -> Result<Digest, ModelError> {
         let mut hasher = Hasher::default();
         for path in &self.files {
-            match &self.form {
-                Form::HuggingFace(_) => {
-                    let name = file_name(path);
-                    hasher.update(&(name.len() as u64).to_le_bytes());
-                    hasher.update(name.as_bytes());
-                    hasher.update(&Stamp::of(path)?.size.to_le_bytes());
-                }
+            if let Form::HuggingFace(_) = &self.form {
+                let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+                hasher.update(&(name.len() as u64).to_le_bytes());
+                hasher.update(name);
+                hasher.update(&Stamp::of(path)?.size.to_le_bytes());
             }
             hash_file(path, &mut hasher)?;
         }
@@ -124,11 +124,6 @@ pub(super) fn read_text(path: &Path) -> Result<String, ModelError> {
 /// A file that holds one JSON object.
 pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>, ModelError> {
     serde_json::from_str(&read_text(path)?).map_err(|error| ModelError::malformed(path, error.to_string()))
-}
-
-/// The last part of a path, for hashing and messages.
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn hash_file(path: &Path, hasher: &mut Hasher) -> Result<(), ModelError> {

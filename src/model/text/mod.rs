@@ -2,6 +2,7 @@
 
 pub(super) mod byte_level;
 mod chat;
+mod gguf;
 
 use std::collections::HashMap;
 

@@ -3,6 +3,7 @@
 //! [`Weight`] names each one; a [`TensorSource`] is a file format. [`check`] compares a
 //! source's names and shapes with the configuration, [`load`] reads the values.
 
+mod gguf;
 mod safetensors;
 
 use std::{collections::HashSet, path::Path, sync::Arc};
@@ -10,6 +11,7 @@ use std::{collections::HashSet, path::Path, sync::Arc};
 use super::{ModelConfig, ModelError, TextCodec, files::ModelFiles};
 use crate::{kernels::Matrix, types::Digest};
 
+pub(super) use self::gguf::{Gguf, Header, Value};
 pub(super) use self::safetensors::{Shards, hugging_face_name};
 
 /// A base model in memory: frozen, shared by every rank and replica of a process.

@@ -1,0 +1,114 @@
+//! Weights in GGUF, llama.cpp's format, dequantised as they are loaded.
+
+mod header;
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, quantized::ggml_file::qtensor_from_ggml};
+use memmap2::Mmap;
+
+use super::{LayerWeight, TensorSource, Weight};
+use crate::model::{ModelConfig, ModelError, files::map_file};
+
+pub(in crate::model) use header::{Header, Value};
+
+/// A mapped GGUF file.
+pub(in crate::model) struct Gguf {
+    path: PathBuf,
+    map: Mmap,
+    pub header: Header,
+}
+
+impl Gguf {
+    /// Maps the file and reads its header.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let map = map_file(path)?;
+        let header = Header::parse(path, &map)?;
+        Ok(Self { path: path.to_owned(), map, header })
+    }
+
+    fn dequantise(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+        let tensor = self.header.tensors.get(name).ok_or_else(|| self.missing(name))?;
+        // The header has checked that the bytes lie in the file, have the length of the shape and
+        // are aligned, as the map is.
+        let bytes = &self.map[tensor.bytes.clone()];
+        let values = || -> candle_core::Result<Vec<f32>> {
+            qtensor_from_ggml(tensor.format, bytes, tensor.shape.clone(), &Device::Cpu)?
+                .dequantize(&Device::Cpu)?
+                .flatten_all()?
+                .to_vec1()
+        };
+        values().map_err(|error| ModelError::malformed(&self.path, format!("tensor `{name}`: {error}")))
+    }
+
+    fn missing(&self, name: &str) -> ModelError {
+        ModelError::MissingTensor { path: self.path.clone(), tensor: name.to_owned() }
+    }
+}
+
+impl TensorSource for Gguf {
+    fn name(&self, weight: Weight) -> String {
+        match weight {
+            Weight::Embed => "token_embd.weight".to_owned(),
+            Weight::FinalNorm => "output_norm.weight".to_owned(),
+            Weight::Head => "output.weight".to_owned(),
+            Weight::Layer(layer, weight) => {
+                let part = match weight {
+                    LayerWeight::AttnNorm => "attn_norm",
+                    LayerWeight::Q => "attn_q",
+                    LayerWeight::K => "attn_k",
+                    LayerWeight::V => "attn_v",
+                    LayerWeight::O => "attn_output",
+                    LayerWeight::MlpNorm => "ffn_norm",
+                    LayerWeight::Gate => "ffn_gate",
+                    LayerWeight::Up => "ffn_up",
+                    LayerWeight::Down => "ffn_down",
+                };
+                format!("blk.{layer}.{part}.weight")
+            }
+        }
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.header.tensors.keys().map(String::as_str)
+    }
+
+    fn shape(&self, name: &str) -> Result<Vec<usize>, ModelError> {
+        let tensor = self.header.tensors.get(name).ok_or_else(|| self.missing(name))?;
+        Ok(tensor.shape.clone())
+    }
+
+    fn values(&self, weight: Weight, config: &ModelConfig) -> Result<Vec<f32>, ModelError> {
+        let values = self.dequantise(&self.name(weight))?;
+        Ok(match weight {
+            Weight::Layer(_, LayerWeight::Q | LayerWeight::K) => {
+                unpermute(&values, config.head_dim, config.hidden_size)
+            }
+            _ => values,
+        })
+    }
+
+    fn path_of(&self, _: &str) -> &Path {
+        &self.path
+    }
+
+    fn is_ignored(&self, _: &str) -> bool {
+        false
+    }
+}
+
+/// Undoes what llama.cpp's converter does to the rows of q and k of this family.
+///
+/// Its rotary embedding turns neighbours, rows 2i and 2i + 1 of a head; ours, as transformers',
+/// turns row i with row i + head_dim / 2. (`LlamaModel.permute` in convert_hf_to_gguf.py.)
+fn unpermute(rows: &[f32], head_dim: usize, in_features: usize) -> Vec<f32> {
+    let mut ours = Vec::with_capacity(rows.len());
+    for head in rows.chunks_exact(head_dim * in_features) {
+        for half in 0..2 {
+            for pair in 0..head_dim / 2 {
+                ours.extend_from_slice(&head[(2 * pair + half) * in_features..][..in_features]);
+            }
+        }
+    }
+    ours
+}
