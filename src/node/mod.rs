@@ -1,9 +1,46 @@
 //! A node process: connects to the coordinator and hosts the trainer ranks and sampler
 //! replicas of one machine.
+//!
+//! ```text
+//!   coordinator ◄── control stream ──► session ──► NodeActor ──► TrainerRank 0..N ── rank threads
+//!        ▲  │                                        │  ▲   └──► SamplerReplica 0..M
+//!        │  └── Generate (a stream a request) ───────┘  │
+//!        └───── GetBlob / PutBlob (a stream a blob) ◄───┴── BlobClient, with a bounded cache
+//!   other nodes' ranks ── Collective (a stream a peer) ──► the ranks' collectives
+//! ```
+//!
+//! The node decides nothing about a run: it routes, and answers for its ranks and replicas
+//! together. It survives the coordinator: losing the connection drops every run, and a fresh
+//! hello under the same name gets what the coordinator then seats here.
 
-use crate::{model::ModelSource, transport::Endpoint};
+mod actor;
+mod error;
+mod state;
+
+mod blobs;
+mod generate;
+mod host;
+mod peers;
+mod session;
+
+use std::{pin::pin, sync::Arc, time::Duration};
+
+pub use error::NodeError;
+
+use crate::{
+    kernels::CoreBudget,
+    model::{Library, ModelSource},
+    transport::Endpoint,
+};
+
+use self::{
+    actor::{NodeActor, Parts},
+    blobs::BlobClient,
+    session::Sessions,
+};
 
 /// What a node is started with.
+#[derive(Debug, Clone)]
 pub struct NodeConfig {
     /// Unique in the cluster; a node that comes back under its name replaces the lost one.
     pub name: String,
@@ -16,14 +53,72 @@ pub struct NodeConfig {
     pub models: Vec<ModelSource>,
 }
 
+/// How long a node that is told to stop waits for the requests it is generating for.
+const DRAIN: Duration = Duration::from_secs(10);
+
 /// Runs a node on `endpoint` until `shutdown` resolves or the coordinator says so. Reconnects
 /// with back-off while the coordinator is away. Must run inside an actix system.
+///
+/// Fails at once if a model can't be described, or if the coordinator is of another cluster;
+/// and with [`NodeError::Died`] when a rank or replica has panicked. Its threads may then be in
+/// any state: the binary must abort, an embedder give the node up.
 pub async fn serve(
     config: NodeConfig,
     endpoint: Endpoint,
     shutdown: impl Future<Output = ()>,
-) -> anyhow::Result<()> {
-    let _ = (config, endpoint);
-    shutdown.await;
-    todo!()
+) -> Result<(), NodeError> {
+    let sources = config.models.clone();
+    let library = tokio::task::spawn_blocking(move || Library::open(sources))
+        .await
+        .map_err(|panic| NodeError::Died { what: panic.to_string() })??;
+    let library = Arc::new(library);
+    let blobs = BlobClient::new(tokio::runtime::Handle::current());
+
+    let (death, mut deaths) = tokio::sync::mpsc::channel(1);
+    let on_death = Arc::new(move |what: &str| {
+        tracing::error!("{what}");
+        // Only the first matters: the node ends with it.
+        let _ = death.try_send(what.to_owned());
+    });
+    let stop = Arc::new(tokio::sync::Notify::new());
+    let peers = peers::Peers::new(&endpoint);
+    let node = NodeActor::launch(Parts {
+        config: &config,
+        library: library.clone(),
+        cores: CoreBudget::new(config.threads),
+        blobs: blobs.clone(),
+        join: peers.join(),
+        stop: stop.clone(),
+        on_death,
+    })
+    .map_err(|source| NodeError::Thread { source })?;
+    let _accepting = AbortOnDrop(tokio::spawn(peers.accept(endpoint.clone())));
+
+    let mut shutdown = pin!(shutdown);
+    let mut connected = pin!(Sessions::new(config, endpoint, library, blobs, node.clone()).keep());
+    let outcome = tokio::select! {
+        () = &mut shutdown => Ok(()),
+        () = stop.notified() => Ok(()),
+        Some(what) = deaths.recv() => Err(NodeError::Died { what }),
+        error = &mut connected => Err(error),
+    };
+    if outcome.is_ok() {
+        // The connection stays up meanwhile: answers still go out over it.
+        tokio::select! {
+            () = actor::drain(&node, DRAIN) => {}
+            _ = &mut connected => {}
+        }
+    }
+    // Ranks and replicas stop with their addresses, and their threads with them.
+    let _ = node.send(actor::Stop).await;
+    outcome
+}
+
+/// A task that ends with whoever started it.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }

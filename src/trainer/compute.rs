@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use crate::{
     collective::Collective,
+    kernels::lower_thread_priority,
     model::{BaseModel, LoraLayout, TrainState, Workspace},
     protocol::{BlobRef, OpToken, Operation, RankIndex, RunSpec},
     types::{ErrorKind, OperationError, RunId},
@@ -23,9 +24,6 @@ use super::{
     operation,
     state::{Done, Event, Formation, Job},
 };
-
-/// Compute yields to control, so that a busy machine never looks dead.
-const NICE: i32 = 5;
 
 /// A job, and for a formation the switch that breaks its collectives.
 pub(super) struct Work {
@@ -76,7 +74,7 @@ pub(super) fn spawn(
     let control = tokio::runtime::Handle::current();
     let name = format!("rank-{}", config.slot);
     std::thread::Builder::new().name(name.clone()).spawn(move || {
-        lower_priority();
+        lower_thread_priority();
         let on_death = config.on_death.clone();
         let mut compute =
             Compute { tools: Tools { config, workspace: Workspace::default() }, runs: HashMap::new() };
@@ -136,7 +134,7 @@ impl Compute {
         let neighbours = formation.roster.iter().filter(|seat| Some(seat.node) == node).count();
         let held = HeldRun {
             rank: formation.rank,
-            cores: config.threads.div_ceil(neighbours.max(1)),
+            cores: config.cores.cores().div_ceil(neighbours.max(1)),
             spec: formation.spec,
             model,
             collective,
@@ -194,13 +192,4 @@ fn not_held(token: OpToken) -> Failure {
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
-}
-
-/// Linux counts niceness per thread; elsewhere the thread keeps the process's.
-fn lower_priority() {
-    #[cfg(target_os = "linux")]
-    // SAFETY: changes the calling thread's scheduling, touches no memory; refusal is harmless.
-    unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, NICE);
-    }
 }

@@ -39,9 +39,8 @@ pub struct RankConfig {
     /// Number of this slot in its node, for logs and thread names.
     pub slot: u32,
     pub library: Arc<Library>,
+    /// Ranks of one run on this node share them evenly.
     pub cores: CoreBudget,
-    /// Cores of the budget: ranks of one run on this node share them evenly.
-    pub threads: usize,
     pub blobs: Arc<dyn Blobs>,
     pub join: Join,
     /// Called with a sentence when the actor or its thread has panicked: the binary aborts and
