@@ -54,6 +54,9 @@ pub enum SamplerError {
     /// A row of logits has NaN or infinity: the weights have diverged.
     #[error("the logits of sequence {sequence} at new token {position} are not finite: the weights diverged")]
     NotFinite { sequence: u32, position: usize },
+    /// The same while scoring the prompt.
+    #[error("the logits at prompt position {position} are not finite: the weights diverged")]
+    PromptNotFinite { position: usize },
     /// One of the replica's threads has panicked.
     #[error("the replica has died: {reason}")]
     Dead { reason: String },
@@ -72,7 +75,7 @@ impl SamplerError {
             | Self::AnswerTooLarge { .. }
             | Self::SlotsFull { .. }
             | Self::StagingBusy { .. } => ErrorKind::ResourceExhausted,
-            Self::NotFinite { .. } => ErrorKind::NotFinite,
+            Self::NotFinite { .. } | Self::PromptNotFinite { .. } => ErrorKind::NotFinite,
             // Bytes that changed on their way can be fetched again, from here or elsewhere.
             Self::DigestMismatch { .. } => ErrorKind::Unavailable,
             Self::ModelUnavailable { .. } | Self::Dead { .. } => ErrorKind::Internal,

@@ -1,15 +1,38 @@
 //! One replica: admission, continuous batching, KV cache, versions, generation.
+//!
+//! ```text
+//!   node ──Stage · Activate · Retire · Sample──► SamplerReplica        decides (`state`)
+//!        ◄──ReplicaReport · GenerateReply────────┘ │    ▲
+//!                                            order │    │ what ended
+//!                                                  ▼    │
+//!            replica-N: one step = prompts' rows and one row a sequence (`engine`)
+//!            replica-N-loader: base models; reads and hashes adapters
+//! ```
+//!
+//! The state knows lengths and names, never a tensor: which requests begin and which rows a step
+//! has (`schedule`, `budget`), which weights serve whom (`slots`). The compute thread knows
+//! tokens and caches (`job`), draws (`draw`) and stops (`stop`). Between two steps it holds no
+//! core, so training never waits longer than a step.
+
+mod actor;
+mod state;
 
 mod budget;
-mod error;
 mod schedule;
 mod slots;
-mod state;
+
+mod threads;
+
+mod engine;
+mod job;
 
 mod draw;
 mod numerics;
 mod stop;
 
+mod error;
+
+pub use actor::SamplerReplica;
 pub use error::SamplerError;
 
 use std::sync::Arc;
@@ -78,40 +101,3 @@ pub struct Sample {
     pub generate: Generate,
     pub reply: tokio::sync::oneshot::Sender<GenerateReply>,
 }
-
-/// The replica's actor: decides; its compute thread decodes.
-pub struct SamplerReplica {}
-
-impl actix::Actor for SamplerReplica {
-    type Context = actix::Context<Self>;
-}
-
-impl SamplerReplica {
-    /// Starts the actor (in the current actix system) and its threads, which end with it.
-    ///
-    /// `reports` must be drained: a replica whose report finds no room calls `on_death`, because
-    /// its coordinator would wait for it for ever.
-    ///
-    /// # Errors
-    ///
-    /// If the system refuses a thread.
-    pub fn launch(
-        config: ReplicaConfig,
-        reports: tokio::sync::mpsc::Sender<ReplicaReport>,
-    ) -> std::io::Result<actix::Addr<Self>> {
-        let _ = (config, reports);
-        todo!()
-    }
-}
-
-macro_rules! handlers {
-    ($($message:ty),*) => {$(
-        impl actix::Handler<$message> for SamplerReplica {
-            type Result = ();
-            fn handle(&mut self, _message: $message, _ctx: &mut Self::Context) {
-                todo!()
-            }
-        }
-    )*};
-}
-handlers!(Stage, Activate, Retire, Sample);

@@ -1,0 +1,230 @@
+//! Carries out orders: one forward over all rows of a step, then a draw for each sequence.
+//!
+//! A step's rows are those of prompts (many each) and of sequences (one each), packed; requests
+//! of the base model and of several adapters share it. What a row yields depends on its own
+//! sequence alone, so the company that a request happens to have never shows in its answer.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use crate::{
+    kernels::{CoreBudget, Priority, Team},
+    model::{BaseModel, Batch, Workspace, forward, head_logits, head_logprobs},
+};
+
+use super::{
+    draw::{self, Drawn, NotFinite},
+    error::SamplerError,
+    job::{Job, Serving},
+    schedule::{RequestKey, Step},
+    state::{Admission, StepReport},
+};
+
+/// An [`Order`](super::state::Order), with the weights that it names.
+pub struct EngineOrder {
+    pub drop: Vec<RequestKey>,
+    pub admit: Vec<(Admission, Serving)>,
+    pub step: Step,
+}
+
+/// The compute thread's memory.
+pub struct Engine {
+    cores: CoreBudget,
+    jobs: BTreeMap<RequestKey, Job>,
+    workspace: Workspace,
+    logits_sv: Vec<f32>,
+    scratch: Vec<Vec<u32>>,
+}
+
+/// A request's part of a step.
+struct Part {
+    key: RequestKey,
+    job: Job,
+    /// Rows of its prompt.
+    rows: usize,
+    /// Sequences that decode, ascending.
+    sequences: Vec<u32>,
+    /// Its first row in the step: the prompt's come first, then one a sequence.
+    first_row: usize,
+    failure: Option<SamplerError>,
+}
+
+impl Engine {
+    /// With no requests.
+    pub fn new(cores: CoreBudget) -> Self {
+        Self {
+            cores,
+            jobs: BTreeMap::new(),
+            workspace: Workspace::default(),
+            logits_sv: Vec::new(),
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Does what the order says; leases cores while there are rows to compute.
+    pub fn carry_out(&mut self, order: EngineOrder) -> StepReport {
+        let mut report = StepReport::default();
+        for key in order.drop {
+            self.jobs.remove(&key);
+        }
+        for (admission, serving) in order.admit {
+            let key = admission.key;
+            match Job::new(admission, serving) {
+                Ok(job) if job.is_over() => report.answers.push((key, Ok(job.into_result()))),
+                Ok(job) => {
+                    self.jobs.insert(key, job);
+                }
+                Err(error) => report.answers.push((key, Err(error))),
+            }
+        }
+        let mut parts = self.take_parts(order.step);
+        if let Some(model) = parts.first().map(|part| part.job.serving.model.clone()) {
+            let lease = self.cores.lease(usize::MAX, Priority::Sampling);
+            self.compute(&model, &mut parts, lease.team(), &mut report);
+        }
+        self.settle(parts, &mut report);
+        report
+    }
+
+    /// The requests that the step names, in the order of their keys.
+    fn take_parts(&mut self, step: Step) -> Vec<Part> {
+        let mut named: BTreeMap<RequestKey, (usize, Vec<u32>)> = BTreeMap::new();
+        for (key, rows) in step.prefill {
+            named.entry(key).or_default().0 = rows;
+        }
+        for (key, sequence) in step.decode {
+            named.entry(key).or_default().1.push(sequence);
+        }
+        let mut next_row = 0;
+        let parts = named.into_iter().filter_map(|(key, (rows, sequences))| {
+            let job = self.jobs.remove(&key)?;
+            let first_row = next_row;
+            next_row += rows + sequences.len();
+            Some(Part { key, job, rows, sequences, first_row, failure: None })
+        });
+        parts.collect()
+    }
+
+    fn compute(&mut self, model: &Arc<BaseModel>, parts: &mut [Part], team: &Team, report: &mut StepReport) {
+        let mut batch = Batch { sequences: Vec::new() };
+        for part in &mut *parts {
+            part.job.push_rows(part.rows, &part.sequences, &mut batch.sequences);
+        }
+        let hidden_rd = forward(model, &mut batch, None, &mut self.workspace, team);
+        drop(batch);
+        for part in parts.iter_mut().filter(|part| part.rows > 0) {
+            self.score_prompt(model, &hidden_rd, part, team);
+        }
+        self.draw(model, &hidden_rd, parts, team, report);
+    }
+
+    fn score_prompt(&mut self, model: &BaseModel, hidden_rd: &[f32], part: &mut Part, team: &Team) {
+        let Part { job, rows, first_row, .. } = part;
+        if job.scores_prompt() {
+            let targets: Vec<_> = (*first_row..).zip(job.predicted(*rows).iter().copied()).collect();
+            let (mut logprobs, mut alternatives) = (Vec::new(), Vec::new());
+            head_logprobs(
+                model,
+                hidden_rd,
+                &targets,
+                &mut |_, _| 0.0,
+                &mut logprobs,
+                None,
+                job.flags.topk_prompt_logprobs as usize,
+                &mut alternatives,
+                &mut self.workspace,
+                team,
+            );
+            part.failure = job.push_scores(&logprobs, alternatives).err();
+        }
+        job.prompt_computed(*rows);
+    }
+
+    fn draw(
+        &mut self,
+        model: &BaseModel,
+        hidden_rd: &[f32],
+        parts: &mut [Part],
+        team: &Team,
+        report: &mut StepReport,
+    ) {
+        let rows: Vec<usize> = parts.iter().flat_map(Part::decode_rows).collect();
+        if rows.is_empty() {
+            return;
+        }
+        head_logits(model, hidden_rd, &rows, &mut self.logits_sv, &mut self.workspace, team);
+        let drawn = self.draw_rows(parts, rows.len(), team);
+        let mut drawn = drawn.into_iter();
+        for part in parts {
+            for &sequence in &part.sequences {
+                match drawn.next() {
+                    Some(Ok(drawn)) => {
+                        if part.job.push(sequence, drawn) {
+                            report.ended.push((part.key, sequence));
+                        }
+                    }
+                    Some(Err(NotFinite)) => {
+                        let position = part.job.draw_key(sequence).position as usize;
+                        part.failure = Some(SamplerError::NotFinite { sequence, position });
+                    }
+                    // One draw was made for each sequence.
+                    None => break,
+                }
+            }
+        }
+    }
+
+    /// One token for each row of logits, shared over the team by row.
+    fn draw_rows(&mut self, parts: &[Part], rows: usize, team: &Team) -> Vec<Result<Drawn, NotFinite>> {
+        struct Row<'a> {
+            scratch: &'a mut Vec<u32>,
+            drawn: Result<Drawn, NotFinite>,
+        }
+        let keys: Vec<_> = parts
+            .iter()
+            .flat_map(|part| part.sequences.iter().map(|&s| (part.job.decoding, part.job.draw_key(s))))
+            .collect();
+        let vocab = self.logits_sv.len() / rows;
+        self.scratch.resize_with(self.scratch.len().max(rows), Vec::new);
+        let slots: Vec<_> = self
+            .scratch
+            .iter_mut()
+            .take(rows)
+            .map(|scratch| Mutex::new(Row { scratch, drawn: Err(NotFinite) }))
+            .collect();
+        team.run(rows, |row| {
+            // Each row has its own lock, taken once: it is never waited for.
+            let mut slot = slots[row].lock().unwrap_or_else(PoisonError::into_inner);
+            let Row { scratch, drawn } = &mut *slot;
+            let logits_v = &self.logits_sv[row * vocab..][..vocab];
+            let (decoding, key) = keys[row];
+            *drawn = draw::draw(logits_v, decoding, key, scratch);
+        });
+        slots
+            .into_iter()
+            .map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).drawn)
+            .collect()
+    }
+
+    /// Answers what is over, keeps the rest.
+    fn settle(&mut self, parts: Vec<Part>, report: &mut StepReport) {
+        for Part { key, job, failure, .. } in parts {
+            match failure {
+                Some(error) => report.answers.push((key, Err(error))),
+                None if job.is_over() => report.answers.push((key, Ok(job.into_result()))),
+                None => {
+                    self.jobs.insert(key, job);
+                }
+            }
+        }
+    }
+}
+
+impl Part {
+    fn decode_rows(&self) -> impl Iterator<Item = usize> {
+        let first = self.first_row + self.rows;
+        first..first + self.sequences.len()
+    }
+}
