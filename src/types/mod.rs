@@ -40,7 +40,7 @@ pub use output::{
     SaveWeightsForSamplerResponse, SaveWeightsResponse,
 };
 pub use sample::{SampleResponse, SampleResult, SampledSequence, StopReason};
-pub use sampling::{SampleFlags, SamplingParams, Stop};
+pub use sampling::{MAX_STOP_BYTES, MAX_STOPS, MAX_TOPK_LOGPROBS, SampleFlags, SamplingParams, Stop};
 pub use service::{ServerCapabilities, SupportedModel};
 pub use tensor::{Dtype, TensorData, TensorValues};
 pub use wandb::WandbConfig;
