@@ -1,0 +1,118 @@
+//! Checks of what clients send, as far as they need no tensor. Each refusal names the field,
+//! the bound and the value.
+
+use crate::{
+    protocol::{Operation, Payload},
+    types::{InvalidInput, LoraConfig, ModelInput, ModelInputChunk},
+};
+
+use super::checkpoints::CheckpointPath;
+
+/// Largest adapter rank: above it full fine-tuning is cheaper.
+const LORA_RANK_MAX: u32 = 1_024;
+
+/// Longest display name of a run, in bytes.
+const DISPLAY_NAME_MAX: usize = 255;
+
+/// Longest checkpoint name, in bytes: a file name's limit.
+const CHECKPOINT_NAME_MAX: usize = 255;
+
+/// `min..=max`, for a field that callers know by `field`.
+pub(super) fn in_range(field: &str, value: u32, min: u32, max: u32) -> Result<(), InvalidInput> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(InvalidInput::new(field, format!("must be {min} to {max}, got {value}")))
+}
+
+/// An adapter's configuration. That the rank fits the model's dimensions is seen by the ranks.
+pub(super) fn lora(lora: &LoraConfig) -> Result<(), InvalidInput> {
+    lora.validate().map_err(|e| e.within("lora"))?;
+    in_range("lora.rank", lora.rank, 1, LORA_RANK_MAX)
+}
+
+/// A run's display name: as given, or the base model.
+pub(super) fn display_name(given: Option<String>, base_model: &str) -> Result<String, InvalidInput> {
+    let name = given.unwrap_or_else(|| base_model.to_owned());
+    if name.is_empty() || name.len() > DISPLAY_NAME_MAX {
+        let problem = format!("must be 1 to {DISPLAY_NAME_MAX} bytes, got {}", name.len());
+        return Err(InvalidInput::new("name", problem));
+    }
+    Ok(name)
+}
+
+/// An operation, before it is journaled; leaves what ranks alone can see to them.
+pub(super) fn operation(operation: &mut Operation) -> Result<(), InvalidInput> {
+    match operation {
+        Operation::Init { lora: config } => lora(config),
+        Operation::Forward { loss, data } | Operation::ForwardBackward { loss, data } => {
+            loss.validate()?;
+            payload(data)
+        }
+        Operation::OptimStep { adam } => adam.validate().map_err(|e| e.within("adam_params")),
+        Operation::SaveState { name } | Operation::SaveWeightsForSampler { name, .. } => {
+            checkpoint_name(name)
+        }
+        Operation::LoadState { path, with_optimizer, source } => {
+            // Only the coordinator says which bytes a name means.
+            *source = None;
+            let path: CheckpointPath = path.parse()?;
+            path.loadable(*with_optimizer)
+        }
+    }
+}
+
+fn payload(payload: &Payload) -> Result<(), InvalidInput> {
+    use crate::protocol::MAX_INLINE_PAYLOAD;
+    match payload {
+        Payload::Inline(bytes) if bytes.is_empty() => Err(InvalidInput::new("data", "is empty")),
+        Payload::Inline(bytes) if bytes.len() > MAX_INLINE_PAYLOAD => {
+            let problem =
+                format!("inline payload of {} bytes is over {MAX_INLINE_PAYLOAD}; store a blob", bytes.len());
+            Err(InvalidInput::new("data", problem))
+        }
+        Payload::Inline(_) | Payload::Blob(_) => Ok(()),
+    }
+}
+
+/// 1 to 255 of `[A-Za-z0-9._-]`, not starting with a dot.
+pub(super) fn checkpoint_name(name: &str) -> Result<(), InvalidInput> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let fits = (1..=CHECKPOINT_NAME_MAX).contains(&name.len());
+    if fits && name.chars().all(legal) && !name.starts_with('.') {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(64).collect();
+    let problem = format!(
+        "must be 1 to {CHECKPOINT_NAME_MAX} of A-Z a-z 0-9 . _ -, not starting with a dot; got {shown:?}"
+    );
+    Err(InvalidInput::new("name", problem))
+}
+
+/// The token ids of a prompt: text only, not empty, shorter than the context.
+pub(super) fn prompt(prompt: ModelInput, vocab: u32, context: u32) -> Result<Vec<u32>, InvalidInput> {
+    let mut tokens = Vec::new();
+    for (i, chunk) in prompt.chunks.into_iter().enumerate() {
+        match chunk {
+            ModelInputChunk::EncodedText(chunk) => tokens.extend(chunk.tokens),
+            ModelInputChunk::Image(_) => {
+                let field = format!("prompt.chunks[{i}]");
+                return Err(InvalidInput::new(field, "is an image, and this model has no vision"));
+            }
+        }
+    }
+    if tokens.is_empty() {
+        return Err(InvalidInput::new("prompt", "is empty; at least 1 token is needed"));
+    }
+    if tokens.len() >= context as usize {
+        let problem = format!("must be shorter than the context of {context} tokens, got {}", tokens.len());
+        return Err(InvalidInput::new("prompt", problem));
+    }
+    match tokens.iter().position(|token| *token >= vocab) {
+        None => Ok(tokens),
+        Some(i) => {
+            let problem = format!("token id {} is outside the vocabulary of {vocab}", tokens[i]);
+            Err(InvalidInput::new(format!("prompt[{i}]"), problem))
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! What reaches the state machine and what it wants done.
+
+use crate::{
+    journal::Record,
+    protocol::{
+        ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
+        NodeMessage, RequestId,
+    },
+};
+
+/// A request whose answer somebody waits for; numbered by whoever feeds the state machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WaiterId(pub u64);
+
+/// One append to the journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AppendId(pub u64);
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A client or gateway asks. Blobs that `request` names are in the store. `entropy` is
+    /// fresh: a sample without a seed gets it as its own.
+    Request { waiter: WaiterId, request: ClientRequest, entropy: u64 },
+    /// Nobody waits any more: a sample is cancelled, an operation goes on.
+    RequestGone { waiter: WaiterId },
+    /// A control stream opened. `node` was never used before in this epoch, and rises.
+    NodeJoined { node: NodeId, hello: NodeHello },
+    /// In the order in which the node sent them.
+    NodeMessage { node: NodeId, message: NodeMessage },
+    /// Its control stream is gone, or its queue is full.
+    NodeLost { node: NodeId, reason: String },
+    /// The answer to one [`Effect::Append`]; in the order of the appends.
+    Appended { append: AppendId, result: Result<(), String> },
+    /// The answer to one [`Effect::Generate`]; `Err`: the stream broke.
+    Generated { request: RequestId, attempt: u32, reply: Result<GenerateReply, String> },
+    /// Every [`TICK_MS`](super::TICK_MS): deadlines are looked at here only.
+    Tick,
+    /// Shut down: finish what executes, take snapshots, let the nodes go.
+    Drain,
+}
+
+/// Something to do. Effects are performed in order; each of one kind to one receiver stays in
+/// order, which is what makes the order of operations the same on every rank.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Make durable together or not at all → [`Event::Appended`].
+    Append { append: AppendId, records: Vec<Record> },
+    /// To the node's control stream. If its queue is full → [`Event::NodeLost`].
+    Send { node: NodeId, message: CoordinatorMessage },
+    /// Close the node's connection, telling it why; it is forgotten already.
+    Dismiss { node: NodeId, reason: String },
+    /// Answer a request; at most once each. Nobody may be left to hear it.
+    Respond { waiter: WaiterId, response: ClientResponse },
+    /// On a stream of its own → [`Event::Generated`] with the same `attempt`.
+    Generate { node: NodeId, attempt: u32, generate: Generate },
+    /// Drop the stream of a request that is being generated; no answer is wanted.
+    CancelGenerate { request: RequestId },
+    /// Everything is durable and told: close the journal and end. The last effect ever.
+    Stop,
+}

@@ -1,0 +1,225 @@
+//! The coordinator's decisions as a pure state machine: [`State::handle`] takes an event and
+//! the time and returns effects. It knows no tokio, no actix, no clock and no randomness; the
+//! actor performs its effects, and `tests/simulation.rs` is its second caller.
+//!
+//! ```text
+//!   submit ─► journal ─► queue ─► Execute ─► all Prepared ─► journal ─► Commit ─► visible
+//!                                    │                          (a publish also waits for
+//!                                    └─ a rank lost: failure      Stage · Activate on every
+//!                                       journaled, ranks formed   sampler node)
+//!                                       anew, state replayed
+//! ```
+//!
+//! Where to read: `event` (the interface), `run` (what a run is), `operations` (its queue),
+//! `placement` and `execution` (its ranks at work), `versions` and `sampling` (the samplers),
+//! `invariants` (what holds after every event).
+
+mod admission;
+mod checkpoints;
+mod drain;
+mod event;
+mod execution;
+mod invariants;
+mod membership;
+mod operations;
+mod outcome;
+mod placement;
+mod recovery;
+mod requests;
+mod run;
+mod sampling;
+mod snapshots;
+mod versions;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+pub use event::{AppendId, Effect, Event, WaiterId};
+
+use crate::{
+    journal::Record,
+    protocol::{
+        BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, Epoch, ModelOffer, NodeId, OperationSeq,
+        RequestId,
+    },
+    types::{OperationError, RunId, SessionId},
+};
+
+use self::{
+    checkpoints::Checkpoints, drain::Drain, membership::Node, run::Run, sampling::Sample, versions::Policies,
+};
+use super::{Limits, error::Refusal};
+
+/// How often [`Event::Tick`] should come. A tick that comes later than twice this is a slip: the
+/// process was starved, and every deadline moves by as much.
+pub const TICK_MS: u64 = 250;
+
+/// How long a request that needs a model is held while no node has ever joined: a service that
+/// is starting is slow, not wrong.
+const STARTING_HOLD_MS: u64 = 20_000;
+
+/// Requests held while the service starts.
+const HELD_MAX: usize = 1_024;
+
+/// Everything that the coordinator knows.
+pub struct State {
+    limits: Limits,
+    epoch: Epoch,
+    /// Time that deadlines are measured in: the caller's, less all slips.
+    now_ms: u64,
+    /// The caller's time, for what people read.
+    wall_ms: u64,
+    slip_ms: u64,
+    last_tick_ms: Option<u64>,
+
+    sessions: BTreeSet<SessionId>,
+    runs: BTreeMap<RunId, Run>,
+    next_session: u64,
+    next_run: u64,
+
+    nodes: BTreeMap<NodeId, Node>,
+    /// Models that a node offers or has offered, by name.
+    models: BTreeMap<String, ModelOffer>,
+    ever_joined: bool,
+    membership_changed_ms: u64,
+    next_ping_ms: u64,
+    ping_nonce: u64,
+
+    checkpoints: Checkpoints,
+    policies: Policies,
+    samples: BTreeMap<RequestId, Sample>,
+    /// Samples that wait for a version or a node.
+    waiting: BTreeSet<RequestId>,
+    next_request: u64,
+
+    held: Vec<Held>,
+    appends: BTreeMap<AppendId, Appending>,
+    next_append: u64,
+    drain: Option<Drain>,
+    effects: Vec<Effect>,
+}
+
+/// A request that waits for the first node.
+struct Held {
+    waiter: WaiterId,
+    request: ClientRequest,
+    entropy: u64,
+    until_ms: u64,
+}
+
+/// What an append was for.
+enum Appending {
+    Session { session: SessionId, waiter: WaiterId },
+    Run { run: Box<Run>, waiter: WaiterId },
+    Operation { run: RunId, seq: OperationSeq },
+    Outcome { run: RunId, seq: OperationSeq },
+    Snapshot { run: RunId, seq: OperationSeq, snapshot: BlobRef },
+}
+
+impl State {
+    /// Takes in one event and says what to do. `now_ms` never falls.
+    pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Effect> {
+        self.wall_ms = now_ms;
+        if matches!(event, Event::Tick) {
+            self.notice_slip(now_ms);
+        }
+        self.now_ms = self.now_ms.max(now_ms - self.slip_ms);
+        match event {
+            Event::Request { waiter, request, entropy } => self.request(waiter, request, entropy),
+            Event::RequestGone { waiter } => self.cancel_sample(waiter),
+            Event::NodeJoined { node, hello } => self.node_joined(node, hello),
+            Event::NodeMessage { node, message } => self.node_message(node, message),
+            Event::NodeLost { node, reason } => self.lose_node(node, &reason),
+            Event::Appended { append, result } => self.appended(append, result),
+            Event::Generated { request, attempt, reply } => self.generated(request, attempt, reply),
+            Event::Tick => self.tick(),
+            Event::Drain => self.begin_drain(),
+        }
+        self.continue_drain();
+        #[cfg(debug_assertions)]
+        self.check_invariants();
+        std::mem::take(&mut self.effects)
+    }
+
+    /// A late tick means that this process did not run, not that the others were silent.
+    fn notice_slip(&mut self, now_ms: u64) {
+        if let Some(last) = self.last_tick_ms.replace(now_ms) {
+            let since = now_ms - last;
+            if since > 2 * TICK_MS {
+                self.slip_ms += since - TICK_MS;
+            }
+        }
+    }
+
+    /// Everything that time alone decides.
+    fn tick(&mut self) {
+        self.ping_nodes();
+        self.release_held();
+        let runs: Vec<RunId> = self.runs.keys().copied().collect();
+        for run in runs {
+            self.expire_waiters(run);
+            self.expire_work(run);
+            self.advance(run);
+        }
+        self.expire_stages();
+        self.expire_samples();
+    }
+
+    fn appended(&mut self, append: AppendId, result: Result<(), String>) {
+        let Some(appending) = self.appends.remove(&append) else { return };
+        match appending {
+            Appending::Session { session, waiter } => self.session_durable(session, waiter, result),
+            Appending::Run { run, waiter } => self.run_durable(*run, waiter, result),
+            Appending::Operation { run, seq } => self.operation_durable(run, seq, result),
+            Appending::Outcome { run, seq } => self.outcome_durable(run, seq, result),
+            Appending::Snapshot { run, seq, snapshot } => self.snapshot_durable(run, seq, snapshot, result),
+        }
+    }
+
+    fn append(&mut self, records: Vec<Record>, appending: Appending) {
+        let append = AppendId(self.next_append);
+        self.next_append += 1;
+        self.appends.insert(append, appending);
+        self.effects.push(Effect::Append { append, records });
+    }
+
+    fn send(&mut self, node: NodeId, message: CoordinatorMessage) {
+        self.effects.push(Effect::Send { node, message });
+    }
+
+    fn respond(&mut self, waiter: WaiterId, response: ClientResponse) {
+        self.effects.push(Effect::Respond { waiter, response });
+    }
+
+    fn refuse(&mut self, waiter: WaiterId, refusal: impl Into<OperationError>) {
+        self.respond(waiter, ClientResponse::Error(refusal.into()));
+    }
+
+    /// Holds a request until a node joins, if none ever has; says whether it did.
+    fn hold(&mut self, waiter: WaiterId, request: &ClientRequest, entropy: u64) -> bool {
+        if self.ever_joined || self.held.len() >= HELD_MAX {
+            return false;
+        }
+        let until_ms = self.now_ms + STARTING_HOLD_MS;
+        self.held.push(Held { waiter, request: request.clone(), entropy, until_ms });
+        true
+    }
+
+    /// Answers held requests: all of them once a node is there, else those held long enough.
+    fn release_held(&mut self) {
+        let (joined, now_ms) = (self.ever_joined, self.now_ms);
+        let due = self.held.extract_if(.., |held| joined || held.until_ms <= now_ms).collect::<Vec<_>>();
+        for held in due {
+            self.answer(held.waiter, held.request, held.entropy);
+        }
+    }
+}
+
+/// A duration as the state machine counts time.
+fn ms(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The error of a refusal that happened inside the state machine.
+fn fault(message: impl Into<String>) -> OperationError {
+    Refusal::Fault(message.into()).into()
+}

@@ -1,0 +1,199 @@
+//! From what the ranks prepared to what clients see: outcome and what hangs on it durable in
+//! one append, then commit, then the waiters.
+
+use crate::{
+    journal::{Outcome, Record},
+    protocol::{ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationSeq, Saved},
+    types::{Checkpoint, CheckpointTarget, OperationError, PolicyId, RunId},
+};
+
+use super::{
+    Appending, State,
+    checkpoints::{CheckpointPath, StoredCheckpoint},
+    fault,
+    run::{Conclusion, Publication, Work},
+};
+
+/// How long to wait before an outcome is written again that could not be made durable.
+const WRITE_AGAIN_MS: u64 = 1_000;
+
+/// What a save adds to the journal beside its outcome.
+#[derive(Default)]
+struct Leftovers {
+    checkpoint: Option<StoredCheckpoint>,
+    publish: Option<(PolicyId, BlobRef)>,
+}
+
+impl State {
+    /// Journals an outcome. `token`: of the ranks that hold the operation prepared or refused.
+    pub(super) fn conclude(
+        &mut self,
+        id: RunId,
+        seq: OperationSeq,
+        outcome: Outcome,
+        token: Option<OpToken>,
+        saved: Option<Saved>,
+        resolved: Option<Operation>,
+    ) {
+        let (outcome, left) = match self.leftovers(id, seq, &outcome, saved) {
+            Ok(left) => (outcome, left),
+            Err(error) => (Outcome::Failed { error }, Leftovers::default()),
+        };
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let Some(entry) = run.operations.get(&seq) else { return };
+        let mut records = Vec::new();
+        if let Some(operation) = &resolved {
+            let (key, incarnation, operation) = (entry.key, entry.incarnation, operation.clone());
+            records.push(Record::Operation { run: id, seq, key, incarnation, operation });
+        }
+        records.push(Record::Outcome { run: id, seq, outcome: outcome.clone() });
+        if let Some(stored) = &left.checkpoint {
+            records.push(Record::Checkpoint {
+                checkpoint: stored.checkpoint.clone(),
+                files: stored.files.clone(),
+                policy: stored.policy,
+            });
+        }
+        if let Some((policy, adapter)) = left.publish {
+            let base_model = run.create.base_model.clone();
+            records.push(Record::Slot { policy, base_model, adapter });
+        }
+        let Leftovers { checkpoint, publish } = left;
+        run.work = Work::Conclude(Box::new(Conclusion {
+            seq,
+            outcome,
+            token,
+            resolved,
+            checkpoint,
+            publish,
+            records,
+            retry_ms: None,
+        }));
+        self.write_conclusion(id);
+    }
+
+    /// Writes the outcome, also for another time.
+    pub(super) fn write_conclusion(&mut self, id: RunId) {
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let Work::Conclude(conclusion) = &mut run.work else { return };
+        conclusion.retry_ms = None;
+        let (seq, records) = (conclusion.seq, conclusion.records.clone());
+        self.append(records, Appending::Outcome { run: id, seq });
+    }
+
+    /// The checkpoint and the publish of a save that went well.
+    fn leftovers(
+        &mut self,
+        id: RunId,
+        seq: OperationSeq,
+        outcome: &Outcome,
+        saved: Option<Saved>,
+    ) -> Result<Leftovers, OperationError> {
+        let Outcome::Done { step, .. } = outcome else { return Ok(Leftovers::default()) };
+        let run = &self.runs[&id];
+        let entry = &run.operations[&seq];
+        let (name, target, publish) = match &entry.operation {
+            Some(Operation::SaveState { name }) => (name.clone(), CheckpointTarget::Trainer, false),
+            Some(Operation::SaveWeightsForSampler { name, publish }) => {
+                (name.clone(), CheckpointTarget::Sampler, *publish)
+            }
+            _ => return Ok(Leftovers::default()),
+        };
+        let saved = saved.ok_or_else(|| fault(format!("the ranks of {id} saved {name:?} without files")))?;
+        let path = CheckpointPath { run: id, target, name: name.clone() }.to_string();
+        let checkpoint = Checkpoint {
+            id: self.checkpoints.next_id(),
+            run_id: id,
+            checkpoint_id: name,
+            checkpoint_type: "lora".to_owned(),
+            target,
+            created_at_ms: self.wall_ms,
+            base_model: run.create.base_model.clone(),
+            lora_rank: run.lora.rank,
+            lora_alpha: run.lora.alpha,
+            step: *step,
+            size_bytes: saved.files.iter().map(|file| file.blob.size).sum(),
+            path,
+        };
+        let policy = PolicyId { run: id, incarnation: entry.incarnation, step: *step, digest: saved.digest };
+        let policy = (target == CheckpointTarget::Sampler).then_some(policy);
+        let stored = StoredCheckpoint { checkpoint, files: saved.files, policy };
+        let publish = match (policy, publish) {
+            (Some(policy), true) => {
+                let adapter = stored.file(ADAPTER_FILE);
+                let adapter = adapter.ok_or_else(|| fault(format!("{policy} was saved without adapter")))?;
+                Some((policy, adapter))
+            }
+            _ => None,
+        };
+        Ok(Leftovers { checkpoint: Some(stored), publish })
+    }
+
+    /// The outcome is durable: ranks commit, waiters see it; a publish waits for the samplers.
+    pub(super) fn outcome_durable(&mut self, id: RunId, seq: OperationSeq, result: Result<(), String>) {
+        let now_ms = self.now_ms;
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let Work::Conclude(conclusion) = &mut run.work else { return };
+        if conclusion.seq != seq {
+            return;
+        }
+        if let Err(why) = result {
+            tracing::error!(run = %id, operation = seq.0, "the outcome can't be made durable, trying again: {why}");
+            conclusion.retry_ms = Some(now_ms + WRITE_AGAIN_MS);
+            return;
+        }
+        let Work::Conclude(conclusion) = std::mem::replace(&mut run.work, Work::Idle) else { return };
+        let Conclusion { outcome, token, resolved, checkpoint, publish, .. } = *conclusion;
+        run.finish(seq, outcome.clone(), resolved);
+        if let Some(token) = token {
+            let message = match &outcome {
+                Outcome::Done { .. } => CoordinatorMessage::Commit { token },
+                Outcome::Failed { .. } => CoordinatorMessage::Discard { token },
+            };
+            self.settle(id, token, message);
+        }
+        if matches!(outcome, Outcome::Done { .. }) {
+            self.adopt_lora(id, seq);
+        }
+        if let Some(stored) = checkpoint {
+            self.checkpoints.insert(stored);
+        }
+        match publish {
+            Some((policy, adapter)) => self.publish(id, Publication { seq, policy }, adapter),
+            None => self.show(id, seq),
+        }
+        self.advance(id);
+    }
+
+    /// Keeps what the run's checkpoints say of its adapter true.
+    pub(super) fn adopt_lora(&mut self, id: RunId, seq: OperationSeq) {
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        match run.operations.get(&seq).and_then(|entry| entry.operation.as_ref()) {
+            Some(Operation::Init { lora }) => run.lora = lora.clone(),
+            Some(Operation::LoadState { source: Some(source), .. }) => {
+                if let Some(stored) = self.checkpoints.holding(&source.blob) {
+                    run.lora.rank = stored.checkpoint.lora_rank;
+                    run.lora.alpha = stored.checkpoint.lora_alpha;
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl super::run::Run {
+    /// Takes in a durable outcome.
+    pub(super) fn finish(&mut self, seq: OperationSeq, outcome: Outcome, resolved: Option<Operation>) {
+        self.finished = seq;
+        let Some(entry) = self.operations.get_mut(&seq) else { return };
+        if resolved.is_some() {
+            entry.operation = resolved;
+        }
+        if let Outcome::Done { step, .. } = &outcome {
+            self.step = *step;
+            self.incarnation = entry.incarnation;
+            self.setbacks = 0;
+        }
+        entry.outcome = Some(outcome);
+    }
+}

@@ -1,0 +1,265 @@
+//! Which trainer slots hold a run's ranks, and how a rank set comes and goes.
+//!
+//! Ranks are spread over nodes first, then over the slots of a node that hold the fewest other
+//! ranks. All ranks of a run have equal [`Numerics`], so that they compute the same bits.
+
+use std::collections::BTreeSet;
+
+use crate::{
+    journal::Outcome,
+    protocol::{CoordinatorMessage, Generation, NodeId, Numerics, OperationSeq, RankIndex, RankSeat},
+    types::{Digest, ErrorKind, OperationError, RunId},
+};
+
+use super::{
+    State, ms,
+    run::{RankSet, Ranks, Work},
+};
+
+/// Rank sets lost in a row before the operation at the head of the queue is given up, so that
+/// its caller learns why nothing moves.
+const SETBACKS_MAX: u32 = 3;
+
+/// First and longest pause before ranks are formed again after a setback.
+const RETRY_MS: u64 = 1_000;
+const RETRY_MAX_MS: u64 = 30_000;
+
+/// A slot that could take a rank.
+struct Slot {
+    node: NodeId,
+    index: u32,
+    /// Ranks of other runs on it.
+    held: usize,
+}
+
+impl State {
+    /// Trainer slots that share one kind of numerics and offer this model: the most that a run
+    /// can get.
+    pub(super) fn slots_for(&self, model: &str, digest: Digest) -> u32 {
+        self.best_slots(model, digest, None).len() as u32
+    }
+
+    /// Seats the run's ranks, if someone needs them and there is room.
+    pub(super) fn place(&mut self, id: RunId) {
+        let Some(run) = self.runs.get(&id) else { return };
+        let now_ms = self.now_ms;
+        if !run.wanted || self.drain.is_some() || now_ms < run.retry_ms {
+            return;
+        }
+        let slots = self.best_slots(&run.create.base_model, run.model_digest, Some(id));
+        let grace_over = now_ms >= self.membership_changed_ms + ms(self.limits.placement_grace);
+        let enough = slots.len() >= run.replicas() as usize;
+        if slots.is_empty() || !(enough || grace_over) {
+            return;
+        }
+        let roster = self.seat(slots, run.replicas());
+        let deadline_ms = now_ms + ms(self.limits.form_deadline);
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        run.generation = Generation(run.generation.0 + 1);
+        let set = RankSet { roster };
+        let (nodes, message) = (
+            set.nodes(),
+            CoordinatorMessage::FormRanks {
+                spec: run.spec(),
+                epoch: self.epoch,
+                generation: run.generation,
+                roster: set.roster.clone(),
+                restore: run.snapshot.map(|(_, blob)| blob),
+            },
+        );
+        run.ranks = Ranks::Forming { set, ready: BTreeSet::new(), deadline_ms };
+        run.refill = false;
+        for node in nodes {
+            self.send(node, message.clone());
+        }
+    }
+
+    /// The largest group of slots with equal numerics.
+    fn best_slots(&self, model: &str, digest: Digest, but: Option<RunId>) -> Vec<Slot> {
+        let mut groups: Vec<(&Numerics, Vec<Slot>)> = Vec::new();
+        for (id, node) in &self.nodes {
+            if !node.offers(model, digest) {
+                continue;
+            }
+            let slots = (0..node.hello.trainers).map(|index| {
+                let held = self.runs.values().filter(|run| Some(run.id) != but);
+                let held = held.flat_map(|run| run.roster());
+                let held = held.filter(|seat| seat.node == *id && seat.slot == index).count();
+                Slot { node: *id, index, held }
+            });
+            match groups.iter_mut().find(|(numerics, _)| **numerics == node.hello.numerics) {
+                Some((_, group)) => group.extend(slots),
+                None => groups.push((&node.hello.numerics, slots.collect())),
+            }
+        }
+        // Of equal groups the first, so that the choice does not hang on chance.
+        let largest = groups.into_iter().rev().max_by_key(|(_, slots)| slots.len());
+        largest.map(|(_, slots)| slots).unwrap_or_default()
+    }
+
+    /// Gives ranks 0.. the best slots one by one.
+    fn seat(&self, mut slots: Vec<Slot>, replicas: u32) -> Vec<RankSeat> {
+        let mut roster: Vec<RankSeat> = Vec::new();
+        while roster.len() < replicas as usize && !slots.is_empty() {
+            let on = |node| roster.iter().filter(|seat| seat.node == node).count();
+            let load = |node| slots.iter().filter(|s| s.node == node).map(|s| s.held).sum::<usize>();
+            let best = (0..slots.len()).min_by_key(|&i| {
+                let slot = &slots[i];
+                (on(slot.node), slot.held, load(slot.node), slot.node, slot.index)
+            });
+            let Some(best) = best else { break };
+            let Slot { node, index, .. } = slots.swap_remove(best);
+            let hello = &self.nodes[&node].hello;
+            roster.push(RankSeat {
+                rank: RankIndex(roster.len() as u32),
+                node,
+                slot: index,
+                host: hello.host.clone(),
+                address: hello.address.clone(),
+            });
+        }
+        roster
+    }
+
+    /// Every rank that `node` holds of the run is there.
+    pub(super) fn ranks_ready(&mut self, node: NodeId, id: RunId, generation: Generation) {
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let covered = run.snapshot.map_or(OperationSeq(0), |(seq, _)| seq);
+        let Ranks::Forming { set, ready, .. } = &mut run.ranks else { return };
+        let nodes = set.nodes();
+        if run.generation != generation || !nodes.contains(&node) {
+            return;
+        }
+        ready.insert(node);
+        if ready.len() == nodes.len() {
+            run.ranks = Ranks::Formed { set: set.clone(), applied: covered };
+            self.advance(id);
+        }
+    }
+
+    /// A node can't form its ranks, or lost them.
+    pub(super) fn ranks_failed(
+        &mut self,
+        node: NodeId,
+        id: RunId,
+        generation: Generation,
+        error: OperationError,
+    ) {
+        let Some(run) = self.runs.get(&id) else { return };
+        if run.generation != generation || !run.rank_nodes().contains(&node) {
+            return;
+        }
+        let message = format!("node {} can't hold a rank of {id}: {error}", self.node_name(node));
+        let error = OperationError::new(error.kind, message);
+        // The run's own configuration does not fit the model: no other node can do better.
+        if error.kind == ErrorKind::InvalidInput {
+            return self.quarantine(id, error);
+        }
+        self.lose_ranks(id, error);
+    }
+
+    /// The deadline of a rank set that is being formed.
+    pub(super) fn expire_forming(&mut self, id: RunId) {
+        let Some(Ranks::Forming { set, ready, deadline_ms }) = self.runs.get(&id).map(|run| &run.ranks)
+        else {
+            return;
+        };
+        if *deadline_ms > self.now_ms {
+            return;
+        }
+        let silent = set.nodes().into_iter().filter(|node| !ready.contains(node));
+        let silent = silent.map(|node| self.node_name(node)).collect::<Vec<_>>().join(", ");
+        let waited = self.limits.form_deadline.as_secs();
+        let message = format!("node {silent} did not form its ranks of {id} within {waited} s");
+        self.lose_ranks(id, OperationError::new(ErrorKind::Unavailable, message));
+    }
+
+    /// Gives up the run's rank set. An operation that it was executing fails with `cause`: with
+    /// other ranks it might do, but that is for the caller to ask.
+    pub(super) fn lose_ranks(&mut self, id: RunId, cause: OperationError) {
+        let now_ms = self.now_ms;
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let (nodes, generation) = (run.rank_nodes(), run.generation);
+        if nodes.is_empty() {
+            return;
+        }
+        tracing::warn!(run = %id, generation = generation.0, "ranks given up: {cause}");
+        let at_rest = matches!(run.ranks, Ranks::Formed { .. }) && !matches!(run.work, Work::Execute(_));
+        run.ranks = Ranks::Absent;
+        run.snapshotting = None;
+        run.setbacks += u32::from(!at_rest);
+        run.retry_ms = now_ms + backoff(run.setbacks);
+        let in_flight = match &run.work {
+            Work::Execute(execution) => Some((execution.token.seq, execution.replay)),
+            Work::Idle | Work::Conclude(_) => None,
+        };
+        let hopeless = run.setbacks >= SETBACKS_MAX && run.broken.is_none();
+        if in_flight.is_some() {
+            run.work = Work::Idle;
+        }
+        let idle = matches!(run.work, Work::Idle);
+        let head = run.head();
+        for node in nodes {
+            if self.nodes.contains_key(&node) {
+                self.send(node, CoordinatorMessage::ReleaseRanks { run: id, generation });
+            }
+        }
+        let given_up = match in_flight {
+            Some((seq, false)) => Some(seq),
+            _ if hopeless && idle => head,
+            _ => None,
+        };
+        if hopeless && let Some(run) = self.runs.get_mut(&id) {
+            run.setbacks = 0; // The next operation gets as many tries.
+        }
+        match given_up {
+            Some(seq) => self.conclude(id, seq, Outcome::Failed { error: cause }, None, None, None),
+            None => self.advance(id),
+        }
+    }
+
+    /// Moves a run that has fewer ranks than it asked for to a larger rank set; says whether it
+    /// will. The snapshot was taken before, so that the newcomers have little to repeat.
+    pub(super) fn move_if_better(&mut self, id: RunId) -> bool {
+        let Some(run) = self.runs.get(&id) else { return false };
+        if !run.refill {
+            return false;
+        }
+        let slots = self.best_slots(&run.create.base_model, run.model_digest, Some(id)).len();
+        let possible = slots.min(run.replicas() as usize);
+        let better = possible > run.roster().len();
+        if better {
+            self.release(id);
+            self.place(id);
+        } else if let Some(run) = self.runs.get_mut(&id) {
+            run.refill = false;
+        }
+        better
+    }
+
+    /// Lets the ranks of a run go that nothing is in flight on.
+    pub(super) fn release(&mut self, id: RunId) {
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let (nodes, generation) = (run.rank_nodes(), run.generation);
+        run.ranks = Ranks::Absent;
+        for node in nodes {
+            self.send(node, CoordinatorMessage::ReleaseRanks { run: id, generation });
+        }
+    }
+
+    /// Runs with fewer ranks than they asked for look again at what the cluster has.
+    pub(super) fn want_refill(&mut self) {
+        for run in self.runs.values_mut() {
+            let ranks = run.roster().len();
+            run.refill |= ranks > 0 && ranks < run.replicas() as usize;
+        }
+    }
+}
+
+fn backoff(setbacks: u32) -> u64 {
+    // The first loss is most likely a node that is gone: others can take over at once.
+    match setbacks {
+        0 | 1 => 0,
+        n => (RETRY_MS << (n - 2).min(5)).min(RETRY_MAX_MS),
+    }
+}

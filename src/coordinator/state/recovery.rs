@@ -1,0 +1,142 @@
+//! A starting coordinator's state from what the journal recovered.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    journal::{Outcome, Recovered, RecoveredOperation, RecoveredRun},
+    protocol::{Operation, OperationSeq, encode},
+    types::Digest,
+};
+
+use super::{
+    Limits, State,
+    checkpoints::{Checkpoints, StoredCheckpoint},
+    run::{Entry, Publication, Run},
+    versions::Policies,
+};
+
+impl State {
+    /// The state as of the last append that became durable. `now_ms`: the first of the times
+    /// that [`State::handle`] gets, in milliseconds since the Unix epoch.
+    pub fn recover(limits: Limits, recovered: Recovered, now_ms: u64) -> Self {
+        let mut checkpoints = Checkpoints::default();
+        for (checkpoint, files, policy) in recovered.checkpoints {
+            checkpoints.insert(StoredCheckpoint { checkpoint, files, policy });
+        }
+        let mut policies = Policies::default();
+        for (policy, base_model, adapter) in checkpoints.policies() {
+            policies.learn(policy, base_model, adapter);
+        }
+        let sessions: BTreeSet<_> = recovered.sessions.into_iter().collect();
+        let mut state = Self {
+            limits,
+            epoch: recovered.epoch,
+            now_ms,
+            wall_ms: now_ms,
+            slip_ms: 0,
+            last_tick_ms: None,
+            next_session: sessions.last().map_or(1, |last| last.0 + 1),
+            sessions,
+            next_run: recovered.runs.iter().map(|run| run.run.0 + 1).max().unwrap_or(1),
+            runs: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            models: BTreeMap::new(),
+            ever_joined: false,
+            membership_changed_ms: now_ms,
+            next_ping_ms: now_ms,
+            ping_nonce: 0,
+            checkpoints,
+            policies,
+            samples: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            // Never a number that a replica may still know from an earlier epoch.
+            next_request: recovered.epoch.0 << 32,
+            held: Vec::new(),
+            appends: BTreeMap::new(),
+            next_append: 0,
+            drain: None,
+            effects: Vec::new(),
+        };
+        for run in recovered.runs {
+            state.recover_run(run);
+        }
+        state
+    }
+
+    fn recover_run(&mut self, recovered: RecoveredRun) {
+        let RecoveredRun { run: id, create, model_digest, snapshot, operations, slot, .. } = recovered;
+        let mut run = Run::new(id, create, model_digest);
+        run.snapshot = snapshot;
+        if let Some((seq, _)) = snapshot {
+            run.finished = seq;
+            run.next_seq = seq.0 + 1;
+        }
+        for operation in operations {
+            run.recover_operation(operation);
+        }
+        // Ranks cost memory and a replay: only for whom something waits.
+        run.wanted = run.head().is_some();
+        if let Some((policy, adapter)) = slot {
+            self.policies.learn(policy, &run.create.base_model, adapter);
+            self.policies.served.entry(policy).or_default().last_used_ms = self.now_ms;
+            run.live = Some(policy);
+            run.hide_last_publish();
+        }
+        let finished = run.operations.range(..=run.finished).map(|(seq, _)| *seq).collect::<Vec<_>>();
+        self.runs.insert(id, run);
+        for seq in finished {
+            self.adopt_lora(id, seq);
+        }
+        if let Some(run) = self.runs.get_mut(&id) {
+            run.forget_covered();
+        }
+    }
+}
+
+impl Run {
+    fn recover_operation(&mut self, recovered: RecoveredOperation) {
+        let RecoveredOperation { seq, key, incarnation, operation, outcome } = recovered;
+        let body = Digest::of(&encode(&as_submitted(&operation)));
+        let entry = Entry {
+            key,
+            body,
+            incarnation,
+            operation: Some(operation),
+            accepted: true,
+            visible: outcome.is_some(),
+            outcome: None,
+            accept_waiters: Vec::new(),
+            waiters: Vec::new(),
+        };
+        self.operations.insert(seq, entry);
+        self.keys.insert(key, seq);
+        self.next_seq = self.next_seq.max(seq.0 + 1);
+        self.accepted_incarnation = self.accepted_incarnation.max(incarnation);
+        if let Some(outcome) = outcome {
+            self.finish(seq, outcome, None);
+        }
+    }
+
+    /// The last publish is reported again only when a sampler serves it again.
+    fn hide_last_publish(&mut self) {
+        let published = self.operations.iter_mut().rev().find(|(_, entry)| {
+            let publish =
+                matches!(entry.operation, Some(Operation::SaveWeightsForSampler { publish: true, .. }));
+            publish && matches!(entry.outcome, Some(Outcome::Done { .. }))
+        });
+        if let (Some((seq, entry)), Some(policy)) = (published, self.live) {
+            entry.visible = false;
+            self.publishing = Some(Publication { seq: OperationSeq(seq.0), policy });
+        }
+    }
+}
+
+/// An operation without what the coordinator filled in: what a retry's is compared with.
+fn as_submitted(operation: &Operation) -> Operation {
+    match operation.clone() {
+        Operation::LoadState { path, with_optimizer, .. } => {
+            Operation::LoadState { path, with_optimizer, source: None }
+        }
+        operation => operation,
+    }
+}

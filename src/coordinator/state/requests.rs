@@ -1,0 +1,195 @@
+//! What clients ask that no operation decides: sessions, runs, information.
+
+use crate::{
+    journal::Record,
+    protocol::{BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus},
+    types::{InvalidInput, RunId, ServerCapabilities, SessionId, SupportedModel},
+};
+
+use super::{Appending, Refusal, State, WaiterId, admission, run::Run};
+
+/// Runs that one journal may hold.
+const RUNS_MAX: usize = 4_096;
+
+/// Sessions that one journal may hold.
+const SESSIONS_MAX: usize = 1 << 20;
+
+/// Tokens of a micro-batch when a run doesn't say: the best size measured on CPUs.
+const MICRO_BATCH_TOKENS: u32 = 1_024;
+
+/// Most tokens of a micro-batch: activations of more fit no machine we know.
+const MICRO_BATCH_TOKENS_MAX: u32 = 1 << 20;
+
+impl State {
+    /// A request from outside.
+    pub(super) fn request(&mut self, waiter: WaiterId, request: ClientRequest, entropy: u64) {
+        if self.needs_node(&request) && self.hold(waiter, &request, entropy) {
+            return;
+        }
+        self.answer(waiter, request, entropy);
+    }
+
+    /// Requests that are wrong only because no node has introduced its models yet.
+    fn needs_node(&self, request: &ClientRequest) -> bool {
+        match request {
+            ClientRequest::Capabilities
+            | ClientRequest::CreateRun(_)
+            | ClientRequest::Tokenizer { .. }
+            | ClientRequest::Sample(_) => !self.ever_joined,
+            ClientRequest::CreateSession
+            | ClientRequest::Submit(_)
+            | ClientRequest::WaitOperation { .. }
+            | ClientRequest::RunInfo { .. }
+            | ClientRequest::ListCheckpoints { .. }
+            | ClientRequest::CheckpointFiles { .. }
+            | ClientRequest::ClusterStatus => false,
+        }
+    }
+
+    /// Answers now, or makes somebody else owe the answer.
+    pub(super) fn answer(&mut self, waiter: WaiterId, request: ClientRequest, entropy: u64) {
+        let answered = match request {
+            ClientRequest::CreateSession => self.create_session(waiter),
+            ClientRequest::CreateRun(create) => self.create_run(waiter, create),
+            ClientRequest::Submit(submit) => self.submit(waiter, submit),
+            ClientRequest::WaitOperation { run, seq, hold_ms } => {
+                self.wait_operation(waiter, run, seq, hold_ms)
+            }
+            ClientRequest::Sample(sample) => self.sample(waiter, sample, entropy),
+            ClientRequest::Capabilities => Ok(Some(ClientResponse::Capabilities(self.capabilities()))),
+            ClientRequest::RunInfo { run } => self.run_info(run).map(Some),
+            ClientRequest::ListCheckpoints { run } => {
+                Ok(Some(ClientResponse::Checkpoints(self.checkpoints.list(run))))
+            }
+            ClientRequest::CheckpointFiles { checkpoint, page_size, page_token } => {
+                let page = self.checkpoints.files(checkpoint, page_size, page_token);
+                page.map(|page| Some(ClientResponse::CheckpointFiles(page)))
+            }
+            ClientRequest::Tokenizer { base_model } => self.tokenizer(&base_model).map(Some),
+            ClientRequest::ClusterStatus => Ok(Some(ClientResponse::Cluster(self.cluster_status()))),
+        };
+        match answered {
+            Ok(Some(response)) => self.respond(waiter, response),
+            Ok(None) => {}
+            Err(refusal) => self.refuse(waiter, refusal),
+        }
+    }
+
+    fn create_session(&mut self, waiter: WaiterId) -> Result<Option<ClientResponse>, Refusal> {
+        self.refuse_while_draining()?;
+        if self.sessions.len() >= SESSIONS_MAX {
+            return Err(Refusal::Overloaded { what: "sessions", bound: SESSIONS_MAX });
+        }
+        let session = SessionId(self.next_session);
+        self.next_session += 1;
+        let record = Record::Session { session, created_at_ms: self.wall_ms };
+        self.append(vec![record], Appending::Session { session, waiter });
+        Ok(None)
+    }
+
+    pub(super) fn session_durable(
+        &mut self,
+        session: SessionId,
+        waiter: WaiterId,
+        result: Result<(), String>,
+    ) {
+        match result {
+            Ok(()) => {
+                self.sessions.insert(session);
+                self.respond(waiter, ClientResponse::Session(session));
+            }
+            Err(why) => self.refuse(waiter, Refusal::NotDurable(why)),
+        }
+    }
+
+    fn create_run(
+        &mut self,
+        waiter: WaiterId,
+        mut create: CreateRun,
+    ) -> Result<Option<ClientResponse>, Refusal> {
+        self.refuse_while_draining()?;
+        if !self.sessions.contains(&create.session) {
+            return Err(Refusal::UnknownSession(create.session));
+        }
+        if self.runs.len() >= RUNS_MAX {
+            return Err(Refusal::Overloaded { what: "runs", bound: RUNS_MAX });
+        }
+        let offer = self.offer(&create.base_model)?.clone();
+        admission::lora(&create.lora)?;
+        let have = self.slots_for(&offer.name, offer.digest);
+        let replicas = create.replicas.unwrap_or(have.max(1));
+        if replicas == 0 {
+            return Err(InvalidInput::new("replicas", "must be at least 1, got 0").into());
+        }
+        if replicas > have {
+            return Err(Refusal::TooManyReplicas { asked: replicas, have, model: offer.name });
+        }
+        let max_seq_len = create.max_seq_len.unwrap_or(offer.context);
+        admission::in_range("max_seq_len", max_seq_len, 1, offer.context)?;
+        let micro_batch_tokens = create.micro_batch_tokens.unwrap_or(MICRO_BATCH_TOKENS);
+        admission::in_range("micro_batch_tokens", micro_batch_tokens, 1, MICRO_BATCH_TOKENS_MAX)?;
+        create.name = Some(admission::display_name(create.name, &offer.name)?);
+        create.base_model = offer.name;
+        create.replicas = Some(replicas);
+        create.max_seq_len = Some(max_seq_len);
+        create.micro_batch_tokens = Some(micro_batch_tokens);
+
+        let run = RunId(self.next_run);
+        self.next_run += 1;
+        let record = Record::Run {
+            run,
+            create: create.clone(),
+            model_digest: offer.digest,
+            created_at_ms: self.wall_ms,
+        };
+        let run = Box::new(Run::new(run, create, offer.digest));
+        self.append(vec![record], Appending::Run { run, waiter });
+        Ok(None)
+    }
+
+    pub(super) fn run_durable(&mut self, run: Run, waiter: WaiterId, result: Result<(), String>) {
+        match result {
+            Ok(()) => {
+                let id = run.id;
+                self.respond(waiter, ClientResponse::Run(run.info()));
+                self.runs.insert(id, run);
+                self.advance(id);
+            }
+            Err(why) => self.refuse(waiter, Refusal::NotDurable(why)),
+        }
+    }
+
+    fn run_info(&self, run: RunId) -> Result<ClientResponse, Refusal> {
+        let run = self.runs.get(&run).ok_or(Refusal::UnknownRun(run))?;
+        Ok(ClientResponse::Run(run.info()))
+    }
+
+    fn capabilities(&self) -> ServerCapabilities {
+        let supported_models = self.models.values().map(|offer| SupportedModel {
+            model_name: offer.name.clone(),
+            max_context_length: Some(offer.context),
+            devices: vec!["cpu".to_owned()],
+        });
+        ServerCapabilities { supported_models: supported_models.collect() }
+    }
+
+    fn tokenizer(&self, base_model: &str) -> Result<ClientResponse, Refusal> {
+        let offer = self.offer(base_model)?;
+        Ok(ClientResponse::Blob(BlobRef { digest: offer.tokenizer, size: offer.tokenizer_size }))
+    }
+
+    fn cluster_status(&self) -> ClusterStatus {
+        let nodes = self.nodes.values().map(|node| NodeStatus {
+            name: node.hello.name.clone(),
+            pid: node.hello.pid,
+            trainers: node.hello.trainers,
+            samplers: node.hello.samplers,
+            numerics: node.numerics(),
+        });
+        ClusterStatus { nodes: nodes.collect(), runs: self.runs.values().map(Run::info).collect() }
+    }
+
+    pub(super) fn refuse_while_draining(&self) -> Result<(), Refusal> {
+        if self.drain.is_some() { Err(Refusal::Draining) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,342 @@
+//! One run: its operations in order, where its state stands, and the ranks that hold it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::{
+    journal::{Outcome, Record},
+    protocol::{
+        BlobRef, CreateRun, Generation, NodeId, OpToken, Operation, OperationKey, OperationResult,
+        OperationSeq, OperationStatus, RankIndex, RankSeat, RunInfo, RunSpec, Saved,
+    },
+    types::{Digest, ErrorKind, LoraConfig, OperationError, PolicyId, RunId},
+};
+
+use super::{WaiterId, checkpoints::StoredCheckpoint};
+
+/// Finished operations whose results are kept in memory for whoever asks again.
+const RESULTS_KEPT: usize = 2_048;
+
+/// A run as the coordinator has it.
+pub(super) struct Run {
+    pub id: RunId,
+    /// Every default filled in.
+    pub create: CreateRun,
+    pub model_digest: Digest,
+    /// The configuration of the present adapter: `Init` and `LoadState` change it.
+    pub lora: LoraConfig,
+
+    pub operations: BTreeMap<OperationSeq, Entry>,
+    pub keys: HashMap<OperationKey, OperationSeq>,
+    pub next_seq: u64,
+    /// Incarnation of the last accepted operation.
+    pub accepted_incarnation: u32,
+    /// The last operation with a durable outcome; all before it have one.
+    pub finished: OperationSeq,
+    /// Incarnation and step that it left.
+    pub incarnation: u32,
+    pub step: u64,
+
+    /// The newest, durable.
+    pub snapshot: Option<(OperationSeq, BlobRef)>,
+    pub snapshotting: Option<Snapshotting>,
+    pub snapshot_retry_ms: u64,
+
+    pub generation: Generation,
+    pub ranks: Ranks,
+    pub work: Work,
+    /// Someone needs the ranks: the run is new, or operations wait.
+    pub wanted: bool,
+    /// More slots are there than the rank set uses.
+    pub refill: bool,
+    /// Rank sets lost in a row without an operation done in between.
+    pub setbacks: u32,
+    pub retry_ms: u64,
+    /// Why no operation is executed any more.
+    pub broken: Option<OperationError>,
+
+    /// What samplers serve.
+    pub live: Option<PolicyId>,
+    pub publishing: Option<Publication>,
+}
+
+/// One operation of a run.
+pub(super) struct Entry {
+    pub key: OperationKey,
+    /// Digest of the operation as it was submitted: tells a retry from another request.
+    pub body: Digest,
+    pub incarnation: u32,
+    /// Dropped once it is finished and a snapshot covers it.
+    pub operation: Option<Operation>,
+    /// Durable, so it may execute.
+    pub accepted: bool,
+    /// Durable when it stands here.
+    pub outcome: Option<Outcome>,
+    /// Waiters may see the outcome: at once, or when a publish is being served.
+    pub visible: bool,
+    pub accept_waiters: Vec<WaiterId>,
+    /// With the time until which each is held.
+    pub waiters: Vec<(WaiterId, u64)>,
+}
+
+/// The ranks that hold the run's state.
+pub(super) enum Ranks {
+    Absent,
+    Forming {
+        set: RankSet,
+        ready: BTreeSet<NodeId>,
+        deadline_ms: u64,
+    },
+    /// `applied`: the last operation that their state contains.
+    Formed {
+        set: RankSet,
+        applied: OperationSeq,
+    },
+}
+
+/// Seats of one generation.
+#[derive(Clone)]
+pub(super) struct RankSet {
+    pub roster: Vec<RankSeat>,
+}
+
+/// What the run is busy with; one operation at a time.
+pub(super) enum Work {
+    Idle,
+    Execute(Execution),
+    Conclude(Box<Conclusion>),
+}
+
+/// An operation on the ranks.
+pub(super) struct Execution {
+    pub token: OpToken,
+    /// It has an outcome already, which must come out again.
+    pub replay: bool,
+    /// A `LoadState` with the source that its path named when its turn came.
+    pub resolved: Option<Operation>,
+    pub answers: BTreeMap<RankIndex, Answer>,
+    pub deadline_ms: u64,
+}
+
+/// What one rank said.
+#[derive(Clone, PartialEq)]
+pub(super) enum Answer {
+    Prepared { state: Digest, result: OperationResult, saved: Option<Saved>, step: u64 },
+    Failed(OperationError),
+}
+
+/// An outcome on its way to the disk.
+pub(super) struct Conclusion {
+    pub seq: OperationSeq,
+    pub outcome: Outcome,
+    /// The rank set that holds the operation prepared; absent: none does.
+    pub token: Option<OpToken>,
+    pub resolved: Option<Operation>,
+    pub checkpoint: Option<StoredCheckpoint>,
+    /// The policy to publish, and its adapter.
+    pub publish: Option<(PolicyId, BlobRef)>,
+    /// What is being written, for another try.
+    pub records: Vec<Record>,
+    pub retry_ms: Option<u64>,
+}
+
+/// A snapshot that rank 0 is writing.
+pub(super) struct Snapshotting {
+    pub token: OpToken,
+    pub deadline_ms: u64,
+}
+
+/// A publish whose outcome is durable and that the samplers don't serve yet.
+pub(super) struct Publication {
+    pub seq: OperationSeq,
+    pub policy: PolicyId,
+}
+
+impl Run {
+    /// A run without history.
+    pub fn new(id: RunId, create: CreateRun, model_digest: Digest) -> Self {
+        Self {
+            id,
+            lora: create.lora.clone(),
+            create,
+            model_digest,
+            operations: BTreeMap::new(),
+            keys: HashMap::new(),
+            next_seq: 1,
+            accepted_incarnation: 0,
+            finished: OperationSeq(0),
+            incarnation: 0,
+            step: 0,
+            snapshot: None,
+            snapshotting: None,
+            snapshot_retry_ms: 0,
+            generation: Generation(0),
+            ranks: Ranks::Absent,
+            work: Work::Idle,
+            wanted: true,
+            refill: false,
+            setbacks: 0,
+            retry_ms: 0,
+            broken: None,
+            live: None,
+            publishing: None,
+        }
+    }
+
+    /// Ranks that the run asked for.
+    pub fn replicas(&self) -> u32 {
+        self.create.replicas.unwrap_or(1)
+    }
+
+    pub fn spec(&self) -> RunSpec {
+        RunSpec {
+            run: self.id,
+            base_model: self.create.base_model.clone(),
+            max_seq_len: self.create.max_seq_len.unwrap_or(0),
+            micro_batch_tokens: self.create.micro_batch_tokens.unwrap_or(0),
+            lora: self.create.lora.clone(),
+        }
+    }
+
+    /// Operations without a durable outcome.
+    pub fn unfinished(&self) -> usize {
+        self.operations.range(after(self.finished)..).count()
+    }
+
+    /// The operation whose turn it is, once it is durable.
+    pub fn head(&self) -> Option<OperationSeq> {
+        let (seq, entry) = self.operations.range(after(self.finished)..).next()?;
+        entry.accepted.then_some(*seq)
+    }
+
+    /// The next operation that ranks with state `applied` must repeat to catch up.
+    pub fn next_replay(&self, applied: OperationSeq) -> Option<OperationSeq> {
+        if applied >= self.finished {
+            return None;
+        }
+        let behind = self.operations.range(after(applied)..=self.finished);
+        behind.filter(|(_, entry)| entry.changes_state()).map(|(seq, _)| *seq).next()
+    }
+
+    /// Optimiser steps and operations that changed the state since the snapshot.
+    pub fn unsaved(&self) -> (usize, usize) {
+        let from = self.snapshot.map_or(OperationSeq(0), |(seq, _)| seq);
+        if from >= self.finished {
+            return (0, 0);
+        }
+        let changes = self.operations.range(after(from)..=self.finished).filter(|(_, e)| e.changes_state());
+        changes.fold((0, 0), |(steps, changes), (_, entry)| {
+            let step = matches!(entry.operation, Some(Operation::OptimStep { .. }));
+            (steps + usize::from(step), changes + 1)
+        })
+    }
+
+    /// Forgets what a snapshot covers and nobody is likely to ask for again.
+    pub fn forget_covered(&mut self) {
+        let Some((covered, _)) = self.snapshot else { return };
+        let publishing = self.publishing.as_ref().map(|p| p.seq);
+        for (_, entry) in self.operations.range_mut(..=covered) {
+            entry.operation = None;
+        }
+        let finished = self.operations.range(..=self.finished).count();
+        let old = self.operations.range(..=covered).map(|(seq, _)| *seq);
+        let old: Vec<_> = old.take(finished.saturating_sub(RESULTS_KEPT)).collect();
+        for seq in old {
+            let free = publishing != Some(seq) && self.operations[&seq].waiters.is_empty();
+            if free && let Some(entry) = self.operations.remove(&seq) {
+                self.keys.remove(&entry.key);
+            }
+        }
+    }
+
+    /// The nodes of its ranks, each once.
+    pub fn rank_nodes(&self) -> BTreeSet<NodeId> {
+        match &self.ranks {
+            Ranks::Absent => BTreeSet::new(),
+            Ranks::Forming { set, .. } | Ranks::Formed { set, .. } => set.nodes(),
+        }
+    }
+
+    pub fn roster(&self) -> &[RankSeat] {
+        match &self.ranks {
+            Ranks::Absent => &[],
+            Ranks::Forming { set, .. } | Ranks::Formed { set, .. } => &set.roster,
+        }
+    }
+
+    pub fn info(&self) -> RunInfo {
+        RunInfo {
+            run: self.id,
+            session: self.create.session,
+            name: self.create.name.clone().unwrap_or_else(|| self.create.base_model.clone()),
+            base_model: self.create.base_model.clone(),
+            lora: self.lora.clone(),
+            replicas: self.replicas(),
+            max_seq_len: self.create.max_seq_len.unwrap_or(0),
+            micro_batch_tokens: self.create.micro_batch_tokens.unwrap_or(0),
+            incarnation: self.incarnation,
+            step: self.step,
+            live: self.live,
+            queued: u32::try_from(self.unfinished()).unwrap_or(u32::MAX),
+            phase: self.phase(),
+        }
+    }
+
+    fn phase(&self) -> String {
+        if let Some(error) = &self.broken {
+            return format!("broken: {error}");
+        }
+        let ranks = self.roster().len();
+        match (&self.ranks, &self.work) {
+            (_, Work::Conclude(c)) => format!("making operation {} durable", c.seq.0),
+            (_, Work::Execute(e)) if e.replay => format!("replaying operation {}", e.token.seq.0),
+            (_, Work::Execute(e)) => format!("executing operation {} on {ranks} ranks", e.token.seq.0),
+            (Ranks::Absent, _) if self.wanted => "waiting for nodes".to_owned(),
+            (Ranks::Absent, _) => "asleep".to_owned(),
+            (Ranks::Forming { .. }, _) => format!("forming {ranks} ranks"),
+            (Ranks::Formed { .. }, _) if self.publishing.is_some() => {
+                "publishing: waiting for samplers".to_owned()
+            }
+            (Ranks::Formed { .. }, _) => format!("ready on {ranks} ranks"),
+        }
+    }
+}
+
+impl RankSet {
+    pub fn nodes(&self) -> BTreeSet<NodeId> {
+        self.roster.iter().map(|seat| seat.node).collect()
+    }
+}
+
+impl Entry {
+    /// Whether replay must execute it again: it changed the state. A non-finite `optim_step`
+    /// did: it cleared the accumulated gradient.
+    pub fn changes_state(&self) -> bool {
+        match (&self.operation, &self.outcome) {
+            (Some(operation), Some(Outcome::Done { .. })) => matches!(
+                operation,
+                Operation::Init { .. }
+                    | Operation::ForwardBackward { .. }
+                    | Operation::OptimStep { .. }
+                    | Operation::LoadState { .. }
+            ),
+            (Some(Operation::OptimStep { .. }), Some(Outcome::Failed { error })) => {
+                error.kind == ErrorKind::NotFinite
+            }
+            _ => false,
+        }
+    }
+
+    /// What a waiter is told.
+    pub fn status(&self) -> OperationStatus {
+        match &self.outcome {
+            Some(Outcome::Done { result, .. }) if self.visible => OperationStatus::Done(result.clone()),
+            Some(Outcome::Failed { error }) if self.visible => OperationStatus::Failed(error.clone()),
+            _ => OperationStatus::Pending,
+        }
+    }
+}
+
+/// The sequence number behind `seq`.
+pub(super) fn after(seq: OperationSeq) -> OperationSeq {
+    OperationSeq(seq.0 + 1)
+}
