@@ -1,8 +1,16 @@
 //! Sessions, runs, order of operations, membership, versions: decides, never computes.
 
-use std::{path::PathBuf, time::Duration};
+mod error;
+pub mod state;
 
-use crate::transport::Endpoint;
+mod actor;
+mod blobs;
+mod serve;
+
+pub use error::{CoordinatorError, Refusal};
+pub use serve::serve;
+
+use std::{path::PathBuf, time::Duration};
 
 /// What a coordinator is started with.
 pub struct CoordinatorConfig {
@@ -53,16 +61,4 @@ impl Default for Limits {
             snapshot_every_steps: 8,
         }
     }
-}
-
-/// Runs a coordinator on `endpoint` until `shutdown` resolves, then drains: takes snapshots,
-/// tells the nodes to stop, closes the journal. Must run inside an actix system.
-pub async fn serve(
-    config: CoordinatorConfig,
-    endpoint: Endpoint,
-    shutdown: impl Future<Output = ()>,
-) -> anyhow::Result<()> {
-    let _ = (config, endpoint);
-    shutdown.await;
-    todo!()
 }

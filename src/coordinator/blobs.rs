@@ -1,0 +1,132 @@
+//! Payloads in and out of the store, each on a stream of its own, within one budget of bytes.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::{
+    protocol::{BlobRef, BlobReply, MAX_BLOB, encode},
+    store::BlobStore,
+    transport::{RecvHalf, SendHalf},
+    types::{Digest, ErrorKind, OperationError},
+};
+
+use super::serve::send_last;
+
+/// Bytes of blobs in memory at once, in KiB. A larger blob has the budget to itself.
+const BUDGET_KIB: u32 = 1 << 20;
+
+/// How long a transfer may wait for its share of the budget.
+const BUDGET_WAIT: Duration = Duration::from_secs(60);
+
+/// Time that a transfer may take beside its bytes.
+const TRANSFER_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Slowest transfer that is waited for, in bytes per second.
+const SLOWEST: u64 = 1 << 20;
+
+/// The store behind its budget.
+pub(super) struct Blobs {
+    store: BlobStore,
+    budget: Semaphore,
+}
+
+impl Blobs {
+    pub(super) fn new(store: BlobStore) -> Self {
+        Self { store, budget: Semaphore::new(BUDGET_KIB as usize) }
+    }
+
+    /// Receives a blob; `Stored` means durable and named rightly.
+    pub(super) async fn put(&self, recv: &mut RecvHalf, blob: BlobRef) -> BlobReply {
+        self.try_put(recv, blob).await.map_or_else(BlobReply::Refused, |()| BlobReply::Stored)
+    }
+
+    async fn try_put(&self, recv: &mut RecvHalf, blob: BlobRef) -> Result<(), OperationError> {
+        if blob.size > MAX_BLOB {
+            let problem = format!("a blob of {} bytes is over the limit of {MAX_BLOB}", blob.size);
+            return Err(OperationError::new(ErrorKind::ResourceExhausted, problem));
+        }
+        let _share = self.share(blob.size).await?;
+        let received = tokio::time::timeout(transfer_deadline(blob.size), recv.recv_bytes(blob.size));
+        let bytes = match received.await {
+            Ok(Ok(bytes)) => Bytes::from(bytes),
+            Ok(Err(reason)) => {
+                let problem = format!("a blob of {} bytes did not arrive: {reason}", blob.size);
+                return Err(OperationError::new(ErrorKind::InvalidInput, problem));
+            }
+            Err(_) => {
+                let problem = format!("a blob of {} bytes did not arrive in time", blob.size);
+                return Err(OperationError::new(ErrorKind::DeadlineExceeded, problem));
+            }
+        };
+        // Before it is stored: a wrong name must leave nothing behind.
+        let hashed = bytes.clone();
+        let named = tokio::task::spawn_blocking(move || Digest::of(&hashed)).await.map_err(internal)?;
+        if named != blob.digest {
+            let problem = format!("the bytes sent as {} hash to {named}", blob.digest);
+            return Err(OperationError::new(ErrorKind::InvalidInput, problem));
+        }
+        let stored = self.store.put(bytes).await;
+        stored.map(|_| ()).map_err(|e| OperationError::new(ErrorKind::ResourceExhausted, e.to_string()))
+    }
+
+    /// Sends a blob, or why not.
+    pub(super) async fn get(&self, send: &mut SendHalf, digest: Digest) {
+        let (bytes, _share) = match self.find(digest).await {
+            Ok(found) => found,
+            Err(error) => return send_last(send, &encode(&BlobReply::Refused(error))).await,
+        };
+        let size = bytes.len() as u64;
+        let sent = tokio::time::timeout(transfer_deadline(size), async {
+            send.send_frame(&encode(&BlobReply::Found { size })).await?;
+            send.send_bytes(&bytes).await?;
+            send.finish().await
+        });
+        match sent.await {
+            Ok(Ok(())) => {}
+            Ok(Err(reason)) => tracing::debug!(%digest, "a blob was not taken: {reason}"),
+            Err(_) => tracing::warn!(%digest, "a blob was not taken in time"),
+        }
+    }
+
+    async fn find(&self, digest: Digest) -> Result<(Bytes, SemaphorePermit<'_>), OperationError> {
+        let absent =
+            || OperationError::new(ErrorKind::NotFound, format!("there is no blob {digest} in the store"));
+        let size = self.store.size(&digest).await.map_err(internal)?.ok_or_else(absent)?;
+        let share = self.share(size).await?;
+        let bytes = self.store.get(&digest).await.map_err(internal)?.ok_or_else(absent)?;
+        Ok((bytes, share))
+    }
+
+    /// Why an operation that names `blob` can't be accepted.
+    pub(super) async fn missing(&self, blob: &BlobRef) -> Option<OperationError> {
+        let problem = match self.store.size(&blob.digest).await {
+            Ok(Some(size)) if size == blob.size => return None,
+            Ok(Some(size)) => format!("blob {} has {size} bytes, not {}", blob.digest, blob.size),
+            Ok(None) => format!("blob {} is not in the store; put it first", blob.digest),
+            Err(error) => return Some(internal(error)),
+        };
+        Some(OperationError::new(ErrorKind::InvalidInput, format!("`data`: {problem}")))
+    }
+
+    /// A transfer's share of the budget.
+    async fn share(&self, size: u64) -> Result<SemaphorePermit<'_>, OperationError> {
+        let kib = u32::try_from(size.div_ceil(1 << 10)).unwrap_or(BUDGET_KIB).min(BUDGET_KIB);
+        match tokio::time::timeout(BUDGET_WAIT, self.budget.acquire_many(kib)).await {
+            Ok(share) => share.map_err(internal),
+            Err(_) => {
+                let problem = "too many bytes are in flight; try again when some have arrived";
+                Err(OperationError::new(ErrorKind::ResourceExhausted, problem))
+            }
+        }
+    }
+}
+
+fn transfer_deadline(size: u64) -> Duration {
+    TRANSFER_DEADLINE + Duration::from_secs(size / SLOWEST)
+}
+
+fn internal(error: impl std::fmt::Display) -> OperationError {
+    OperationError::new(ErrorKind::Internal, error.to_string())
+}
