@@ -67,7 +67,7 @@ impl SamplerReplica {
         let ReplicaConfig { index, library, cores, kv_bytes, max_batch, on_death } = config;
         let offers = library.offers();
         let facts = offers.iter().map(|(source, config, _)| facts(source, config)).collect();
-        let capacity = Capacity { max_batch, kv_bytes };
+        let capacity = Capacity { max_batch: max_batch.max(1), kv_bytes };
 
         let context = Context::<Self>::new();
         let (orders, order_receiver) = mpsc::sync_channel(1);

@@ -19,7 +19,7 @@ use crate::{
     types::InvalidInput,
 };
 
-use super::{draw::Decoding, error::SamplerError, stop::StopRules};
+use super::error::SamplerError;
 
 /// A model's figures, known before its weights are loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,9 +44,6 @@ pub struct Need {
     pub sequence_bytes: usize,
 }
 
-/// Most alternatives that a request may ask for at a prompt position.
-pub const MAX_ALTERNATIVES: u32 = 20;
-
 /// Bytes of a generated token in an encoded answer: an id (at most 5) and a log-probability.
 const TOKEN_BYTES: usize = 9;
 
@@ -61,10 +58,7 @@ pub fn need(facts: &ModelFacts, prompt_tokens: usize, new_tokens: usize) -> Need
     let shared = prompt_tokens.saturating_sub(1);
     let bytes =
         |positions: usize| positions.next_multiple_of(facts.kv_block).saturating_mul(facts.kv_position_bytes);
-    Need {
-        prompt_bytes: bytes(shared),
-        sequence_bytes: if new_tokens == 0 { 0 } else { bytes(shared % facts.kv_block + new_tokens) },
-    }
+    Need { prompt_bytes: bytes(shared), sequence_bytes: bytes(shared % facts.kv_block + new_tokens) }
 }
 
 /// Checks everything about a request that needs no weights, and returns what it reserves.
@@ -73,13 +67,8 @@ pub fn check(facts: &ModelFacts, generate: &Generate, kv_bytes: usize) -> Result
     if generate.num_samples == 0 {
         return Err(InvalidInput::new("num_samples", "must be at least 1, got 0").into());
     }
-    let alternatives = generate.flags.topk_prompt_logprobs;
-    if alternatives > MAX_ALTERNATIVES {
-        let problem = format!("must be at most {MAX_ALTERNATIVES}, got {alternatives}");
-        return Err(InvalidInput::new("topk_prompt_logprobs", problem).into());
-    }
-    Decoding::new(&generate.params).map_err(|e| e.within("params"))?;
-    StopRules::new(&[], generate.params.stop.as_ref()).map_err(|e| e.within("params"))?;
+    generate.params.validate().map_err(|error| error.within("params"))?;
+    generate.flags.validate().map_err(|error| error.within("flags"))?;
 
     let new_tokens = new_tokens(facts, generate);
     let answer_bytes = answer_bytes(generate, new_tokens);
@@ -163,7 +152,6 @@ pub(super) mod tests {
         // 17 shared: a fork copies the third block's one position and adds 8, so it needs two.
         assert_eq!(need(&facts, 18, 8), Need { prompt_bytes: 240, sequence_bytes: 160 });
         assert_eq!(need(&facts, 1, 1), Need { prompt_bytes: 0, sequence_bytes: 80 });
-        assert_eq!(need(&facts, 9, 0), Need { prompt_bytes: 80, sequence_bytes: 0 });
     }
 
     #[test]
@@ -208,7 +196,7 @@ pub(super) mod tests {
         assert_eq!(field(|g| g.prompt = vec![1; 64]), "prompt");
         assert_eq!(field(|g| g.prompt[2] = 100), "prompt[2]");
         assert_eq!(field(|g| g.num_samples = 0), "num_samples");
-        assert_eq!(field(|g| g.flags.topk_prompt_logprobs = 21), "topk_prompt_logprobs");
+        assert_eq!(field(|g| g.flags.topk_prompt_logprobs = 21), "flags.topk_prompt_logprobs");
         assert_eq!(field(|g| g.params.top_p = 2.0), "params.top_p");
         assert_eq!(field(|g| g.params.stop = Some(Stop::Text(String::new()))), "params.stop");
     }

@@ -71,13 +71,7 @@ impl Engine {
         }
         for (admission, serving) in order.admit {
             let key = admission.key;
-            match Job::new(admission, serving) {
-                Ok(job) if job.is_over() => report.answers.push((key, Ok(job.into_result()))),
-                Ok(job) => {
-                    self.jobs.insert(key, job);
-                }
-                Err(error) => report.answers.push((key, Err(error))),
-            }
+            self.jobs.insert(key, Job::new(admission, serving));
         }
         let mut parts = self.take_parts(order.step);
         if let Some(model) = parts.first().map(|part| part.job.serving.model.clone()) {

@@ -75,25 +75,23 @@ struct Running {
 }
 
 impl Job {
-    /// Admission has checked the parameters: it refused what fails here.
-    pub fn new(admission: Admission, serving: Serving) -> Result<Self, SamplerError> {
+    /// Nothing computed yet.
+    pub fn new(admission: Admission, serving: Serving) -> Self {
         let Admission { generate, new_tokens, .. } = admission;
-        let eos_tokens = &serving.model.config.eos_token_ids;
-        let ended = || Sample::Ended(ended(Vec::new(), Vec::new(), StopReason::Length));
-        let sample = || if new_tokens == 0 { ended() } else { Sample::Waiting };
-        Ok(Self {
+        let config = &serving.model.config;
+        Self {
             flags: generate.flags,
-            decoding: Decoding::new(&generate.params)?,
-            rules: StopRules::new(eos_tokens, generate.params.stop.as_ref())?,
-            prompt_cache: Some(KvCache::new(&serving.model.config)),
+            decoding: Decoding::new(&generate.params),
+            rules: StopRules::new(&config.eos_token_ids, generate.params.stop.as_ref()),
+            prompt_cache: Some(KvCache::new(config)),
             prompt_scores: PromptScores::default(),
             computed: 0,
             seed: generate.seed,
             new_tokens,
-            samples: (0..generate.num_samples).map(|_| sample()).collect(),
+            samples: (0..generate.num_samples).map(|_| Sample::Waiting).collect(),
             prompt: generate.prompt,
             serving,
-        })
+        }
     }
 
     /// Adds the next `rows` of the prompt and one row of each of `sequences` to a batch, in this
@@ -185,21 +183,19 @@ impl Job {
         running.logprobs.push(logprob);
         let text = &self.serving.model.text;
         let stops = self.rules.ends_with(&mut running.scan, token, || text.token_bytes(token));
-        let reason = match (stops, running.tokens.len() >= self.new_tokens) {
+        let stop_reason = match (stops, running.tokens.len() >= self.new_tokens) {
             (true, _) => StopReason::Stop,
             (false, true) => StopReason::Length,
             (false, false) => return false,
         };
         let (tokens, logprobs) = (std::mem::take(&mut running.tokens), std::mem::take(&mut running.logprobs));
-        *sample = Sample::Ended(ended(tokens, logprobs, reason));
+        *sample = Sample::Ended(SampledSequence { tokens, logprobs: Some(logprobs), stop_reason });
         true
     }
 
-    /// Whether nothing is left to compute.
+    /// Whether its last sequence has ended.
     pub fn is_over(&self) -> bool {
-        // Without new tokens no sequence follows the prompt, which is wanted all the same.
-        let ended = |sample: &Sample| matches!(sample, Sample::Ended(_));
-        self.computed + 1 == self.prompt.len() && self.samples.iter().all(ended)
+        self.samples.iter().all(|sample| matches!(sample, Sample::Ended(_)))
     }
 
     /// The answer, once it [is over](Self::is_over).
@@ -222,8 +218,4 @@ impl Job {
 /// The first token of a prompt has no score: nothing is before it.
 fn after_first<T>(scores: Vec<T>) -> Vec<Option<T>> {
     std::iter::once(None).chain(scores.into_iter().map(Some)).collect()
-}
-
-fn ended(tokens: Vec<u32>, logprobs: Vec<f32>, stop_reason: StopReason) -> SampledSequence {
-    SampledSequence { tokens, logprobs: Some(logprobs), stop_reason }
 }

@@ -70,20 +70,19 @@ pub fn admit(
     let mut admitted = Vec::new();
     for (&key, work) in works.iter_mut().filter(|(_, work)| ready(work.model)) {
         let Need { prompt_bytes, sequence_bytes } = work.need;
-        while !work.admitted || work.waiting > 0 {
-            let prompt = if work.admitted { 0 } else { prompt_bytes };
-            let sequence = if work.waiting > 0 { sequence_bytes } else { 0 };
-            let begins = usize::from(work.waiting > 0);
-            if live + begins > capacity.max_batch || bytes + prompt + sequence > capacity.kv_bytes {
+        while work.waiting > 0 {
+            let bytes_more = sequence_bytes + if work.admitted { 0 } else { prompt_bytes };
+            if live == capacity.max_batch || bytes + bytes_more > capacity.kv_bytes {
                 return admitted;
             }
-            live += begins;
-            bytes += prompt + sequence;
+            live += 1;
+            bytes += bytes_more;
             if !work.admitted {
                 work.admitted = true;
                 admitted.push(key);
             }
-            work.begin();
+            work.live.push(work.samples - work.waiting);
+            work.waiting -= 1;
         }
     }
     admitted
@@ -119,13 +118,6 @@ pub fn reserved_bytes(works: &BTreeMap<RequestKey, Work>) -> usize {
 impl Work {
     fn has_rows(&self) -> bool {
         self.admitted && (self.prompt_rows > 0 || !self.live.is_empty())
-    }
-
-    fn begin(&mut self) {
-        if self.waiting > 0 {
-            self.live.push(self.samples - self.waiting);
-            self.waiting -= 1;
-        }
     }
 }
 

@@ -206,10 +206,9 @@ impl SamplerState {
         }
         self.load(model, effects);
         let (policy, prompt_tokens, samples) = (generate.policy, generate.prompt.len(), generate.num_samples);
-        // Only log-probabilities are wanted of a request without new tokens.
-        let waiting = if new_tokens == 0 { 0 } else { samples };
         let prompt_rows = prompt_tokens - 1;
-        let work = Work { model, need, admitted: false, prompt_rows, samples, waiting, live: Vec::new() };
+        let work =
+            Work { model, need, admitted: false, prompt_rows, samples, waiting: samples, live: Vec::new() };
         self.works.insert(key, work);
         let request = Request { policy, prompt_tokens, new_tokens, generate: Some(generate) };
         self.requests.insert(key, request);

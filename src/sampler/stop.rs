@@ -1,6 +1,6 @@
 //! Where a sequence ends, beside its length: stop tokens and stop texts.
 
-use crate::types::{InvalidInput, Stop};
+use crate::types::Stop;
 
 /// A request's stop conditions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,8 +17,9 @@ pub struct StopScan {
 }
 
 impl StopRules {
-    /// Stop texts may not be empty: an empty one would end every sequence at once.
-    pub fn new(eos_tokens: &[u32], stop: Option<&Stop>) -> Result<Self, InvalidInput> {
+    /// The model's end-of-sequence tokens, and what a request with a [valid](Stop::validate)
+    /// `stop` adds: none of its texts is empty.
+    pub fn new(eos_tokens: &[u32], stop: Option<&Stop>) -> Self {
         let mut rules = Self { tokens: eos_tokens.to_vec(), texts: Vec::new() };
         match stop {
             None => {}
@@ -28,10 +29,7 @@ impl StopRules {
                 rules.texts.extend(texts.iter().map(|text| text.clone().into_bytes()));
             }
         }
-        if rules.texts.iter().any(Vec::is_empty) {
-            return Err(InvalidInput::new("stop", "a stop text must not be empty"));
-        }
-        Ok(rules)
+        rules
     }
 
     /// Whether the sequence ends with `token`, the next after those that `scan` has seen. `bytes`
@@ -60,7 +58,7 @@ mod tests {
 
     fn texts(texts: &[&str]) -> StopRules {
         let texts = texts.iter().map(ToString::to_string).collect();
-        StopRules::new(&[2], Some(&Stop::Texts(texts))).expect("none is empty")
+        StopRules::new(&[2], Some(&Stop::Texts(texts)))
     }
 
     /// Index of the piece at which the sequence ends.
@@ -71,7 +69,7 @@ mod tests {
 
     #[test]
     fn end_of_sequence_and_stop_tokens_end_it() {
-        let rules = StopRules::new(&[2], Some(&Stop::Tokens(vec![7, 8]))).expect("valid");
+        let rules = StopRules::new(&[2], Some(&Stop::Tokens(vec![7, 8])));
         let mut scan = StopScan::default();
         let mut ends = |token| rules.ends_with(&mut scan, token, || unreachable!("no stop texts"));
         assert!(ends(2) && ends(7) && ends(8));
@@ -91,12 +89,6 @@ mod tests {
     fn a_character_cut_between_tokens_is_found() {
         let rules = texts(&["é"]);
         assert_eq!(end(&rules, &[&[0xC3], &[0xA9]]), Some(1));
-    }
-
-    #[test]
-    fn an_empty_stop_text_is_refused() {
-        let error = StopRules::new(&[], Some(&Stop::Text(String::new()))).expect_err("empty");
-        assert_eq!(error.field, "stop");
     }
 
     proptest! {

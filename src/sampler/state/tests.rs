@@ -282,7 +282,7 @@ fn simulate(seed: u64) {
                 key += 1;
                 open.insert(key);
                 let roll = random.next_u32();
-                let mut request = generate(1 + roll as usize % 50, 1 + roll / 64 % 9, roll / 1024 % 12);
+                let mut request = generate(1 + roll as usize % 50, 1 + roll / 64 % 9, 1 + roll / 1024 % 12);
                 request.base_model = if roll.is_multiple_of(5) { "other".into() } else { "tiny".into() };
                 request.policy = (roll.is_multiple_of(3)).then(|| policy(u64::from(roll % 4)));
                 if let Some(policy) = request.policy {
