@@ -63,6 +63,14 @@ pub(super) struct Tools {
 struct Compute {
     tools: Tools,
     runs: HashMap<RunId, HeldRun>,
+    outlet: Outlet,
+}
+
+/// How this thread, and those that store its snapshots, reach the actor.
+#[derive(Clone)]
+struct Outlet {
+    actor: Addr<TrainerRank>,
+    control: tokio::runtime::Handle,
 }
 
 /// Starts the thread `rank-N`. It ends when the sender of `work` is dropped.
@@ -71,24 +79,36 @@ pub(super) fn spawn(
     work: mpsc::Receiver<Work>,
     actor: Addr<TrainerRank>,
 ) -> std::io::Result<()> {
-    let control = tokio::runtime::Handle::current();
     let name = format!("rank-{}", config.slot);
-    std::thread::Builder::new().name(name.clone()).spawn(move || {
+    let outlet = Outlet { actor, control: tokio::runtime::Handle::current() };
+    spawn_guarded(name, config.on_death.clone(), move || {
         lower_thread_priority();
-        let on_death = config.on_death.clone();
-        let mut compute =
-            Compute { tools: Tools { config, workspace: Workspace::default() }, runs: HashMap::new() };
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            while let Ok(Work { job, abort }) = work.recv() {
-                let done = compute.perform(job, abort);
-                // Waits for room in the mailbox, which no handler blocks; fails once the actor
-                // has stopped.
-                if control.block_on(actor.send(Deliver(Event::Done(done)))).is_err() {
-                    break;
-                }
+        let tools = Tools { config, workspace: Workspace::default() };
+        let mut compute = Compute { tools, runs: HashMap::new(), outlet };
+        while let Ok(Work { job, abort }) = work.recv() {
+            let done = compute.perform(job, abort);
+            if !compute.outlet.deliver(Event::Done(done)) {
+                break;
             }
-        }));
-        if let Err(panic) = outcome {
+        }
+    })
+}
+
+impl Outlet {
+    /// Waits for room in the mailbox, which no handler blocks. False once the actor has stopped.
+    fn deliver(&self, event: Event) -> bool {
+        self.control.block_on(self.actor.send(Deliver(event))).is_ok()
+    }
+}
+
+/// A thread whose panic is told.
+fn spawn_guarded(
+    name: String,
+    on_death: Arc<dyn Fn(&str) + Send + Sync>,
+    work: impl FnOnce() + Send + 'static,
+) -> std::io::Result<()> {
+    std::thread::Builder::new().name(name.clone()).spawn(move || {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
             on_death(&format!("thread {name} has panicked: {}", panic_message(&*panic)));
         }
     })?;
@@ -162,7 +182,7 @@ impl Compute {
                 // A step whose gradient is not finite uses the gradient up; everything else
                 // that fails leaves no trace.
                 let used_up = clears_gradient && failure.error.kind == ErrorKind::NotFinite;
-                let on_discard = used_up.then(|| operation::without_gradient(&run.state));
+                let on_discard = used_up.then(|| run.state.without_gradient());
                 run.pending = Some(Pending { token, on_commit: None, on_discard });
                 Err(failure)
             }
@@ -179,9 +199,18 @@ impl Compute {
         Done::Applied
     }
 
-    fn snapshot(&self, token: OpToken) -> Result<BlobRef, OperationError> {
-        let run = self.runs.get(&token.run).ok_or_else(|| not_held(token).error)?;
-        self.tools.config.blobs.put(Bytes::from(run.state.to_bytes()))
+    /// Stores the present state from a thread of its own: the next operation need not wait for
+    /// a disk. The state is shared with it, not copied.
+    fn snapshot(&self, token: OpToken) -> Result<(), OperationError> {
+        let state = self.runs.get(&token.run).ok_or_else(|| not_held(token).error)?.state.clone();
+        let config = &self.tools.config;
+        let (blobs, outlet) = (config.blobs.clone(), self.outlet.clone());
+        spawn_guarded(format!("rank-{}-store", config.slot), config.on_death.clone(), move || {
+            lower_thread_priority();
+            let result = blobs.put(Bytes::from(state.to_bytes()));
+            outlet.deliver(Event::SnapshotStored { token, result });
+        })
+        .map_err(|e| OperationError::new(ErrorKind::ResourceExhausted, format!("storing {token}: {e}")))
     }
 }
 

@@ -88,7 +88,12 @@ pub(super) fn run(
         }
     };
 
-    let bytes = encode_compressed(&output(loss, micro_batches));
+    let output = output(loss, micro_batches);
+    if !output.loss.is_finite() {
+        let problem = format!("the loss is {}: the numbers of this batch left the finite range", output.loss);
+        return Err(OperationError::new(ErrorKind::NotFinite, problem).into());
+    }
+    let bytes = encode_compressed(&output);
     let payload = match bytes.len() {
         0..=MAX_INLINE_PAYLOAD => Payload::Inline(bytes),
         _ => Payload::Blob(store(run, &*tools.config.blobs, bytes)?),

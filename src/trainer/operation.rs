@@ -61,11 +61,6 @@ pub(super) fn run(
     }
 }
 
-/// The state with nothing accumulated.
-pub(super) fn without_gradient(state: &TrainState) -> TrainState {
-    TrainState { gradient: None, tokens: 0, kind: None, ..state.clone() }
-}
-
 /// Stores `bytes` if this is rank 0; every rank names them.
 pub(super) fn store(run: &HeldRun, blobs: &dyn Blobs, bytes: Vec<u8>) -> Result<BlobRef, OperationError> {
     if run.rank == RankIndex(0) {
@@ -84,7 +79,7 @@ fn init(run: &HeldRun, lora: &LoraConfig) -> Result<Outcome, Failure> {
 
 fn save_state(run: &HeldRun, blobs: &dyn Blobs, name: &str) -> Result<Outcome, Failure> {
     // Loading drops the accumulated gradient, so saving it would only make the file larger.
-    let kept = without_gradient(&run.state);
+    let kept = run.state.without_gradient();
     let blob = store(run, blobs, kept.to_bytes())?;
     Ok(Outcome {
         next: run.state.clone(),
@@ -131,11 +126,10 @@ fn load_state(
     };
     let loaded = match (target, with_optimizer) {
         (CheckpointTarget::Trainer, _) => {
-            without_gradient(&TrainState::from_bytes(&run.model.config, &bytes).map_err(unusable)?)
+            TrainState::from_bytes(&run.model.config, &bytes).map_err(unusable)?.without_gradient()
         }
         (CheckpointTarget::Sampler, false) => {
-            let adapter = Adapter::from_bytes(&run.model.config, &bytes).map_err(unusable)?;
-            TrainState { weights: adapter.values, ..TrainState::fresh(adapter.layout) }
+            TrainState::of_adapter(Adapter::from_bytes(&run.model.config, &bytes).map_err(unusable)?)
         }
         (CheckpointTarget::Sampler, true) => {
             let problem = format!("{path:?} holds no optimizer state: load a path of `save_state`");

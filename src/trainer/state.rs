@@ -49,6 +49,8 @@ pub enum Event {
     Disconnected,
     /// The compute thread finished the job it was given.
     Done(Done),
+    /// A snapshot that it took is stored, or can't be.
+    SnapshotStored { token: OpToken, result: Result<BlobRef, OperationError> },
 }
 
 /// One rank of a run, as the slot is to hold it.
@@ -88,9 +90,10 @@ pub enum Done {
         token: OpToken,
         result: Result<Prepared, Failure>,
     },
+    /// Taken, and being stored beside what follows: → [`Event::SnapshotStored`]. Or it can't be.
     Snapshot {
         token: OpToken,
-        result: Result<BlobRef, OperationError>,
+        result: Result<(), OperationError>,
     },
     /// A commit, discard or drop; none can fail.
     Applied,
@@ -143,7 +146,7 @@ struct HeldRank {
     /// Highest incarnation and operation that were accepted for execution.
     incarnation: u32,
     seq: OperationSeq,
-    snapshot_queued: bool,
+    storing_snapshot: bool,
     phase: Phase,
 }
 
@@ -169,6 +172,7 @@ impl RankState {
             Event::TakeSnapshot { token } => self.take_snapshot(token),
             Event::Disconnected => self.disconnected(),
             Event::Done(done) => self.done(done),
+            Event::SnapshotStored { token, result } => self.snapshot_stored(token, result),
         };
         if !self.busy
             && let Some(job) = self.queue.pop_front()
@@ -202,7 +206,7 @@ impl RankState {
                 rank: formation.rank,
                 incarnation: 0,
                 seq: OperationSeq(0),
-                snapshot_queued: false,
+                storing_snapshot: false,
                 phase: Phase::Forming,
             },
         );
@@ -285,10 +289,10 @@ impl RankState {
         }
         let problem = if run.phase == Phase::Forming {
             "the rank is still being formed"
-        } else if run.snapshot_queued {
-            "another snapshot of the run is being taken"
+        } else if run.storing_snapshot {
+            "another snapshot of the run is being stored"
         } else {
-            run.snapshot_queued = true;
+            run.storing_snapshot = true;
             self.queue.push_back(Job::Snapshot { token });
             return Vec::new();
         };
@@ -307,7 +311,8 @@ impl RankState {
         match done {
             Done::Formed { run, epoch, generation, result } => self.formed(run, epoch, generation, result),
             Done::Executed { token, result } => self.executed(token, result),
-            Done::Snapshot { token, result } => self.snapshot_done(token, result),
+            Done::Snapshot { result: Ok(()), .. } => Vec::new(),
+            Done::Snapshot { token, result: Err(error) } => self.snapshot_stored(token, Err(error)),
             Done::Applied => Vec::new(),
         }
     }
@@ -351,11 +356,11 @@ impl RankState {
         }
     }
 
-    fn snapshot_done(&mut self, token: OpToken, result: Result<BlobRef, OperationError>) -> Vec<Effect> {
+    fn snapshot_stored(&mut self, token: OpToken, result: Result<BlobRef, OperationError>) -> Vec<Effect> {
         let Some(run) = self.runs.get_mut(&token.run).filter(|run| run.is_of(token)) else {
             return Vec::new();
         };
-        run.snapshot_queued = false;
+        run.storing_snapshot = false;
         vec![message(match result {
             Ok(snapshot) => NodeMessage::SnapshotTaken { token, snapshot },
             Err(error) => NodeMessage::SnapshotFailed { token, error },

@@ -361,13 +361,15 @@ fn a_snapshot_is_taken_in_the_order_of_the_messages() {
     assert_eq!(state.handle(Event::TakeSnapshot { token: token(1) }), vec![]);
     assert_eq!(state.handle(execute(token(2))), vec![]);
     assert_eq!(state.handle(APPLIED), vec![Effect::Run(Job::Snapshot { token: token(1) })]);
+    // Storing it takes its time; the next operation does not wait.
+    assert_eq!(
+        state.handle(Event::Done(Done::Snapshot { token: token(1), result: Ok(()) })),
+        vec![Effect::Run(Job::Execute { token: token(2), operation: operation() })]
+    );
     let snapshot = BlobRef { digest: Digest::of(b"state"), size: 5 };
     assert_eq!(
-        state.handle(Event::Done(Done::Snapshot { token: token(1), result: Ok(snapshot) })),
-        vec![
-            message(NodeMessage::SnapshotTaken { token: token(1), snapshot }),
-            Effect::Run(Job::Execute { token: token(2), operation: operation() }),
-        ]
+        state.handle(Event::SnapshotStored { token: token(1), result: Ok(snapshot) }),
+        vec![message(NodeMessage::SnapshotTaken { token: token(1), snapshot })]
     );
 }
 
@@ -380,6 +382,19 @@ fn one_snapshot_of_a_run_at_a_time() {
         [Effect::Report(RankReport::Message(NodeMessage::SnapshotFailed { error, .. }))]
             if error.kind == ErrorKind::Unavailable
     ));
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_stored_is_reported_and_the_next_may_be_taken() {
+    let mut state = with_prepared();
+    let take = Event::TakeSnapshot { token: token(1) };
+    state.handle(take.clone());
+    state.handle(Event::Done(Done::Snapshot { token: token(1), result: Ok(()) }));
+    assert_eq!(
+        state.handle(Event::SnapshotStored { token: token(1), result: Err(error("disk full")) }),
+        vec![message(NodeMessage::SnapshotFailed { token: token(1), error: error("disk full") })]
+    );
+    assert_eq!(state.handle(take), vec![Effect::Run(Job::Snapshot { token: token(1) })]);
 }
 
 #[test]
