@@ -2,24 +2,16 @@
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use super::{
-    BaseModel, ModelConfig, ModelError, TextCodec,
+    BaseModel, ModelConfig, ModelError, ModelSource, TextCodec,
+    digest_cache::DigestCache,
     files::{ModelFiles, Stamp},
 };
 use crate::types::Digest;
-
-/// A model on disk under the name it is served by.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ModelSource {
-    pub name: String,
-    pub aliases: Vec<String>,
-    /// A Hugging Face directory or a GGUF file.
-    pub path: PathBuf,
-}
 
 /// The base models of a process: each is loaded once, when first asked for, and shared.
 pub struct Library {
@@ -38,15 +30,33 @@ struct Entry {
 }
 
 impl Library {
-    /// Reads each model's configuration and digest, not its weights.
+    /// Reads each model's configuration and digest, not its weights into memory: hashing takes
+    /// about a second for each GB.
     pub fn open(sources: Vec<ModelSource>) -> Result<Self, ModelError> {
+        Self::open_with(sources, DigestCache::none())
+    }
+
+    /// The same with a directory (made if absent) in which digests are remembered, so that files
+    /// which haven't changed since aren't hashed again.
+    pub fn open_cached(sources: Vec<ModelSource>, cache: &Path) -> Result<Self, ModelError> {
+        Self::open_with(sources, DigestCache::in_directory(cache))
+    }
+
+    fn open_with(sources: Vec<ModelSource>, cache: DigestCache) -> Result<Self, ModelError> {
         let mut library = Self { models: Vec::new(), by_name: HashMap::new() };
         for source in sources {
             library.claim_names(&source)?;
             let files = ModelFiles::open(&source.path)?;
             // Taken before hashing: a change in between is then seen at the load.
             let stamps = files.stamps()?;
-            let digest = files.digest()?;
+            let digest = match cache.get(&stamps) {
+                Some(digest) => digest,
+                None => {
+                    let digest = files.digest()?;
+                    cache.put(&stamps, digest);
+                    digest
+                }
+            };
             library.models.push(Entry { source, digest, files, stamps, loaded: Mutex::default() });
         }
         Ok(library)
@@ -128,13 +138,9 @@ mod tests {
     use super::*;
     use crate::model::{ChatMessage, tiny};
 
-    fn tiny_source(directory: &std::path::Path) -> ModelSource {
+    fn tiny_source(directory: &Path) -> ModelSource {
         tiny::write(directory, &tiny::config(), 7).unwrap();
-        ModelSource {
-            name: "org/Tiny".to_owned(),
-            aliases: vec!["tiny".to_owned()],
-            path: directory.to_owned(),
-        }
+        ModelSource { aliases: vec!["tiny".to_owned()], ..ModelSource::new("org/Tiny", directory) }
     }
 
     #[test]
@@ -179,6 +185,42 @@ mod tests {
         let error = library.load("gpt-5").err().unwrap();
         assert_eq!(error, ModelError::Unknown { name: "gpt-5".to_owned(), offered: "org/Tiny".to_owned() });
         assert_eq!(error.to_string(), "no model `gpt-5` is served here; offered: org/Tiny");
+    }
+
+    #[test]
+    fn remembers_digests_of_unchanged_files() {
+        let [model, cache] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let source = tiny_source(model.path());
+        let hour_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+        let age = |file: &str| {
+            let file = std::fs::File::options().append(true).open(model.path().join(file)).unwrap();
+            file.set_modified(hour_ago).unwrap();
+        };
+        for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+            age(file);
+        }
+        let digest = |cached: bool| {
+            let library = match cached {
+                true => Library::open_cached(vec![source.clone()], cache.path()),
+                false => Library::open(vec![source.clone()]),
+            };
+            library.unwrap().offers()[0].2
+        };
+        let first = digest(true);
+        assert_eq!(first, digest(false));
+
+        // A write that shows in neither size nor time is the one thing the cache can't see: that
+        // it doesn't shows that it was asked.
+        let config = model.path().join("config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, text.replace("10000.0", "10001.0")).unwrap();
+        age("config.json");
+        assert_eq!(digest(true), first);
+        let second = digest(false);
+        assert_ne!(second, first);
+        std::fs::write(&config, text.replace("10000.0", "123456.0")).unwrap();
+        age("config.json");
+        assert_ne!(digest(true), first, "another size shows");
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! Decoder, LoRA, losses, optimiser and loaders: the mathematics, which knows no actor.
 
 mod config;
+mod digest_cache;
 mod error;
 mod files;
 mod library;
+mod source;
 mod text;
 mod weights;
 
@@ -24,10 +26,11 @@ pub use decoder::{
 };
 pub use error::ModelError;
 pub use kv_cache::KvCache;
-pub use library::{Library, ModelSource};
+pub use library::Library;
 pub use lora::{Adapter, AdapterError, LoraEntry, LoraLayout};
 pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
 pub use param_vector::ParamVector;
+pub use source::ModelSource;
 pub use state::{GradientKind, TrainState};
 pub use text::{ChatMessage, TextCodec};
 pub use weights::{BaseModel, BaseWeights, LayerWeights};

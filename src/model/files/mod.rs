@@ -85,7 +85,7 @@ pub(super) struct Stamp {
     pub path: PathBuf,
     pub size: u64,
     /// Since the Unix epoch.
-    pub modified_ns: u128,
+    pub modified_ns: u64,
 }
 
 impl Stamp {
@@ -94,7 +94,11 @@ impl Stamp {
         let metadata = fs::metadata(path).map_err(unreadable)?;
         let modified = metadata.modified().map_err(unreadable)?;
         let since_epoch = modified.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        Ok(Self { path: path.to_owned(), size: metadata.len(), modified_ns: since_epoch.as_nanos() })
+        Ok(Self {
+            path: path.to_owned(),
+            size: metadata.len(),
+            modified_ns: since_epoch.as_nanos().try_into().unwrap_or(u64::MAX),
+        })
     }
 }
 

@@ -1,0 +1,122 @@
+//! Remembers the digests of model files that haven't changed, so that a start needn't read
+//! gigabytes again.
+//!
+//! A hint, never an authority: an entry counts only while path, size and time of every file are
+//! those it was made with, and whatever goes wrong with the cache only costs the hashing.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::files::Stamp;
+use crate::types::Digest;
+
+/// Files younger than this aren't remembered: one more write within the file system's clock
+/// tick would not show in their time.
+const SETTLED_AFTER: Duration = Duration::from_secs(2);
+
+/// Digests by the files they were taken of, one small JSON file a model.
+pub(super) struct DigestCache {
+    directory: Option<PathBuf>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    files: Vec<Stamp>,
+    digest: Digest,
+}
+
+impl DigestCache {
+    /// Remembers nothing.
+    pub fn none() -> Self {
+        Self { directory: None }
+    }
+
+    pub fn in_directory(directory: &Path) -> Self {
+        Self { directory: Some(directory.to_owned()) }
+    }
+
+    /// The digest of these files, if it is known and they haven't changed.
+    pub fn get(&self, files: &[Stamp]) -> Option<Digest> {
+        let entry = fs::read(self.path_of(files)?).ok()?;
+        let entry: Entry = serde_json::from_slice(&entry).ok()?;
+        (entry.files == files).then_some(entry.digest)
+    }
+
+    /// Remembers the digest of these files.
+    pub fn put(&self, files: &[Stamp], digest: Digest) {
+        let Some(path) = self.path_of(files).filter(|_| files.iter().all(is_settled)) else { return };
+        if let Err(error) = write(&path, &Entry { files: files.to_vec(), digest }) {
+            tracing::warn!(path = %path.display(), %error, "cannot remember a model's digest");
+        }
+    }
+
+    /// Where the entry of these files stands: named by their paths, so that a changed file takes
+    /// its old entry's place.
+    fn path_of(&self, files: &[Stamp]) -> Option<PathBuf> {
+        let mut paths = Vec::new();
+        for file in files {
+            paths.extend_from_slice(file.path.as_os_str().as_encoded_bytes());
+            paths.push(0);
+        }
+        Some(self.directory.as_ref()?.join(format!("digest-{}.json", Digest::of(&paths).short())))
+    }
+}
+
+fn is_settled(file: &Stamp) -> bool {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Duration::from_nanos(file.modified_ns) + SETTLED_AFTER < now
+}
+
+fn write(path: &Path, entry: &Entry) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let partial = path.with_extension(format!("{}.tmp", std::process::id()));
+    fs::write(&partial, serde_json::to_vec(entry)?)?;
+    fs::rename(partial, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stamp(size: u64, modified_ns: u64) -> Stamp {
+        Stamp { path: "a/model.gguf".into(), size, modified_ns }
+    }
+
+    #[test]
+    fn remembers_files_until_they_change() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = DigestCache::in_directory(&directory.path().join("cache"));
+        let files = [stamp(10, 1)];
+        assert_eq!(cache.get(&files), None);
+        cache.put(&files, Digest([7; 32]));
+        assert_eq!(cache.get(&files), Some(Digest([7; 32])));
+        assert_eq!(cache.get(&[stamp(11, 1)]), None);
+        assert_eq!(cache.get(&[stamp(10, 2)]), None);
+        assert_eq!(cache.get(&[stamp(10, 1), stamp(10, 1)]), None);
+
+        cache.put(&[stamp(11, 2)], Digest([8; 32]));
+        assert_eq!(cache.get(&[stamp(11, 2)]), Some(Digest([8; 32])));
+        assert_eq!(fs::read_dir(directory.path().join("cache")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn forgets_what_is_damaged_and_what_is_too_young() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = DigestCache::in_directory(directory.path());
+        let files = [stamp(10, 1)];
+        cache.put(&files, Digest([7; 32]));
+        fs::write(cache.path_of(&files).unwrap(), "{").unwrap();
+        assert_eq!(cache.get(&files), None);
+
+        let young = [stamp(10, u64::MAX)];
+        cache.put(&young, Digest([7; 32]));
+        assert_eq!(cache.get(&young), None);
+    }
+}
