@@ -1,8 +1,16 @@
+mod crash;
+mod model;
+mod opening;
+mod queue;
+mod recovery;
+mod refusals;
+
 use std::{collections::BTreeMap, path::Path, sync::mpsc};
 
 use crate::{
     protocol::{
-        BlobRef, CreateRun, Epoch, Operation, OperationKey, OperationResult, OperationSeq, Payload, SavedFile,
+        BlobRef, CreateRun, Epoch, LoadSource, Operation, OperationKey, OperationResult, OperationSeq,
+        Payload, SavedFile,
     },
     types::{
         AdamParams, Checkpoint, CheckpointId, CheckpointTarget, Digest, ErrorKind, LoraConfig, LoraTarget,
@@ -121,87 +129,4 @@ fn saved(id: u64, run: u64, target: CheckpointTarget, name: &str, blobs: &[u8]) 
     let files = blobs.iter().map(|n| SavedFile { name: format!("file-{n}"), blob: blob(*n) }).collect();
     let policy = (target == CheckpointTarget::Sampler).then(|| policy(run, 1));
     Record::Checkpoint { checkpoint: checkpoint(id, run, target, name), files, policy }
-}
-
-#[test]
-fn every_record_is_recovered_as_it_was_written() {
-    let directory = tempfile::tempdir().unwrap();
-    let (journal, first) = Journal::open(directory.path()).unwrap();
-    let empty = Recovered {
-        epoch: Epoch(1),
-        sessions: vec![],
-        runs: vec![],
-        checkpoints: vec![],
-        live_blobs: vec![],
-    };
-    assert_eq!(first, empty);
-
-    let inline = forward_backward(Payload::Inline(vec![0; 64 << 10]));
-    let large = forward_backward(Payload::Blob(blob(1)));
-    let output = OperationResult::ForwardBackward(Payload::Blob(blob(2)));
-    let path = SaveWeightsResponse { path: "bt://loops:run-3/weights/a".into() };
-    let facts = vec![
-        session(1),
-        run(3),
-        operation(3, 1, 1, inline.clone()),
-        done(3, 1, stepped()),
-        operation(3, 2, 2, large.clone()),
-        done(3, 2, output.clone()),
-        operation(3, 3, 3, step()),
-        failed(3, 3),
-        operation(3, 4, 4, step()),
-        snapshot(3, 1, 3),
-        snapshot(3, 2, 4),
-        saved(1, 3, CheckpointTarget::Trainer, "a", &[5]),
-        saved(2, 3, CheckpointTarget::Sampler, "a", &[6, 7, 7]),
-        slot(3, 1, 8),
-    ];
-    for fact in facts {
-        write(&journal, vec![fact]).unwrap();
-    }
-    write(&journal, vec![operation(3, 5, 5, step()), done(3, 5, OperationResult::SaveState(path.clone()))])
-        .unwrap();
-    journal.close();
-
-    let recovered = recover(directory.path());
-    assert_eq!((recovered.epoch, recovered.sessions), (Epoch(2), vec![SessionId(1)]));
-    let expected = |seq: u64, operation: Operation, outcome: Option<Outcome>| RecoveredOperation {
-        seq: OperationSeq(seq),
-        key: OperationKey([seq as u8; 16]),
-        incarnation: 1,
-        operation,
-        outcome,
-    };
-    let outcome = |record: Record| match record {
-        Record::Outcome { outcome, .. } => Some(outcome),
-        _ => None,
-    };
-    let [found] = recovered.runs.try_into().unwrap();
-    assert_eq!(
-        found,
-        RecoveredRun {
-            run: RunId(3),
-            create: create(1),
-            model_digest: Digest::of(b"model"),
-            created_at_ms: 5,
-            snapshot: Some((OperationSeq(2), blob(4))),
-            operations: vec![
-                expected(1, inline, outcome(done(3, 1, stepped()))),
-                expected(2, large, outcome(done(3, 2, output))),
-                expected(3, step(), outcome(failed(3, 3))),
-                expected(4, step(), None),
-                expected(5, step(), outcome(done(3, 5, OperationResult::SaveState(path)))),
-            ],
-            slot: Some((policy(3, 1), blob(8))),
-        }
-    );
-    let names: Vec<_> = recovered
-        .checkpoints
-        .iter()
-        .map(|(c, files, policy)| (c.id.0, files.len(), policy.is_some()))
-        .collect();
-    assert_eq!(names, [(1, 1, false), (2, 3, true)]);
-    let mut live: Vec<_> = (1..=8).map(blob).collect();
-    live.sort_by_key(|blob| blob.digest);
-    assert_eq!(recovered.live_blobs, live);
 }

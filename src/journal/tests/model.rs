@@ -1,0 +1,200 @@
+//! Random facts against a journal and against the same rules over maps.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// What the journal should hold.
+#[derive(Debug, Clone, Default)]
+struct Model {
+    sessions: BTreeSet<u64>,
+    runs: BTreeSet<u64>,
+    operations: BTreeMap<(u64, u64), (u8, Operation, Option<Outcome>)>,
+    snapshots: BTreeMap<(u64, u64), BlobRef>,
+    checkpoints: BTreeMap<(u64, CheckpointTarget, String), (Checkpoint, Vec<SavedFile>, Option<PolicyId>)>,
+    slots: BTreeMap<u64, (PolicyId, BlobRef)>,
+}
+
+impl Model {
+    /// Whether the facts follow from what is there; if one does not, none is taken.
+    fn append(&mut self, records: &[Record]) -> bool {
+        let mut next = self.clone();
+        let taken = records.iter().all(|record| next.take(record));
+        if taken {
+            *self = next;
+        }
+        taken
+    }
+
+    fn take(&mut self, record: &Record) -> bool {
+        match record.clone() {
+            Record::Session { session, .. } => self.sessions.insert(session.0),
+            Record::Run { run, create, .. } => {
+                self.sessions.contains(&create.session.0) && self.runs.insert(run.0)
+            }
+            Record::Operation { run, seq, key, operation, .. } => {
+                let key = key.0[0];
+                let at = (run.0, seq.0);
+                let elsewhere =
+                    |((r, s), (k, ..)): (&(u64, u64), &(u8, _, _))| *r == run.0 && *s != seq.0 && *k == key;
+                if !self.runs.contains(&run.0) || self.operations.iter().any(elsewhere) {
+                    return false;
+                }
+                let same_kind =
+                    |old: &Operation| std::mem::discriminant(old) == std::mem::discriminant(&operation);
+                match self.operations.get_mut(&at) {
+                    Some((k, old, _)) if *k == key && same_kind(old) => *old = operation,
+                    Some(_) => return false,
+                    None => drop(self.operations.insert(at, (key, operation, None))),
+                }
+                true
+            }
+            Record::Outcome { run, seq, outcome } => match self.operations.get_mut(&(run.0, seq.0)) {
+                Some((_, _, ended @ None)) => {
+                    *ended = Some(outcome);
+                    true
+                }
+                _ => false,
+            },
+            Record::Snapshot { run, seq, snapshot } => {
+                self.snapshots.insert((run.0, seq.0), snapshot);
+                self.runs.contains(&run.0)
+            }
+            Record::Checkpoint { checkpoint, files, policy } => {
+                let name = (checkpoint.run_id.0, checkpoint.target, checkpoint.checkpoint_id.clone());
+                let id = checkpoint.id;
+                let taken = self.checkpoints.iter().any(|(other, (c, ..))| c.id == id && *other != name);
+                self.checkpoints.insert(name, (checkpoint, files, policy));
+                !taken
+            }
+            Record::Slot { policy, adapter, .. } => {
+                self.slots.insert(policy.run.0, (policy, adapter));
+                self.runs.contains(&policy.run.0)
+            }
+            Record::Prune { run, upto } => {
+                self.operations.retain(|(r, seq), _| *r != run.0 || *seq > upto.0);
+                let known = self.snapshots.contains_key(&(run.0, upto.0));
+                self.snapshots.retain(|(r, seq), _| *r != run.0 || *seq >= upto.0);
+                known
+            }
+        }
+    }
+
+    fn recovered(&self, epoch: Epoch) -> Recovered {
+        let run = |n: &u64| RecoveredRun {
+            run: RunId(*n),
+            create: create(1),
+            model_digest: Digest::of(b"model"),
+            created_at_ms: 5,
+            snapshot: self
+                .snapshots
+                .range((*n, 0)..(*n + 1, 0))
+                .next_back()
+                .map(|((_, seq), blob)| (OperationSeq(*seq), *blob)),
+            operations: self
+                .operations
+                .range((*n, 0)..(*n + 1, 0))
+                .map(|((_, seq), (key, operation, outcome))| RecoveredOperation {
+                    seq: OperationSeq(*seq),
+                    key: OperationKey([*key; 16]),
+                    incarnation: 1,
+                    operation: operation.clone(),
+                    outcome: outcome.clone(),
+                })
+                .collect(),
+            slot: self.slots.get(n).copied(),
+        };
+        let mut checkpoints: Vec<_> = self.checkpoints.values().cloned().collect();
+        checkpoints.sort_by_key(|(checkpoint, ..)| checkpoint.id);
+        Recovered {
+            epoch,
+            sessions: self.sessions.iter().copied().map(SessionId).collect(),
+            runs: self.runs.iter().map(run).collect(),
+            checkpoints,
+            live_blobs: self.live_blobs(),
+        }
+    }
+
+    fn live_blobs(&self) -> Vec<BlobRef> {
+        let mut live = BTreeMap::new();
+        let mut hold = |blob: &BlobRef| drop(live.insert(blob.digest, *blob));
+        for (_, operation, outcome) in self.operations.values() {
+            if let Operation::ForwardBackward { data: Payload::Blob(blob), .. } = operation {
+                hold(blob);
+            }
+            if let Some(Outcome::Done {
+                result: OperationResult::ForwardBackward(Payload::Blob(blob)), ..
+            }) = outcome
+            {
+                hold(blob);
+            }
+        }
+        self.snapshots.values().for_each(&mut hold);
+        self.checkpoints.values().flat_map(|(_, files, _)| files).for_each(|file| hold(&file.blob));
+        self.slots.values().for_each(|(_, adapter)| hold(adapter));
+        live.into_values().collect()
+    }
+}
+
+/// A fact from a small world, so that facts meet.
+fn any_record() -> impl Strategy<Value = Record> {
+    let run_id = 1..3u64;
+    let seq = 1..5u64;
+    let operations = (run_id.clone(), seq.clone(), 0..4u8, 0..4u8).prop_map(|(r, s, k, n)| match n {
+        0 => operation(r, s, s as u8, step()),
+        1 => operation(r, s, k, step()),
+        n => operation(r, s, s as u8, forward_backward(Payload::Blob(blob(n)))),
+    });
+    let outcomes = (run_id.clone(), seq.clone(), 0..6u8).prop_map(|(r, s, n)| match n {
+        0 => failed(r, s),
+        1 => done(r, s, stepped()),
+        n => done(r, s, OperationResult::ForwardBackward(Payload::Blob(blob(n)))),
+    });
+    let checkpoints = (1..9u64, run_id.clone(), any::<bool>(), 0..2u8, prop::collection::vec(0..9u8, 0..3))
+        .prop_map(|(id, r, sampler, name, blobs)| {
+            let target = if sampler { CheckpointTarget::Sampler } else { CheckpointTarget::Trainer };
+            saved(id, r, target, ["a", "b"][usize::from(name)], &blobs)
+        });
+    prop_oneof![
+        1 => (1..4u64).prop_map(session),
+        1 => run_id.clone().prop_map(run),
+        6 => operations,
+        6 => outcomes,
+        2 => (run_id.clone(), seq.clone(), 0..9u8).prop_map(|(r, s, n)| snapshot(r, s, n)),
+        2 => checkpoints,
+        1 => (run_id.clone(), 0..3u64, 0..9u8).prop_map(|(r, s, n)| slot(r, s, n)),
+        1 => (run_id, seq).prop_map(|(r, s)| Record::Prune { run: RunId(r), upto: OperationSeq(s) }),
+    ]
+}
+
+proptest! {
+    // Each case opens a journal twice, at some 30 ms of syncing.
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_journal_recovers_what_the_rules_say(
+        appends in prop::collection::vec(prop::collection::vec(any_record(), 1..4), 1..60)
+    ) {
+        let directory = tempfile::tempdir().unwrap();
+        let mut model = Model::default();
+        let begin = vec![session(1), run(1)];
+        prop_assert!(model.append(&begin));
+        let (journal, _) = Journal::open(directory.path()).unwrap();
+        write(&journal, begin).unwrap();
+
+        let (answer, answers) = mpsc::channel();
+        for (i, records) in appends.iter().enumerate() {
+            let answer = answer.clone();
+            journal.append(records.clone(), Box::new(move |outcome| answer.send((i, outcome)).unwrap()));
+        }
+        for (i, records) in appends.iter().enumerate() {
+            let (answered, outcome) = answers.recv().unwrap();
+            prop_assert_eq!(answered, i);
+            prop_assert_eq!(outcome.is_ok(), model.append(records), "{:?}: {:?}", records, outcome);
+        }
+        journal.close();
+        prop_assert_eq!(recover(directory.path()), model.recovered(Epoch(2)));
+    }
+}

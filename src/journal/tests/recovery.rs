@@ -1,0 +1,161 @@
+use super::*;
+
+#[test]
+fn every_record_is_recovered_as_it_was_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, first) = Journal::open(directory.path()).unwrap();
+    let empty = Recovered {
+        epoch: Epoch(1),
+        sessions: vec![],
+        runs: vec![],
+        checkpoints: vec![],
+        live_blobs: vec![],
+    };
+    assert_eq!(first, empty);
+
+    let inline = forward_backward(Payload::Inline(vec![0; 64 << 10]));
+    let large = forward_backward(Payload::Blob(blob(1)));
+    let output = OperationResult::ForwardBackward(Payload::Blob(blob(2)));
+    let path = SaveWeightsResponse { path: "bt://loops:run-3/weights/a".into() };
+    let facts = vec![
+        session(1),
+        run(3),
+        operation(3, 1, 1, inline.clone()),
+        done(3, 1, stepped()),
+        operation(3, 2, 2, large.clone()),
+        done(3, 2, output.clone()),
+        operation(3, 3, 3, step()),
+        failed(3, 3),
+        operation(3, 4, 4, step()),
+        snapshot(3, 1, 3),
+        snapshot(3, 2, 4),
+        saved(1, 3, CheckpointTarget::Trainer, "a", &[5]),
+        saved(2, 3, CheckpointTarget::Sampler, "a", &[6, 7, 7]),
+        slot(3, 1, 8),
+    ];
+    for fact in facts {
+        write(&journal, vec![fact]).unwrap();
+    }
+    write(&journal, vec![operation(3, 5, 5, step()), done(3, 5, OperationResult::SaveState(path.clone()))])
+        .unwrap();
+    journal.close();
+
+    let recovered = recover(directory.path());
+    assert_eq!((recovered.epoch, recovered.sessions), (Epoch(2), vec![SessionId(1)]));
+    let expected = |seq: u64, operation: Operation, outcome: Option<Outcome>| RecoveredOperation {
+        seq: OperationSeq(seq),
+        key: OperationKey([seq as u8; 16]),
+        incarnation: 1,
+        operation,
+        outcome,
+    };
+    let outcome = |record: Record| match record {
+        Record::Outcome { outcome, .. } => Some(outcome),
+        _ => None,
+    };
+    let [found] = recovered.runs.try_into().unwrap();
+    assert_eq!(
+        found,
+        RecoveredRun {
+            run: RunId(3),
+            create: create(1),
+            model_digest: Digest::of(b"model"),
+            created_at_ms: 5,
+            snapshot: Some((OperationSeq(2), blob(4))),
+            operations: vec![
+                expected(1, inline, outcome(done(3, 1, stepped()))),
+                expected(2, large, outcome(done(3, 2, output))),
+                expected(3, step(), outcome(failed(3, 3))),
+                expected(4, step(), None),
+                expected(5, step(), outcome(done(3, 5, OperationResult::SaveState(path)))),
+            ],
+            slot: Some((policy(3, 1), blob(8))),
+        }
+    );
+    let names: Vec<_> = recovered
+        .checkpoints
+        .iter()
+        .map(|(c, files, policy)| (c.id.0, files.len(), policy.is_some()))
+        .collect();
+    assert_eq!(names, [(1, 1, false), (2, 3, true)]);
+    let mut live: Vec<_> = (1..=8).map(blob).collect();
+    live.sort_by_key(|blob| blob.digest);
+    assert_eq!(recovered.live_blobs, live);
+}
+
+#[test]
+fn a_journaled_load_is_replaced_by_its_resolved_form() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    let load = |source| Operation::LoadState {
+        path: "bt://loops:run-1/weights/a".into(),
+        with_optimizer: true,
+        source,
+    };
+    let source = LoadSource { target: CheckpointTarget::Trainer, blob: blob(9) };
+    write(&journal, vec![session(1), run(1), operation(1, 1, 1, load(None))]).unwrap();
+    write(&journal, vec![operation(1, 1, 1, load(Some(source))), done(1, 1, stepped())]).unwrap();
+    journal.close();
+    let recovered = recover(directory.path());
+    assert_eq!(recovered.runs[0].operations[0].operation, load(Some(source)));
+    assert_eq!(recovered.live_blobs, [blob(9)]);
+}
+
+#[test]
+fn a_checkpoint_saved_again_replaces_the_first_and_frees_its_blobs() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    write(&journal, vec![saved(1, 1, CheckpointTarget::Trainer, "a", &[1, 2])]).unwrap();
+    write(&journal, vec![saved(2, 1, CheckpointTarget::Trainer, "b", &[2])]).unwrap();
+    write(&journal, vec![saved(3, 1, CheckpointTarget::Trainer, "a", &[3])]).unwrap();
+    journal.close();
+    let recovered = recover(directory.path());
+    let ids: Vec<_> = recovered.checkpoints.iter().map(|(checkpoint, ..)| checkpoint.id.0).collect();
+    assert_eq!(ids, [2, 3]);
+    let mut live = vec![blob(2), blob(3)];
+    live.sort_by_key(|blob| blob.digest);
+    assert_eq!(recovered.live_blobs, live);
+}
+
+#[test]
+fn a_publish_replaces_the_slot_and_frees_its_blob() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    write(&journal, vec![session(1), run(1), slot(1, 1, 1)]).unwrap();
+    write(&journal, vec![slot(1, 2, 2)]).unwrap();
+    journal.close();
+    let recovered = recover(directory.path());
+    assert_eq!(recovered.runs[0].slot, Some((policy(1, 2), blob(2))));
+    assert_eq!(recovered.live_blobs, [blob(2)]);
+}
+
+#[test]
+fn pruning_forgets_up_to_a_snapshot_and_frees_the_blobs() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    let data = |n| forward_backward(Payload::Blob(blob(n)));
+    let output = |n| OperationResult::ForwardBackward(Payload::Blob(blob(n)));
+    let mut facts = vec![session(1), run(1)];
+    for seq in 1..=4 {
+        let n = seq as u8;
+        facts.extend([operation(1, seq, n, data(n)), done(1, seq, output(10 + n)), snapshot(1, seq, 20 + n)]);
+    }
+    facts.push(operation(1, 5, 5, data(5)));
+    write(&journal, facts).unwrap();
+    write(&journal, vec![Record::Prune { run: RunId(1), upto: OperationSeq(3) }]).unwrap();
+    journal.close();
+    let recovered = recover(directory.path());
+    let left: Vec<_> = recovered.runs[0].operations.iter().map(|operation| operation.seq.0).collect();
+    assert_eq!(left, [4, 5]);
+    assert_eq!(recovered.runs[0].snapshot, Some((OperationSeq(4), blob(24))));
+    let mut live = [4, 5, 14, 23, 24].map(blob);
+    live.sort_by_key(|blob| blob.digest);
+    assert_eq!(recovered.live_blobs, live);
+}
+
+#[test]
+fn the_epoch_rises_at_every_open() {
+    let directory = tempfile::tempdir().unwrap();
+    let epochs: Vec<_> = (0..3).map(|_| recover(directory.path()).epoch.0).collect();
+    assert_eq!(epochs, [1, 2, 3]);
+}
