@@ -25,6 +25,24 @@ pub enum CoordinatorError {
     EndpointClosed,
 }
 
+impl CoordinatorError {
+    /// Whether starting the coordinator again would end the same way.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Journal(error) => matches!(
+                error,
+                JournalError::Held { .. }
+                    | JournalError::Version { .. }
+                    | JournalError::Foreign { .. }
+                    | JournalError::Corrupt { .. }
+                    | JournalError::Open { .. }
+            ),
+            Self::Store(_) => true,
+            Self::Transport(_) | Self::ActorDied | Self::EndpointClosed => false,
+        }
+    }
+}
+
 /// A request that is not carried out, and whose fault that is.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refusal {

@@ -18,12 +18,15 @@ pub struct CoordinatorConfig {
     pub data_dir: PathBuf,
     /// Deadlines and bounds; the defaults fit a cluster of CPU nodes.
     pub limits: Limits,
+    /// Called once the data directory is this coordinator's: what is said to others about it
+    /// (its address) may not be said by a coordinator that will be refused.
+    pub opened: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl CoordinatorConfig {
     /// The defaults for a data directory.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
-        Self { data_dir: data_dir.into(), limits: Limits::default() }
+        Self { data_dir: data_dir.into(), limits: Limits::default(), opened: None }
     }
 }
 

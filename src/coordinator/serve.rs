@@ -67,6 +67,9 @@ pub async fn serve(
         Ok::<_, CoordinatorError>((journal, recovered, store))
     });
     let (journal, recovered, store) = opened.await.map_err(|_| CoordinatorError::ActorDied)??;
+    if let Some(opened) = config.opened {
+        opened();
+    }
     let clock = Clock::start();
     let generate_deadline = config.limits.generate_deadline;
     let state = State::recover(config.limits, recovered, clock.now_ms());

@@ -16,3 +16,13 @@ pub enum NodeError {
     #[error("{what}")]
     Died { what: String },
 }
+
+impl NodeError {
+    /// Whether starting the node again would end the same way.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Model(_) | Self::Join { .. } => true,
+            Self::Thread { .. } | Self::Died { .. } => false,
+        }
+    }
+}

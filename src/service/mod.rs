@@ -1,2 +1,25 @@
-//! Starts the parts: the supervisor behind `lockstep up`, and a cluster inside the caller's
-//! process.
+//! Starts the parts: a cluster inside the caller's process, the parts as processes of their
+//! own, and the supervisor behind `lockstep up`.
+//!
+//! ```text
+//!   lockstep up ── gateway (this process)
+//!              ├── lockstep coordinator     restarted with back-off, same port
+//!              └── lockstep node × K        restarted with back-off, same name
+//! ```
+//!
+//! One code path: `Cluster::local` runs the same [`coordinator::serve`](crate::coordinator::serve)
+//! and [`node::serve`](crate::node::serve) over the in-memory twin of the transport.
+
+mod error;
+mod layout;
+mod local;
+mod process;
+mod supervisor;
+mod up;
+
+pub use error::ServiceError;
+pub use layout::DataDirectory;
+pub use local::{Cluster, ClusterConfig};
+pub use process::{EXIT_REFUSED, run_coordinator, run_here, run_node, shutdown_requested};
+pub use supervisor::{Supervisor, SupervisorConfig};
+pub use up::{UpConfig, up, wait_until_joined};

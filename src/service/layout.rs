@@ -1,0 +1,94 @@
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    client::{CLIENT_IDENTITY, ENDPOINT_FILE},
+    transport::{ClusterCa, Identity, Role},
+};
+
+use super::ServiceError;
+
+/// What stands where in a service's data directory.
+///
+/// ```text
+///   DATA/journal.sqlite    what must survive (and its lock)
+///   DATA/blobs/            payloads, snapshots and checkpoints by digest
+///   DATA/ca/               the cluster's certificate authority, mode 0600
+///   DATA/identity/         certificates of the parts and of local clients, mode 0600
+///   DATA/models/           models that `lockstep model pull` fetched
+///   DATA/endpoint          QUIC address of the running coordinator, then the CA's SHA-256
+///   DATA/logs/             logs of the parts, where they don't go to stderr
+/// ```
+#[derive(Debug, Clone)]
+pub struct DataDirectory {
+    path: PathBuf,
+}
+
+/// Identities that local parts use, by file name.
+const PARTS: [(&str, Role); 4] = [
+    ("coordinator", Role::Coordinator),
+    ("node", Role::Node),
+    ("gateway", Role::Gateway),
+    (CLIENT_IDENTITY, Role::Client),
+];
+
+impl DataDirectory {
+    /// Opens or makes the directory, private to its owner.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, ServiceError> {
+        let path = path.into();
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.map_err(|source| ServiceError::File { path: path.clone(), source })?;
+        Ok(Self { path })
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Certificates of the parts and of local clients.
+    pub fn identities(&self) -> PathBuf {
+        self.path.join("identity")
+    }
+
+    /// The file with the coordinator's address.
+    pub fn endpoint_file(&self) -> PathBuf {
+        self.path.join(ENDPOINT_FILE)
+    }
+
+    /// Logs of the parts.
+    pub fn logs(&self) -> PathBuf {
+        self.path.join("logs")
+    }
+
+    /// Makes the CA at first start and a certificate for each local part that has none.
+    pub fn prepare_identities(&self) -> Result<(), ServiceError> {
+        let ca = ClusterCa::open_or_create(&self.path)?;
+        let identities = self.identities();
+        for (name, role) in PARTS {
+            if Identity::load(&identities, name).is_err() {
+                ca.issue(role, name)?.save(&identities, name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The identity of a local part.
+    pub fn identity(&self, name: &str) -> Result<Identity, ServiceError> {
+        Ok(Identity::load(&self.identities(), name)?)
+    }
+
+    /// Tells local clients where the coordinator listens: written beside and renamed, so that
+    /// nobody reads half of it.
+    pub fn write_endpoint(&self, address: &str) -> Result<(), ServiceError> {
+        let fingerprint = ClusterCa::open_or_create(&self.path)?.fingerprint();
+        let (path, beside) = (self.endpoint_file(), self.path.join("endpoint.new"));
+        let written = fs::write(&beside, format!("{address}\n{fingerprint}\n"));
+        written
+            .and_then(|()| fs::rename(&beside, &path))
+            .map_err(|source| ServiceError::File { path, source })
+    }
+}

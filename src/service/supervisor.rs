@@ -1,0 +1,289 @@
+//! The parent of a local cluster's processes.
+
+use std::{
+    io::Write,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+
+use crate::model::ModelSource;
+
+use super::{
+    DataDirectory, ServiceError,
+    process::{EXIT_REFUSED, LISTENING, PARENT_PIPE},
+};
+
+/// Pause before a part that died is started again: doubled each time, from the first to the
+/// last, and back to the first once it has lived for a while.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// Life after which a part counts as healthy again.
+const HEALTHY_AFTER: Duration = Duration::from_secs(60);
+
+/// Longest that a coordinator may take from its start to its address: recovery reads the
+/// journal, it computes nothing.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Longest that a drain may take (an operation's end, a snapshot a run) before parts are killed.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Name and subcommand of the part that decides.
+const COORDINATOR: &str = "coordinator";
+
+/// A local cluster's processes.
+#[derive(Debug, Clone)]
+pub struct SupervisorConfig {
+    /// The `lockstep` binary.
+    pub program: PathBuf,
+    pub data: DataDirectory,
+    /// Where the coordinator listens (QUIC); port 0 is any, kept over restarts.
+    pub listen: SocketAddr,
+    pub nodes: u32,
+    pub trainers: u32,
+    pub samplers: u32,
+    /// Cores to compute on, over all nodes.
+    pub threads: usize,
+    pub models: Vec<ModelSource>,
+    /// Logs of the parts go to `DATA/logs` instead of stderr.
+    pub logs_to_files: bool,
+}
+
+/// Starts the parts, starts them again when they die, and stops them.
+pub struct Supervisor {
+    stop: watch::Sender<bool>,
+    coordinator: JoinHandle<()>,
+    nodes: Vec<JoinHandle<()>>,
+    fatal: mpsc::Receiver<ServiceError>,
+    address: String,
+}
+
+/// One kind of process and how to start it.
+struct Part {
+    name: String,
+    config: SupervisorConfig,
+    arguments: Vec<String>,
+}
+
+impl Supervisor {
+    /// Starts the coordinator, waits until it listens, then starts the nodes. They die with
+    /// the thread that calls this, which should be the main one.
+    pub async fn start(config: SupervisorConfig) -> Result<Self, ServiceError> {
+        config.data.prepare_identities()?;
+        let (stop, stopping) = watch::channel(false);
+        let (failed, mut fatal) = mpsc::channel(8);
+        let (listening, mut addresses) = mpsc::channel(8);
+
+        let coordinator = Part::coordinator(&config);
+        let coordinator =
+            tokio::spawn(coordinator.keep_running(stopping.clone(), failed.clone(), Some(listening)));
+        let address = tokio::select! {
+            Some(address) = addresses.recv() => address,
+            Some(error) = fatal.recv() => return Err(error),
+            () = tokio::time::sleep(START_DEADLINE) => return Err(not_ready("coordinator", &config)),
+        };
+        // Later addresses are the same one; the channel only has to be read.
+        tokio::spawn(async move { while addresses.recv().await.is_some() {} });
+        let nodes = (0..config.nodes.max(1))
+            .map(|index| {
+                let node = Part::node(&config, index, &address);
+                tokio::spawn(node.keep_running(stopping.clone(), failed.clone(), None))
+            })
+            .collect();
+        Ok(Self { stop, coordinator, nodes, fatal, address })
+    }
+
+    /// The coordinator's QUIC address.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Resolves when a part can't run at all; never while they all can.
+    pub async fn failed(&mut self) -> ServiceError {
+        match self.fatal.recv().await {
+            Some(error) => error,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Drains: the coordinator finishes what runs, takes snapshots, tells the nodes to end,
+    /// and ends itself. What is left after a minute is killed.
+    pub async fn shutdown(self) {
+        let _ = self.stop.send(true);
+        // Dropping a `Child` kills it, so an aborted task leaves nothing behind.
+        let drained = async {
+            for part in self.nodes.into_iter().chain([self.coordinator]) {
+                let _ = part.await;
+            }
+        };
+        if tokio::time::timeout(2 * DRAIN_DEADLINE, drained).await.is_err() {
+            tracing::error!("parts of the cluster did not end; they are killed with this process");
+        }
+    }
+}
+
+fn not_ready(part: &str, config: &SupervisorConfig) -> ServiceError {
+    let hint = match config.logs_to_files {
+        true => format!(" ({})", config.data.logs().display()),
+        false => String::new(),
+    };
+    ServiceError::NotReady { part: part.into(), seconds: START_DEADLINE.as_secs(), hint }
+}
+
+impl Part {
+    fn coordinator(config: &SupervisorConfig) -> Self {
+        let arguments = vec![COORDINATOR.into(), "--listen".into(), config.listen.to_string()];
+        Self { name: COORDINATOR.into(), config: config.clone(), arguments }
+    }
+
+    /// Node `index` with its share of ranks, replicas and cores: dealt out one by one.
+    fn node(config: &SupervisorConfig, index: u32, coordinator: &str) -> Self {
+        let nodes = config.nodes.max(1);
+        let share = |total: u32| total / nodes + u32::from(index < total % nodes);
+        let name = format!("node-{index}");
+        let mut arguments: Vec<String> = vec!["node".into()];
+        let mut flag = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
+        flag("--name", name.clone());
+        flag("--coordinator", coordinator.into());
+        flag("--listen", SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).to_string());
+        flag("--trainers", share(config.trainers).to_string());
+        flag("--samplers", share(config.samplers).to_string());
+        flag("--threads", share(config.threads as u32).max(1).to_string());
+        for model in &config.models {
+            flag("--model", format!("{}={}", model.name, model.path.display()));
+        }
+        Self { name, config: config.clone(), arguments }
+    }
+
+    /// Runs the part until the supervisor stops, again and again.
+    async fn keep_running(
+        mut self,
+        mut stopping: watch::Receiver<bool>,
+        fatal: mpsc::Sender<ServiceError>,
+        listening: Option<mpsc::Sender<String>>,
+    ) {
+        let mut pause = BACK_OFF.0;
+        while !*stopping.borrow() {
+            let started = Instant::now();
+            let status = match self.run_once(&mut stopping, listening.as_ref()).await {
+                Ok(status) => status,
+                Err(error) => {
+                    let _ = fatal.send(error).await;
+                    return;
+                }
+            };
+            if *stopping.borrow() {
+                return;
+            }
+            if status == Some(EXIT_REFUSED.into()) {
+                let reason = "it said why above".to_owned();
+                let _ = fatal.send(ServiceError::Refused { part: self.name.clone(), reason }).await;
+                return;
+            }
+            if started.elapsed() > HEALTHY_AFTER {
+                pause = BACK_OFF.0;
+            }
+            tracing::warn!("{} ended (status {status:?}); starting it again in {pause:?}", self.name);
+            let _ = tokio::time::timeout(pause, stopping.wait_for(|stop| *stop)).await;
+            pause = (pause * 2).min(BACK_OFF.1);
+        }
+    }
+
+    /// One life of the process; its exit status.
+    async fn run_once(
+        &mut self,
+        stopping: &mut watch::Receiver<bool>,
+        listening: Option<&mpsc::Sender<String>>,
+    ) -> Result<Option<i32>, ServiceError> {
+        let mut child = self.spawn()?;
+        // `wait` would close it, and its end tells the part that its supervisor is gone.
+        let _pipe = child.stdin.take();
+        if let (Some(listening), Some(output)) = (listening, child.stdout.take()) {
+            let mut lines = BufReader::new(output).lines();
+            if let Ok(Some(line)) = lines.next_line().await
+                && let Some(address) = line.strip_prefix(LISTENING)
+            {
+                let address = address.trim().to_owned();
+                self.keep_port(&address);
+                let _ = listening.send(address).await;
+            }
+        }
+        tokio::select! {
+            status = child.wait() => return Ok(status.ok().and_then(|status| status.code())),
+            _ = stopping.wait_for(|stop| *stop) => {}
+        }
+        self.end(child).await;
+        Ok(None)
+    }
+
+    /// Nodes and clients find a coordinator that comes back at the port it had.
+    fn keep_port(&mut self, address: &str) {
+        if let Some(listen) = self.arguments.iter().position(|argument| argument == "--listen")
+            && let Some(value) = self.arguments.get_mut(listen + 1)
+        {
+            *value = address.to_owned();
+        }
+    }
+
+    /// Lets the process end by itself; the coordinator is asked, nodes hear it from the
+    /// coordinator.
+    async fn end(&self, mut child: Child) {
+        if self.name == COORDINATOR
+            && let Some(pid) = child.id()
+        {
+            // SAFETY: kill(2) takes two integers and touches no memory; the child has not been
+            // waited for, so the pid is still its own.
+            unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) };
+        }
+        if tokio::time::timeout(DRAIN_DEADLINE, child.wait()).await.is_err() {
+            tracing::error!("{} did not end within {DRAIN_DEADLINE:?}; killing it", self.name);
+            let _ = child.kill().await;
+        }
+    }
+
+    fn spawn(&self) -> Result<Child, ServiceError> {
+        let mut command = Command::new(&self.config.program);
+        command
+            .args(&self.arguments)
+            .arg("--data-dir")
+            .arg(self.config.data.path())
+            .env(PARENT_PIPE, "1")
+            // Candle's own thread pools would fight the node's leased cores.
+            .envs([("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "1")])
+            .stdin(Stdio::piped())
+            .stdout(if self.name == COORDINATOR { Stdio::piped() } else { Stdio::null() })
+            // A terminal's Ctrl-C goes to the supervisor alone, which then drains in order.
+            .process_group(0)
+            .kill_on_drop(true);
+        if self.config.logs_to_files {
+            command.stderr(self.log_file()?);
+        }
+        // SAFETY: between fork and exec only prctl(2) is called, which is async-signal-safe and
+        // takes integers.
+        unsafe {
+            command.pre_exec(|| {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+                Ok(())
+            });
+        }
+        command.spawn().map_err(|source| ServiceError::Start { what: self.name.clone(), source })
+    }
+
+    /// `DATA/logs/<part>.log`, appended to over restarts.
+    fn log_file(&self) -> Result<std::fs::File, ServiceError> {
+        let path = self.config.data.logs().join(format!("{}.log", self.name));
+        let file = |source| ServiceError::File { path: path.clone(), source };
+        std::fs::create_dir_all(self.config.data.logs()).map_err(file)?;
+        let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(file)?;
+        writeln!(log, "--- {} starts", self.name).map_err(file)?;
+        Ok(log)
+    }
+}
