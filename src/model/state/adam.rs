@@ -164,9 +164,9 @@ mod tests {
         }
         let t = (state.moment_steps + 1) as f64;
         let mut next = [Vec::new(), Vec::new(), Vec::new()];
-        for i in 0..g.len() {
-            let m = adam.beta1 * f64::from(state.m[i]) + (1.0 - adam.beta1) * g[i];
-            let v = adam.beta2 * f64::from(state.v[i]) + (1.0 - adam.beta2) * g[i] * g[i];
+        for (i, g) in g.iter().enumerate() {
+            let m = adam.beta1 * f64::from(state.m[i]) + (1.0 - adam.beta1) * g;
+            let v = adam.beta2 * f64::from(state.v[i]) + (1.0 - adam.beta2) * g * g;
             let (m_hat, v_hat) = (m / (1.0 - adam.beta1.powf(t)), v / (1.0 - adam.beta2.powf(t)));
             let theta = f64::from(state.weights[i]);
             let update = m_hat / (v_hat.sqrt() + adam.eps) + adam.weight_decay * theta;

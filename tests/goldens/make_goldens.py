@@ -1,0 +1,404 @@
+"""Makes the reference values that tests/training_math.rs compares with.
+
+    python make_goldens.py                      the committed files, beside this script
+    python make_goldens.py --seed N --out DIR   the same from another seed
+
+For each model family it writes one directory: a small random model as Hugging Face saves it
+(config.json, model.safetensors, tokenizer.json), `golden.json` with the calls, their data in
+the form of the HTTP dialect and their scalar results, and `golden.safetensors` with the tensors:
+
+    adapter.NAME              LoRA weights before the first step, B not zero
+    logits.I                  of sequence I of `golden.json`, [N, vocab]
+    CALL.logprobs.I           of datum I of a call
+    CALL.top_k_token_ids.I, CALL.top_k_logprobs.I
+    CALL.gradient.NAME        of the call's sum S, at the weights before the first step
+    step.T.NAME               LoRA weights after T optimiser steps
+
+NAME is PEFT's, without `base_model.model.`. The model is transformers', the adapter PEFT's, the
+gradients autograd's; losses and Adam are written out below from their specification, because no
+library has them in this form. Every sequence runs alone, unpadded, in float32.
+
+Versions: requirements.txt. The values depend on them and on the CPU in their last bits only.
+"""
+
+import argparse
+import json
+import pathlib
+
+import peft
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+COMMITTED_SEED = 20261124
+
+FAMILIES = {
+    "llama_tied": {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "lora": {"rank": 4, "alpha": 8.0, "targets": "q k v o gate up down"},
+    },
+    # Three query heads a key/value head, heads wider than the hidden state, another frequency
+    # and epsilon, an adapter on some layers only.
+    "llama_untied": {
+        "vocab_size": 80,
+        "hidden_size": 36,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+        "lora": {"rank": 3, "alpha": 6.0, "targets": "q v o down"},
+    },
+}
+
+ADAM = {
+    "learning_rate": 2e-3,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-12,
+    "weight_decay": 0.0,
+    "grad_clip_norm": 1.0,
+}
+
+# Optimiser steps: the calls whose gradients they gather, and what differs from ADAM.
+STEPS = [
+    (["cross_entropy", "importance_sampling"], {}),
+    (["cross_entropy_weights"], {"weight_decay": 0.1, "learning_rate": 5e-4}),
+    ([], {}),
+    (["importance_sampling"], {"grad_clip_norm": 0.01}),
+    (["cross_entropy_k", "cross_entropy_sum"], {"grad_clip_norm": 0.0, "eps": 1e-8}),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=COMMITTED_SEED)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    options = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    for number, (family, shape) in enumerate(FAMILIES.items()):
+        directory = options.out / family
+        directory.mkdir(parents=True, exist_ok=True)
+        make_family(directory, dict(shape), options.seed + number)
+
+
+def make_family(directory, shape, seed):
+    random = torch.Generator().manual_seed(seed)
+    lora = shape.pop("lora")
+    base = make_model(shape, random)
+    base.save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    make_tokenizer(shape["vocab_size"]).save(str(directory / "tokenizer.json"), pretty=False)
+
+    model, parameters = make_adapter(base, lora, random)
+    tensors = {f"adapter.{name}": parameter.detach().clone() for name, parameter in parameters.items()}
+    golden = {
+        "seed": seed,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
+        "lora": {"rank": lora["rank"], "alpha": lora["alpha"], "seed": 0, "targets": projections(lora)},
+        "sequences": [tokens(n, shape["vocab_size"], random) for n in (1, 7, 26)],
+    }
+    for i, sequence in enumerate(golden["sequences"]):
+        tensors[f"logits.{i}"] = model(torch.tensor([sequence])).logits[0].detach().clone()
+
+    calls = make_calls(model, shape["vocab_size"], random)
+    for name, call in calls.items():
+        result = evaluate(model, parameters, call)
+        call["expected"] = {key: result[key] for key in ("loss", "loss_size", "active", "metrics")}
+        tensors |= {f"{name}.{key}": value for key, value in result["outputs"].items()}
+        tensors |= {f"{name}.gradient.{key}": value for key, value in result["gradients"].items()}
+    golden["calls"] = calls
+
+    golden["steps"] = []
+    optimizer = Adam(parameters)
+    for number, (names, changes) in enumerate(STEPS, 1):
+        adam = ADAM | changes
+        results = [evaluate(model, parameters, calls[name]) for name in names]
+        norm = optimizer.step(results, adam)
+        golden["steps"].append({"calls": names, "adam": adam, "grad_norm": norm})
+        tensors |= {f"step.{number}.{key}": value.detach().clone() for key, value in parameters.items()}
+
+    (directory / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "golden.safetensors")
+
+
+def make_model(shape, random):
+    config = transformers.LlamaConfig(
+        **shape, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, attn_implementation="eager"
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms: near one, so that a missing one shows
+                parameter.copy_(1 + 0.3 * normal(parameter.shape, random))
+            else:
+                parameter.copy_(normal(parameter.shape, random) / parameter.shape[1] ** 0.5)
+    return model
+
+
+def make_tokenizer(vocab_size):
+    """A tokenizer that only has to load: single characters, as a byte-level model spells them."""
+    characters = [chr(code) for code in range(ord("!"), ord("!") + vocab_size - 1)] + ["Ġ"]
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def projections(lora):
+    return [f"{target}_proj" for target in lora["targets"].split()]
+
+
+def make_adapter(base, lora, random):
+    config = peft.LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        target_modules=projections(lora),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(base, config).eval()
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            short = name.removeprefix("base_model.model.").replace(".default.", ".")
+            bound = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.05
+            with torch.no_grad():
+                parameter.copy_((2 * torch.rand(parameter.shape, generator=random) - 1) * bound)
+            parameters[short] = parameter
+    return model, parameters
+
+
+def make_calls(model, vocab, random):
+    """Calls by name. Their data covers what the losses specify, see the comments."""
+
+    def text(n, **inputs):
+        return datum(tokens(n, vocab, random), **inputs)
+
+    def targets(*shape):
+        return torch.randint(vocab, shape, generator=random)
+
+    no_target = targets(11)
+    no_target[[0, 4, 10]] = -100
+    several = targets(9, 3)
+    several[2, 1] = several[5] = -100
+    weights_k = normal((9, 3), random)
+    weights_k[3] = 0
+    weights_k[4, 0] = 0
+
+    def sampled(n, advantages, **inputs):
+        """Targets with the log-probabilities of a policy near the model's."""
+        sequence, target = tokens(n, vocab, random), targets(n)
+        with torch.no_grad():
+            logits = model(torch.tensor([sequence])).logits[0]
+        scores = logits.log_softmax(-1)[torch.arange(n), target] + 0.3 * normal((n,), random)
+        return datum(sequence, target_tokens=target, logprobs=scores, advantages=advantages, **inputs)
+
+    some_zero = normal((12,), random)
+    some_zero[[1, 2, 7]] = 0
+    return {
+        # No inputs: targets are the next tokens. One sequence has a single token.
+        "cross_entropy": call(
+            "cross_entropy", [text(5), text(1), text(23), text(1, target_tokens=targets(1))], top_k_logprobs=3
+        ),
+        # No target at some positions; weights that are zero, negative, fractional.
+        "cross_entropy_weights": call(
+            "cross_entropy",
+            [
+                text(11, target_tokens=no_target),
+                text(8, target_tokens=targets(8), weights=torch.tensor([0, 0, 0, 1, 0.25, -0.5, 2, 1.0])),
+                text(17, weights=(torch.rand(17, generator=random) > 0.5).float()),
+                text(4, target_tokens=targets(4), weights=torch.zeros(4)),
+            ],
+        ),
+        # Three targets a position.
+        "cross_entropy_k": call(
+            "cross_entropy",
+            [text(9, target_tokens=several, weights=weights_k), text(6, target_tokens=targets(6, 3))],
+            skip_token_normalization=True,
+        ),
+        # Advantages per position (some zero), one for all, none at all; mask; weights.
+        "importance_sampling": call(
+            "importance_sampling",
+            [
+                sampled(12, some_zero),
+                sampled(7, torch.tensor([-0.75])),
+                sampled(9, torch.zeros(9)),
+                sampled(19, normal((19,), random), mask=(torch.rand(19, generator=random) > 0.4).float()),
+                sampled(6, normal((6,), random), weights=torch.tensor([1, 0, 0.5, 1, -1, 1.0])),
+            ],
+        ),
+        "cross_entropy_sum": call(
+            "cross_entropy",
+            [text(14, weights=normal((14,), random)), text(3)],
+            skip_token_normalization=True,
+        ),
+    }
+
+
+def call(loss_fn, data, skip_token_normalization=False, top_k_logprobs=0):
+    loss = {"loss_fn": loss_fn, "config": {}}
+    loss |= {"skip_token_normalization": skip_token_normalization, "top_k_logprobs": top_k_logprobs}
+    return {"loss": loss, "data": data}
+
+
+def datum(sequence, **inputs):
+    wire = {
+        name: {
+            "data": tensor.flatten().tolist(),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+        }
+        for name, tensor in inputs.items()
+    }
+    chunks = [{"type": "encoded_text", "tokens": sequence}]
+    return {"model_input": {"chunks": chunks}, "loss_fn_inputs": wire}
+
+
+def evaluate(model, parameters, call):
+    """Loss, outputs and the gradient of S = Σ ℓ over active positions."""
+    total = torch.zeros((), dtype=torch.float64)
+    size, active, outputs, gaps = 0.0, 0, {}, []
+    for i, example in enumerate(call["data"]):
+        sequence = example["model_input"]["chunks"][0]["tokens"]
+        inputs = {
+            name: torch.tensor(tensor["data"], dtype=getattr(torch, tensor["dtype"])).reshape(tensor["shape"])
+            for name, tensor in example["loss_fn_inputs"].items()
+        }
+        log_probabilities = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
+        one = evaluate_datum(call["loss"]["loss_fn"], log_probabilities, sequence, inputs)
+        total = total + one["loss"]
+        size += one["loss_size"]
+        active += one["active"]
+        gaps.append(one["gap"])
+        outputs[f"logprobs.{i}"] = one["logprobs"]
+        if k := call["loss"]["top_k_logprobs"]:
+            best = log_probabilities.detach().topk(k)
+            outputs[f"top_k_token_ids.{i}"] = best.indices
+            outputs[f"top_k_logprobs.{i}"] = best.values
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), gradients)
+    }
+    is_sum = call["loss"]["skip_token_normalization"]
+    divisor = 1 if is_sum else max(active, 1)
+    return {
+        "loss": total.item() / divisor,
+        "loss_size": size / divisor,
+        "active": active,
+        "metrics": policy_gap(torch.cat(gaps)) if call["loss"]["loss_fn"] == "importance_sampling" else {},
+        "outputs": outputs,
+        "gradients": gradients,
+        "is_sum": is_sum,
+    }
+
+
+def evaluate_datum(loss_fn, log_probabilities, sequence, inputs):
+    n = len(sequence)
+    if "target_tokens" in inputs:
+        target = inputs["target_tokens"].reshape(n, -1)
+        has_target = target != -100
+        shape = inputs["target_tokens"].shape
+    else:
+        target = torch.tensor(sequence[1:] + [0]).reshape(n, 1)
+        has_target = torch.tensor([True] * (n - 1) + [False]).reshape(n, 1)
+        shape = (n,)
+    lp = log_probabilities.gather(1, target.clamp(min=0))
+    weights = inputs.get("weights", torch.ones(shape)).reshape(target.shape)
+    is_active = has_target & (weights != 0)
+    gap = torch.zeros(0)
+    if loss_fn == "cross_entropy":
+        terms = -weights * lp
+        scored = has_target
+    else:
+        q = inputs["logprobs"].reshape(n, 1)
+        advantages = inputs["advantages"].expand(n).reshape(n, 1)
+        is_active = is_active & (advantages != 0) & (inputs.get("mask", torch.ones(n)).reshape(n, 1) > 0)
+        terms = -weights * torch.exp(lp - q) * advantages
+        scored = is_active
+        gap = (lp - q)[is_active].detach().double()
+    # −100: no target, NaN. No target at the end, or not scored: 0.
+    is_ignored = (target == -100) & ("target_tokens" in inputs)
+    reported = torch.where(scored, lp.detach(), torch.where(is_ignored, torch.nan, 0.0))
+    return {
+        "loss": terms[is_active].double().sum(),
+        # Σ|ℓ|: what rounding errors are in proportion to. Terms of both signs cancel in Σℓ.
+        "loss_size": terms[is_active].detach().double().abs().sum().item(),
+        "active": int(is_active.any(1).sum()),
+        "logprobs": reported.reshape(shape),
+        "gap": gap,
+    }
+
+
+def policy_gap(difference):
+    """Metrics of the trainer's policy p against the sampler's q, from lp − q."""
+    ratio = difference.exp()
+    return {
+        "kl_k1": float(-difference.mean()),
+        "kl_k2": float((difference**2 / 2).mean()),
+        "kl_k3": float((ratio - 1 - difference).mean()),
+        "ratio": float(ratio.mean()),
+        "ess_fraction": float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)),
+        "max_token_gap": float(difference.abs().max()),
+    }
+
+
+class Adam:
+    """Decoupled weight decay, bias correction, clipping by global norm, float32 state."""
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.m = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self, results, adam):
+        self.t += 1
+        assert len({result["is_sum"] for result in results}) <= 1, "kinds never mix"
+        count = max(sum(r["active"] for r in results), 1) if results and not results[0]["is_sum"] else 1
+        g = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        for result in results:
+            for name, gradient in result["gradients"].items():
+                g[name] += gradient
+        g = {name: value / count for name, value in g.items()}
+        norm = float(torch.cat([value.flatten() for value in g.values()]).double().norm())
+        clip = adam["grad_clip_norm"]
+        scale = clip / norm if clip > 0 and norm > clip else 1.0
+        b1, b2 = adam["beta1"], adam["beta2"]
+        for name, theta in self.parameters.items():
+            m, v, grad = self.m[name], self.v[name], g[name] * scale
+            m.mul_(b1).add_(grad, alpha=1 - b1)
+            v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+            m_hat, v_hat = m / (1 - b1**self.t), v / (1 - b2**self.t)
+            update = m_hat / (v_hat.sqrt() + adam["eps"]) + adam["weight_decay"] * theta
+            theta -= adam["learning_rate"] * update
+        return norm
+
+
+def tokens(n, vocab, random):
+    return torch.randint(vocab, (n,), generator=random).tolist()
+
+
+def normal(shape, random):
+    return torch.randn(shape, generator=random)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+//! The training mathematics against PyTorch, transformers and PEFT: logits, losses,
+//! log-probabilities, gradients, and weights after several optimiser steps.
+//!
+//! `tests/goldens/make_goldens.py` made the reference values (float32, one sequence at a time);
+//! here the same sequences run packed. `LOCKSTEP_GOLDENS=DIR` compares with the families in DIR
+//! too: a CI step makes them from a fresh seed, so that nobody can fit to the committed files.
+//!
+//! Where the tolerances come from: on these models PyTorch's own float32 is up to 2e-6 away
+//! from its float64 in gradients (Frobenius-relative, per tensor), 5e-6 in weights after five
+//! steps, and 1e-6 in losses. Another order of summation errs as much again, other seeds up to
+//! ten times more. A wrong factor, sign or position errs by 1e-2 and more.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use lockstep::{
+    kernels::Team,
+    model::{
+        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, LoraLayout, MicroBatchOutput,
+        TrainState, Workspace, cut_micro_batches, forward, head_logits, prepare, run_micro_batch,
+    },
+    types::{
+        AdamParams, Datum, ErrorKind, ForwardBackwardOutput, LoraConfig, LossSpec, TensorData, TensorValues,
+    },
+};
+use safetensors::{Dtype, SafeTensors};
+
+/// On losses, relative to the mean of `|ℓ|`: terms of both signs cancel in their sum.
+const LOSS_TOLERANCE: f64 = 1e-5;
+/// On logits and log-probabilities, in the Frobenius norm.
+const LOGPROB_TOLERANCE: f64 = 1e-5;
+/// On a tensor's gradient, in the Frobenius norm.
+const GRADIENT_TOLERANCE: f64 = 1e-4;
+/// On a tensor's weights, `‖a − b‖ / ‖b − b₀‖`: element by element nothing can be said, since
+/// Adam turns rounding noise in a near-zero gradient into a full step.
+const WEIGHT_TOLERANCE: f64 = 1e-4;
+
+/// Micro-batch budgets: everything in one, a few each, each sequence alone.
+const BUDGETS: [usize; 3] = [1024, 24, 0];
+
+#[test]
+fn logits_agree() {
+    for golden in goldens() {
+        let state = golden.initial_state();
+        let tokens: Vec<Vec<u32>> = golden.file.sequences.clone();
+        let sequences = tokens.iter().map(|tokens| BatchSequence {
+            tokens,
+            kv_cache: None,
+            adapter: Some(AdapterRows { layout: &state.layout, values: &state.weights }),
+        });
+        let mut batch = Batch { sequences: sequences.collect() };
+        let (mut workspace, team) = (Workspace::default(), Team::solo());
+        let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
+        let mut logits = Vec::new();
+        let rows: Vec<usize> = (0..tokens.iter().map(Vec::len).sum()).collect();
+        head_logits(&golden.model, &hidden, &rows, &mut logits, &mut workspace, &team);
+        let mut rest = logits.as_slice();
+        for (i, tokens) in tokens.iter().enumerate() {
+            let (found, after) = rest.split_at(tokens.len() * golden.model.config.vocab_size);
+            golden.assert_near(&format!("logits.{i}"), found, LOGPROB_TOLERANCE);
+            rest = after;
+        }
+    }
+}
+
+#[test]
+fn losses_and_metrics_agree() {
+    for golden in goldens() {
+        let state = golden.initial_state();
+        for (name, call) in &golden.file.calls {
+            for budget in BUDGETS {
+                let what = format!("{} {name}, budget {budget}", golden.family);
+                let (output, active, _) = golden.run(&state, call, budget, false);
+                let Expected { loss, loss_size, active: expected_active, metrics } = &call.expected;
+                assert_eq!(active, *expected_active, "{what}: active positions");
+                let error = (output.loss - loss).abs();
+                assert!(error <= LOSS_TOLERANCE * loss_size, "{what}: loss {} and {loss}", output.loss);
+                assert_eq!(output.metrics["loss"], output.loss);
+                for (metric, value) in metrics {
+                    let found = output.metrics[metric];
+                    // The gap of two log-probabilities near −5 carries their rounding, 5e-7.
+                    let error = (found - value).abs();
+                    assert!(error <= 1e-5 * value.abs().max(0.1), "{what}: {metric} {found} and {value}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_and_alternatives_agree() {
+    for golden in goldens() {
+        let state = golden.initial_state();
+        for (name, call) in &golden.file.calls {
+            let (output, ..) = golden.run(&state, call, 1024, false);
+            assert_eq!(output.loss_fn_outputs.len(), call.data.len());
+            for (i, output) in output.loss_fn_outputs.iter().enumerate() {
+                for (key, tensor) in output {
+                    let key = format!("{name}.{key}.{i}");
+                    match tensor.values() {
+                        TensorValues::F32(values) => golden.assert_near(&key, values, LOGPROB_TOLERANCE),
+                        _ => assert_eq!(tensor, &golden.tensors[&key], "{} {key}", golden.family),
+                    }
+                    assert_eq!(tensor.shape(), golden.tensors[&key].shape(), "{} {key}", golden.family);
+                }
+            }
+        }
+    }
+}
+
+/// A row's bits depend on its own sequence: not on what is packed beside it.
+#[test]
+fn log_probabilities_do_not_depend_on_the_packing() {
+    for golden in goldens() {
+        let state = golden.initial_state();
+        for (name, call) in &golden.file.calls {
+            let bits = |budget| -> Vec<Vec<u32>> {
+                let (output, ..) = golden.run(&state, call, budget, false);
+                let values = output.loss_fn_outputs.iter().map(|output| floats(&output["logprobs"]));
+                values.map(|values| values.iter().map(|value| value.to_bits()).collect()).collect()
+            };
+            assert_eq!(bits(1024), bits(0), "{} {name}", golden.family);
+        }
+    }
+}
+
+#[test]
+fn gradients_agree() {
+    for golden in goldens() {
+        let state = golden.initial_state();
+        for (name, call) in &golden.file.calls {
+            for budget in BUDGETS {
+                let (_, _, gradient) = golden.run(&state, call, budget, true);
+                golden.for_each_tensor(&state.layout, |tensor, range| {
+                    let key = format!("{name}.gradient.{tensor}");
+                    golden.assert_near(&key, &gradient[range], GRADIENT_TOLERANCE);
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_after_optimiser_steps_agree() {
+    for golden in goldens() {
+        let mut state = golden.initial_state();
+        let initial = state.weights.clone();
+        for (number, step) in (1..).zip(&golden.file.steps) {
+            for name in &step.calls {
+                let call = &golden.file.calls[name];
+                let (_, active, gradient) = golden.run(&state, call, 24, true);
+                let kind = match call.loss.skip_token_normalization {
+                    true => GradientKind::Sum,
+                    false => GradientKind::TokenMean,
+                };
+                state = state.accumulate(&gradient, active, kind).unwrap();
+            }
+            let (next, response) = state.optim_step(&step.adam).unwrap();
+            state = next;
+            let (found, expected) = (response.metrics["grad_norm"], step.grad_norm);
+            assert!(
+                (found - expected).abs() <= GRADIENT_TOLERANCE * expected,
+                "{} step {number}: gradient norm {found} and {expected}",
+                golden.family
+            );
+            golden.for_each_tensor(&state.layout, |tensor, range| {
+                let key = format!("step.{number}.{tensor}");
+                let expected = floats(&golden.tensors[&key]);
+                let what = format!("{} {key}", golden.family);
+                let (found, origin) = (&state.weights[range.clone()], &initial[range]);
+                assert_near(&what, found, expected, Some(origin), WEIGHT_TOLERANCE);
+            });
+        }
+    }
+}
+
+/// exp(lp − q) beyond f32: refused by the datum's name, before anything is accumulated.
+#[test]
+fn refuses_a_loss_that_is_not_finite() {
+    let golden = goldens().next().unwrap();
+    let state = golden.initial_state();
+    let call = &golden.file.calls["importance_sampling"];
+    let mut data = call.data.clone();
+    let logprobs = data[1].loss_fn_inputs.get_mut("logprobs").unwrap();
+    let mut values = floats(logprobs).to_vec();
+    values[3] = -300.0;
+    *logprobs = TensorData::from_f32(values);
+    let examples = prepare(&golden.model.config, 64, &call.loss, &data).unwrap();
+    let adapter = AdapterRows { layout: &state.layout, values: &state.weights };
+    let mut gradient = vec![0.0; state.layout.len()];
+    let (mut workspace, team) = (Workspace::default(), Team::solo());
+    for wanted in [Some(gradient.as_mut_slice()), None] {
+        let result =
+            run_micro_batch(&golden.model, adapter, &call.loss, &examples, wanted, &mut workspace, &team);
+        let error = result.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::NotFinite);
+        assert!(error.message.starts_with("the loss of `data[1]` is not finite at position 3"), "{error}");
+    }
+    assert!(gradient.iter().all(|value| *value == 0.0));
+}
+
+/// One family's model and reference values.
+struct Golden {
+    family: String,
+    model: BaseModel,
+    file: GoldenFile,
+    tensors: BTreeMap<String, TensorData>,
+}
+
+/// golden.json; make_goldens.py describes it.
+#[derive(serde::Deserialize)]
+struct GoldenFile {
+    lora: LoraConfig,
+    sequences: Vec<Vec<u32>>,
+    calls: BTreeMap<String, Call>,
+    steps: Vec<Step>,
+}
+
+#[derive(serde::Deserialize)]
+struct Call {
+    loss: LossSpec,
+    data: Vec<Datum>,
+    expected: Expected,
+}
+
+#[derive(serde::Deserialize)]
+struct Expected {
+    loss: f64,
+    loss_size: f64,
+    active: u64,
+    metrics: BTreeMap<String, f64>,
+}
+
+#[derive(serde::Deserialize)]
+struct Step {
+    calls: Vec<String>,
+    adam: AdamParams,
+    grad_norm: f64,
+}
+
+/// The committed families, and those of `LOCKSTEP_GOLDENS`.
+fn goldens() -> impl Iterator<Item = Golden> {
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+    let fresh = std::env::var_os("LOCKSTEP_GOLDENS").map(PathBuf::from);
+    let mut families = Vec::new();
+    for root in [Some(committed), fresh].into_iter().flatten() {
+        let entries = std::fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
+        let paths = entries.map(|entry| entry.unwrap().path());
+        let before = families.len();
+        families.extend(paths.filter(|path| path.join("golden.json").is_file()));
+        assert!(families.len() > before, "no golden.json below {}", root.display());
+    }
+    families.sort();
+    families.into_iter().map(|path| Golden::load(&path))
+}
+
+impl Golden {
+    fn load(directory: &Path) -> Self {
+        let family = directory.display().to_string();
+        let model = BaseModel::load("golden", directory).unwrap_or_else(|e| panic!("{family}: {e}"));
+        let json = std::fs::read(directory.join("golden.json")).unwrap();
+        let file = serde_json::from_slice(&json).unwrap_or_else(|e| panic!("{family}: {e}"));
+        let bytes = std::fs::read(directory.join("golden.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = tensors.tensors().into_iter().map(|(name, view)| {
+            let (values, dtype) = match view.dtype() {
+                Dtype::F32 => {
+                    let words = view.data().as_chunks::<4>().0.iter();
+                    let values = words.map(|word| f32::from_le_bytes(*word)).collect();
+                    (TensorValues::F32(values), lockstep::types::Dtype::Float32)
+                }
+                Dtype::I64 => {
+                    let words = view.data().as_chunks::<8>().0.iter();
+                    let values = words.map(|word| i64::from_le_bytes(*word)).collect();
+                    (TensorValues::I64(values), lockstep::types::Dtype::Int64)
+                }
+                other => panic!("{name} is {other:?}"),
+            };
+            (name, TensorData::new(values, dtype, view.shape().to_vec()).unwrap())
+        });
+        Self { family, model, file, tensors: tensors.collect() }
+    }
+
+    /// The golden's adapter at step 0.
+    fn initial_state(&self) -> TrainState {
+        let layout = Arc::new(LoraLayout::new(&self.model.config, &self.file.lora).unwrap());
+        let mut values = vec![0.0; layout.len()];
+        self.for_each_tensor(&layout, |tensor, range| {
+            values[range].copy_from_slice(floats(&self.tensors[&format!("adapter.{tensor}")]));
+        });
+        TrainState::of_adapter(Adapter { layout, values: values.into() })
+    }
+
+    /// Every LoRA matrix's name in the golden, and its place in the flat vector.
+    fn for_each_tensor(&self, layout: &LoraLayout, mut visit: impl FnMut(&str, std::ops::Range<usize>)) {
+        for entry in &layout.entries {
+            let [a, b] = entry.tensor_names();
+            for (name, range) in [(a, entry.a.clone()), (b, entry.b.clone())] {
+                visit(name.strip_prefix("base_model.model.").unwrap(), range);
+            }
+        }
+    }
+
+    /// What a rank does with a call: result, active positions, gradient of the sum.
+    fn run(
+        &self,
+        state: &TrainState,
+        call: &Call,
+        budget: usize,
+        with_gradient: bool,
+    ) -> (ForwardBackwardOutput, u64, Vec<f32>) {
+        let max_seq_len = self.model.config.max_position_embeddings;
+        let examples = prepare(&self.model.config, max_seq_len, &call.loss, &call.data).unwrap();
+        let adapter = AdapterRows { layout: &state.layout, values: &state.weights };
+        let (mut workspace, team) = (Workspace::default(), Team::solo());
+        let mut sum = vec![0.0; state.layout.len()];
+        let mut whole = MicroBatchOutput::default();
+        for range in cut_micro_batches(&examples, budget) {
+            let examples = &examples[range];
+            let mut gradient = vec![0.0; sum.len()];
+            let wanted = with_gradient.then_some(gradient.as_mut_slice());
+            let part =
+                run_micro_batch(&self.model, adapter, &call.loss, examples, wanted, &mut workspace, &team);
+            whole.merge(part.unwrap());
+            sum.iter_mut().zip(&gradient).for_each(|(sum, more)| *sum += more);
+        }
+        let active = whole.active;
+        (whole.finish(&call.loss), active, sum)
+    }
+
+    fn assert_near(&self, key: &str, found: &[f32], tolerance: f64) {
+        let what = format!("{} {key}", self.family);
+        let expected = self.tensors.get(key).unwrap_or_else(|| panic!("the golden has no {what}"));
+        assert_near(&what, found, floats(expected), None, tolerance);
+    }
+}
+
+fn floats(tensor: &TensorData) -> &[f32] {
+    match tensor.values() {
+        TensorValues::F32(values) => values,
+        other => panic!("expected float32, got {other:?}"),
+    }
+}
+
+/// `‖found − expected‖ / ‖expected − origin‖ ≤ tolerance`, NaN where NaN is expected.
+fn assert_near(what: &str, found: &[f32], expected: &[f32], origin: Option<&[f32]>, tolerance: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}: number of elements");
+    let (mut distance, mut size, mut worst) = (0.0, 0.0, (0, -1.0));
+    for (i, (&a, &b)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(a.is_nan(), b.is_nan(), "{what}[{i}]: {a} and {b}");
+        if a.is_nan() {
+            continue;
+        }
+        let error = (f64::from(a) - f64::from(b)).powi(2);
+        distance += error;
+        size += (f64::from(b) - origin.map_or(0.0, |origin| f64::from(origin[i]))).powi(2);
+        if error > worst.1 {
+            worst = (i, error);
+        }
+    }
+    let (distance, size) = (distance.sqrt(), size.sqrt());
+    let i = worst.0;
+    assert!(
+        distance <= tolerance * size,
+        "{what}: {:.2e} away in the Frobenius norm, allowed {tolerance:.0e}; worst element {i}: found {:e}, \
+         expected {:e}",
+        distance / size,
+        found[i],
+        expected[i]
+    );
+}
