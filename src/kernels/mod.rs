@@ -1,8 +1,31 @@
 //! The operations of a decoder layer, forward and backward, on CPU slices.
 
+mod attention;
 mod buffer;
+mod exp;
+mod linear;
 mod matrix;
+mod norm;
+mod rotary;
+mod rows;
+mod simd;
+mod softmax;
+mod swiglu;
 mod threads;
+mod tile;
 
 pub use matrix::Matrix;
+pub use simd::path;
 pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};
+
+pub(crate) use attention::{
+    AttentionGradients, BLOCK as ATTENTION_BLOCK, Heads, KvBlocks, Span, append, attention,
+    attention_backward,
+};
+pub(crate) use buffer::{Buffer, Shared};
+pub(crate) use linear::{Adapted, Gradients, Layer, LowRank, linear, linear_backward};
+pub(crate) use norm::{rms_norm, rms_norm_backward};
+pub(crate) use rotary::{RotaryTable, Turn};
+pub(crate) use rows::for_rows;
+pub(crate) use softmax::{log_sum_exp, softmax_gradient};
+pub(crate) use swiglu::{add, swiglu, swiglu_backward};

@@ -1,0 +1,212 @@
+use std::ops::Range;
+
+use crate::kernels::{
+    Matrix, Team,
+    buffer::{Shared, with_scratch},
+    matrix::PANEL,
+    tile::{Block, Factors, Start},
+};
+
+use super::{
+    LowRank, NARROW_ROWS,
+    pack::{pack_transposed, panel_width},
+    part_of,
+};
+
+/// One of the layers that read the same input.
+pub(crate) struct Layer<'a, F> {
+    pub weight: &'a Matrix,
+    /// The adapter of a segment of rows, by its index.
+    pub low_rank: F,
+    /// Receives `scale · A x` of adapted rows, `[rows, low_row]`.
+    pub low: Shared<'a>,
+    /// At least the largest rank.
+    pub low_row: usize,
+    /// Receives the outputs, `[rows, out]`.
+    pub y: Shared<'a>,
+}
+
+/// Rows of a block whose inputs stay in a core's second-level cache while it goes through the
+/// panels of the weights: a multiple of every tile's height.
+const BLOCK_ROWS: usize = 120;
+
+/// Tasks per thread, so that an unlucky thread costs little.
+const TASKS_PER_THREAD: usize = 4;
+
+/// `y = W x + scale · B (A x)` for every layer of a group; `x` is `[rows, in]`, and `segments`
+/// cover its rows.
+pub(crate) fn linear<'a, F>(x: &[f32], segments: &[Range<usize>], layers: &[Layer<'a, F>], team: &Team)
+where
+    F: Fn(usize) -> Option<LowRank<'a>> + Sync,
+{
+    let rows = segments.last().map_or(0, |segment| segment.end);
+    if rows == 0 || layers.is_empty() {
+        return;
+    }
+    down_projections(x, segments, layers, team);
+    let panels: usize = layers.iter().map(|layer| layer.weight.panels()).sum();
+    let blocks = rows.div_ceil(BLOCK_ROWS);
+    let groups = (team.width() * TASKS_PER_THREAD).div_ceil(blocks).min(panels);
+    team.run(blocks * groups, |task| {
+        let block = part_of(rows, blocks, task / groups);
+        let mut first = 0;
+        let group = part_of(panels, groups, task % groups);
+        for layer in layers {
+            let last = first + layer.weight.panels();
+            for panel in group.start.max(first)..group.end.min(last) {
+                layer.panel(x, segments, block.clone(), panel - first);
+            }
+            first = last;
+        }
+    });
+}
+
+/// `low = scale · A x`, segment by segment.
+fn down_projections<'a, F>(x: &[f32], segments: &[Range<usize>], layers: &[Layer<'a, F>], team: &Team)
+where
+    F: Fn(usize) -> Option<LowRank<'a>> + Sync,
+{
+    let parts = |segment: &Range<usize>| segment.len().div_ceil(NARROW_ROWS);
+    let per_layer: usize = segments
+        .iter()
+        .enumerate()
+        .filter(|(index, _)| layers.iter().any(|layer| (layer.low_rank)(*index).is_some()))
+        .map(|(_, segment)| parts(segment))
+        .sum();
+    if per_layer == 0 {
+        return;
+    }
+    team.run(per_layer * layers.len(), |task| {
+        let layer = &layers[task / per_layer];
+        let mut part = task % per_layer;
+        for (index, segment) in segments.iter().enumerate() {
+            if layers.iter().all(|layer| (layer.low_rank)(index).is_none()) {
+                continue;
+            }
+            let parts = parts(segment);
+            if part < parts {
+                if let Some(low_rank) = (layer.low_rank)(index) {
+                    let rows = part_of(segment.len(), parts, part);
+                    layer.down(x, low_rank, segment.start + rows.start..segment.start + rows.end);
+                }
+                return;
+            }
+            part -= parts;
+        }
+    });
+}
+
+impl<'a, F> Layer<'a, F>
+where
+    F: Fn(usize) -> Option<LowRank<'a>>,
+{
+    /// `low = scale · A x` for some rows of one segment.
+    fn down(&self, x: &[f32], low_rank: LowRank<'_>, rows: Range<usize>) {
+        let depth = self.weight.in_features();
+        let x = &x[rows.start * depth..rows.end * depth];
+        for first in (0..low_rank.rank).step_by(PANEL) {
+            let columns = PANEL.min(low_rank.rank - first);
+            let width = panel_width(columns);
+            with_scratch(depth * width, |packed| {
+                pack_transposed(&low_rank.a[first * depth..], depth, columns, depth, packed);
+                let product = Factors {
+                    a: x.as_ptr(),
+                    a_row: depth,
+                    a_step: 1,
+                    b: packed.as_ptr(),
+                    b_step: width,
+                    depth,
+                };
+                let block = Block {
+                    rows: rows.len(),
+                    columns,
+                    product,
+                    second: None,
+                    c: self.low.at(rows.start * self.low_row + first),
+                    c_row: self.low_row,
+                    start: Start::Zero,
+                };
+                // SAFETY: x has these rows, the panel is as wide as a tile reads, and no other
+                // task has these rows of this layer.
+                unsafe { block.compute() };
+            });
+        }
+        for row in rows {
+            let start = row * self.low_row;
+            // SAFETY: as above.
+            let low = unsafe { self.low.part(start..start + low_rank.rank) };
+            low.iter_mut().for_each(|value| *value *= low_rank.scale);
+        }
+    }
+
+    /// One panel of outputs for a block of rows.
+    fn panel(&self, x: &[f32], segments: &[Range<usize>], rows: Range<usize>, panel: usize) {
+        let (inputs, outputs) = (self.weight.in_features(), self.weight.out_features());
+        let column = panel * PANEL;
+        let columns = PANEL.min(outputs - column);
+        let base = |rows: &Range<usize>| Block {
+            rows: rows.len(),
+            columns,
+            product: Factors {
+                a: x[rows.start * inputs..rows.end * inputs].as_ptr(),
+                a_row: inputs,
+                a_step: 1,
+                b: self.weight.panel(panel).as_ptr(),
+                b_step: PANEL,
+                depth: inputs,
+            },
+            second: None,
+            c: self.y.at(rows.start * outputs + column),
+            c_row: outputs,
+            start: Start::Zero,
+        };
+        // All rows of one adapter: one pass. Else the base for all, then what each adds; parking a
+        // sum between the two changes no bit of it.
+        if let [_] = segments {
+            let up = (self.low_rank)(0).map(|low_rank| (low_rank, rows.clone()));
+            self.with_up(up, column, columns, |second| {
+                // SAFETY: x has these rows, a panel of the matrix is 32 wide, and no other task
+                // has these rows and columns of this layer.
+                unsafe { Block { second, ..base(&rows) }.compute() }
+            });
+            return;
+        }
+        // SAFETY: as above.
+        unsafe { base(&rows).compute() };
+        for (index, segment) in segments.iter().enumerate() {
+            let rows = segment.start.max(rows.start)..segment.end.min(rows.end);
+            if let (Some(low_rank), false) = ((self.low_rank)(index), rows.is_empty()) {
+                self.with_up(Some((low_rank, rows.clone())), column, columns, |up| {
+                    // SAFETY: as above; the sums that it starts from have just been written.
+                    let Some(product) = up else { return };
+                    unsafe { Block { product, start: Start::Stored, ..base(&rows) }.compute() }
+                });
+            }
+        }
+    }
+
+    /// Calls `work` with the product `low · Bᵀ` for some rows and outputs.
+    fn with_up(
+        &self,
+        up: Option<(LowRank<'_>, Range<usize>)>,
+        column: usize,
+        columns: usize,
+        work: impl FnOnce(Option<Factors>),
+    ) {
+        let Some((LowRank { b, rank, .. }, rows)) = up else {
+            return work(None);
+        };
+        let width = panel_width(columns);
+        with_scratch(rank * width, |packed| {
+            pack_transposed(&b[column * rank..], rank, columns, rank, packed);
+            work(Some(Factors {
+                a: self.low.at(rows.start * self.low_row),
+                a_row: self.low_row,
+                a_step: 1,
+                b: packed.as_ptr(),
+                b_step: width,
+                depth: rank,
+            }))
+        })
+    }
+}

@@ -1,0 +1,35 @@
+//! Frozen linear layers with low-rank adapters: `y = W x + scale · B (A x)`.
+//!
+//! Layers that read the same input (queries, keys and values; gate and up) are computed together,
+//! so that a team meets seldom. Rows may belong to different adapters: they come in segments.
+//! Work is split over rows and outputs only.
+
+mod backward;
+mod forward;
+mod pack;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+pub(crate) use backward::{Adapted, Gradients, linear_backward};
+pub(crate) use forward::{Layer, linear};
+
+/// An adapter's share of one layer.
+#[derive(Clone, Copy)]
+pub(crate) struct LowRank<'a> {
+    /// `[rank, in]`.
+    pub a: &'a [f32],
+    /// `[out, rank]`.
+    pub b: &'a [f32],
+    pub rank: usize,
+    pub scale: f32,
+}
+
+/// Rows of a task of the narrow products with A and B: enough that packing them costs little.
+const NARROW_ROWS: usize = 256;
+
+/// Cuts `rows` into ranges of at most `most`, nearly equal.
+fn part_of(rows: usize, parts: usize, part: usize) -> Range<usize> {
+    rows * part / parts..rows * (part + 1) / parts
+}

@@ -1,0 +1,124 @@
+//! Two 256-bit registers a vector.
+
+use std::arch::x86_64::*;
+
+use super::Simd;
+
+/// Proof that the CPU has AVX2 and FMA.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    ///
+    /// The CPU must have AVX2 and FMA.
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+/// Both halves of `f` on the halves of its arguments.
+macro_rules! halves {
+    ($f:ident($($arg:expr),+)) => {
+        // SAFETY: a value of `Avx2` exists, so the CPU has the instructions.
+        unsafe { [$f($($arg[0]),+), $f($($arg[1]),+)] }
+    };
+}
+
+// SAFETY of every block below: a value of this type exists, so the CPU has the instructions;
+// memory operands are the caller's promise.
+impl Simd for Avx2 {
+    type V = [__m256; 2];
+
+    /// 12 sums, two halves of a column and room for broadcasts in 16 registers.
+    const TILE_ROWS: [usize; 2] = [6, 0];
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Self::V {
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, v: Self::V) {
+        unsafe {
+            _mm256_storeu_ps(to, v[0]);
+            _mm256_storeu_ps(to.add(8), v[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        halves!(_mm256_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn select_less(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
+        let less: [__m256; 2] = unsafe { [0, 1].map(|half| _mm256_cmp_ps::<_CMP_LT_OQ>(a[half], b[half])) };
+        halves!(_mm256_blendv_ps(y, x, less))
+    }
+
+    #[inline(always)]
+    fn add_exponent(self, a: Self::V, n: Self::V) -> Self::V {
+        unsafe {
+            [0, 1].map(|half| {
+                let shifted = _mm256_slli_epi32::<23>(_mm256_castps_si256(n[half]));
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a[half]), shifted))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        unsafe { sum_of_eight(_mm256_add_ps(v[0], v[1])) }
+    }
+}
+
+/// Lane i and i + 4 added, then i and i + 2, then i and i + 1.
+///
+/// # Safety
+///
+/// The CPU must have AVX2.
+#[inline(always)]
+pub(super) unsafe fn sum_of_eight(v: __m256) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}

@@ -1,0 +1,218 @@
+//! Sixteen lanes, whatever the machine: kernels are written once and compiled for each path.
+//!
+//! A vector is 16 f32 on every path: one AVX-512 register, two of AVX2, four of NEON. Each
+//! operation rounds once, products are fused, and sums over lanes have one tree; so the paths do not
+//! differ in a single bit, and neither do a small and a large machine of one cluster.
+//!
+//! A value of a path's type is the proof that the CPU has it: only [`run`] makes one, after
+//! asking.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
+
+use std::sync::OnceLock;
+
+#[cfg(target_arch = "x86_64")]
+use self::{avx2::Avx2, avx512::Avx512};
+use plain::Plain;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Path {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// The compiler's own vectors: NEON on aarch64, fused operations in software elsewhere.
+    Plain,
+}
+
+/// Code that is compiled once for each path.
+pub(crate) trait Kernel {
+    type Output;
+
+    /// Must be `#[inline(always)]`, and so must what it calls with `s`: code that is not
+    /// inlined into the path's function is compiled without its instructions.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Operations on 16 lanes.
+pub(crate) trait Simd: Copy {
+    type V: Copy;
+
+    /// Rows of a product tile whose sums fit the registers, for one and for two vectors of
+    /// columns; 0 if two never do.
+    const TILE_ROWS: [usize; 2];
+
+    fn splat(self, value: f32) -> Self::V;
+
+    /// # Safety
+    ///
+    /// 16 values must be readable at `from`.
+    unsafe fn load(self, from: *const f32) -> Self::V;
+
+    /// # Safety
+    ///
+    /// 16 values must be writable at `to`.
+    unsafe fn store(self, to: *mut f32, v: Self::V);
+
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+
+    /// `a < b ? a : b`: `b` if either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+
+    /// `a > b ? a : b`: `b` if either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+
+    /// `a < b ? x : y`.
+    fn select_less(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+
+    /// The bits of `a` plus those of `n` shifted by 23, the place of the exponent.
+    fn add_exponent(self, a: Self::V, n: Self::V) -> Self::V;
+
+    /// All lanes added: lane i and i + 8, then i and i + 4, then 2, then 1.
+    fn sum(self, v: Self::V) -> f32;
+
+    /// 16 values of a slice.
+    #[inline(always)]
+    fn read(self, values: &[f32]) -> Self::V {
+        let values = &values[..LANES];
+        // SAFETY: the slice has 16 values.
+        unsafe { self.load(values.as_ptr()) }
+    }
+
+    /// Writes 16 values of a slice.
+    #[inline(always)]
+    fn write(self, values: &mut [f32], v: Self::V) {
+        let values = &mut values[..LANES];
+        // SAFETY: the slice has 16 values.
+        unsafe { self.store(values.as_mut_ptr(), v) }
+    }
+
+    /// Up to 16 values of a slice; missing lanes are `fill`.
+    #[inline(always)]
+    fn read_some(self, values: &[f32], fill: f32) -> Self::V {
+        if values.len() >= LANES {
+            return self.read(values);
+        }
+        let mut lanes = [fill; LANES];
+        lanes[..values.len()].copy_from_slice(values);
+        self.read(&lanes)
+    }
+
+    /// Writes the first lanes to a slice of up to 16 values.
+    #[inline(always)]
+    fn write_some(self, values: &mut [f32], v: Self::V) {
+        if values.len() >= LANES {
+            return self.write(values, v);
+        }
+        let lanes = self.lanes(v);
+        values.copy_from_slice(&lanes[..values.len()]);
+    }
+
+    #[inline(always)]
+    fn lanes(self, v: Self::V) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        self.write(&mut lanes, v);
+        lanes
+    }
+
+    /// The largest lane; NaN lanes do not count.
+    #[inline(always)]
+    fn largest(self, v: Self::V) -> f32 {
+        self.lanes(v).into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+/// Runs a kernel on this machine's best path.
+#[inline]
+pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
+    run_on(Path::best(), kernel)
+}
+
+/// Runs a kernel on a path of [`Path::available`].
+#[inline]
+pub(crate) fn run_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")]
+    fn avx512<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+        kernel.run(s)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2<K: Kernel>(s: Avx2, kernel: K) -> K::Output {
+        kernel.run(s)
+    }
+    debug_assert!(path.is_available());
+    match path {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Path::best` and `Path::available` name only what the CPU has.
+        Path::Avx512 => unsafe { avx512(Avx512::new(), kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Path::Avx2 => unsafe { avx2(Avx2::new(), kernel) },
+        Path::Plain => kernel.run(Plain),
+    }
+}
+
+/// Name of the kernel path of this machine: `avx512`, `avx2`, `neon` or `scalar`.
+pub fn path() -> &'static str {
+    match Path::best() {
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx512 => "avx512",
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx2 => "avx2",
+        Path::Plain if cfg!(target_arch = "aarch64") => "neon",
+        Path::Plain => "scalar",
+    }
+}
+
+impl Path {
+    /// From the fastest to the slowest.
+    const ALL: &[Self] = &[
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx512,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx2,
+        Self::Plain,
+    ];
+
+    /// The paths of this machine, the fastest first; there is always one.
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.iter().copied().filter(|path| path.is_available())
+    }
+
+    #[inline]
+    fn best() -> Self {
+        static BEST: OnceLock<Path> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().next().unwrap_or(Self::Plain))
+    }
+
+    fn is_available(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("fma")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Plain => true,
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The one matrix product under all others: a block of `C = A·B`, `C` at most 32 columns wide.
+//!
+//! Each element of `C` is one chain of fused products in the order of the reduction, held in one
+//! lane of one register from its first term to its last (or parked in memory between two calls,
+//! which loses nothing). It follows that its bits depend on its row of `A` and its column of `B`
+//! alone: not on the number of rows, on how the work is split, nor on the kernel path.
+//!
+//! ```text
+//!                      B   depth x columns, rows b_step apart, 16 or 32 columns readable
+//! A   rows x depth     C   rows x columns, rows c_row apart
+//! element (i, k) of A is at i·a_row + k·a_step: either order of A is fine
+//! ```
+
+use super::simd::{Kernel, LANES, Simd, run};
+
+/// A product's operands.
+#[derive(Clone, Copy)]
+pub(super) struct Factors {
+    pub a: *const f32,
+    pub a_row: usize,
+    pub a_step: usize,
+    pub b: *const f32,
+    pub b_step: usize,
+    pub depth: usize,
+}
+
+/// What a block of `C` starts from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    Zero,
+    /// The chain goes on from the values that `C` has.
+    Stored,
+}
+
+/// A block of `C = A·B`, or `C = A·B + A'·B'` if there is a second product.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    pub rows: usize,
+    /// At most 32.
+    pub columns: usize,
+    pub product: Factors,
+    /// Continues each element's chain: the low-rank part of an adapted layer.
+    pub second: Option<Factors>,
+    pub c: *mut f32,
+    pub c_row: usize,
+    pub start: Start,
+}
+
+impl Block {
+    /// Computes the block.
+    ///
+    /// # Safety
+    ///
+    /// `A` must be readable at all its elements, each row of `B` for 16 values if there are at
+    /// most 16 columns and else for 32, and `C` writable at all its elements (and readable if
+    /// the block starts from them). Nobody else may touch `C` meanwhile.
+    pub(super) unsafe fn compute(self) {
+        debug_assert!(self.columns <= 2 * LANES);
+        run(self)
+    }
+}
+
+impl Kernel for Block {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut column = 0;
+        while column < self.columns {
+            let vectors = if S::TILE_ROWS[1] > 0 && self.columns - column > LANES { 2 } else { 1 };
+            let mut row = 0;
+            while row < self.rows {
+                let rows = (self.rows - row).min(S::TILE_ROWS[vectors - 1]);
+                // SAFETY: the promise of `compute`, the only way here: the tile lies in the block.
+                unsafe {
+                    match vectors {
+                        2 => dispatch_rows::<S, 2>(s, &self, row, column, rows),
+                        _ => dispatch_rows::<S, 1>(s, &self, row, column, rows),
+                    }
+                }
+                row += rows;
+            }
+            column += vectors * LANES;
+        }
+    }
+}
+
+/// Calls the tile that has so many rows.
+#[inline(always)]
+unsafe fn dispatch_rows<S: Simd, const N: usize>(
+    s: S,
+    block: &Block,
+    row: usize,
+    column: usize,
+    rows: usize,
+) {
+    // SAFETY: the caller's promise, that the tile lies in the block.
+    unsafe {
+        match rows {
+            1 => tile::<S, 1, N>(s, block, row, column),
+            2 => tile::<S, 2, N>(s, block, row, column),
+            3 => tile::<S, 3, N>(s, block, row, column),
+            4 => tile::<S, 4, N>(s, block, row, column),
+            5 => tile::<S, 5, N>(s, block, row, column),
+            6 => tile::<S, 6, N>(s, block, row, column),
+            7 => tile::<S, 7, N>(s, block, row, column),
+            8 => tile::<S, 8, N>(s, block, row, column),
+            9 => tile::<S, 9, N>(s, block, row, column),
+            10 => tile::<S, 10, N>(s, block, row, column),
+            11 => tile::<S, 11, N>(s, block, row, column),
+            _ => tile::<S, 12, N>(s, block, row, column),
+        }
+    }
+}
+
+/// `R` rows by `N` vectors of columns, from (`row`, `column`) of the block.
+#[inline(always)]
+unsafe fn tile<S: Simd, const R: usize, const N: usize>(s: S, block: &Block, row: usize, column: usize) {
+    // SAFETY: the caller's promise, that the tile lies in the block.
+    unsafe {
+        let c = block.c.add(row * block.c_row + column);
+        let columns = (block.columns - column).min(N * LANES);
+        let whole = columns == N * LANES;
+        let mut sums = [[s.splat(0.0); N]; R];
+        if block.start == Start::Stored {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    let from = c.add(i * block.c_row + j * LANES);
+                    *sum = match whole {
+                        true => s.load(from),
+                        false => s.read_some(part(from, columns, j), 0.0),
+                    };
+                }
+            }
+        }
+        chain(s, &mut sums, &block.product, row, column);
+        if let Some(second) = &block.second {
+            chain(s, &mut sums, second, row, column);
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate() {
+                let to = c.add(i * block.c_row + j * LANES);
+                match whole {
+                    true => s.store(to, *sum),
+                    false => s.write_some(part_mut(to, columns, j), *sum),
+                }
+            }
+        }
+    }
+}
+
+/// Adds the terms of one product, in order, to a tile's sums.
+#[inline(always)]
+unsafe fn chain<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    sums: &mut [[S::V; N]; R],
+    factors: &Factors,
+    row: usize,
+    column: usize,
+) {
+    // SAFETY: the caller's promise, that the operands cover the tile.
+    unsafe {
+        let a_row = factors.a_row;
+        let mut a = factors.a.add(row * a_row);
+        let mut b = factors.b.add(column);
+        for _ in 0..factors.depth {
+            let mut b_columns = [s.splat(0.0); N];
+            for (j, b_column) in b_columns.iter_mut().enumerate() {
+                *b_column = s.load(b.add(j * LANES));
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let a_element = s.splat(*a.add(i * a_row));
+                for (sum, b_column) in sums.iter_mut().zip(b_columns) {
+                    *sum = s.fma(a_element, b_column, *sum);
+                }
+            }
+            a = a.wrapping_add(factors.a_step);
+            b = b.wrapping_add(factors.b_step);
+        }
+    }
+}
+
+/// The values of vector `j` in a row of `columns` values.
+#[inline(always)]
+unsafe fn part<'a>(from: *const f32, columns: usize, j: usize) -> &'a [f32] {
+    // SAFETY: the caller's promise, that the row has so many values from there on.
+    unsafe { std::slice::from_raw_parts(from, columns.saturating_sub(j * LANES).min(LANES)) }
+}
+
+#[inline(always)]
+unsafe fn part_mut<'a>(to: *mut f32, columns: usize, j: usize) -> &'a mut [f32] {
+    // SAFETY: as in `part`.
+    unsafe { std::slice::from_raw_parts_mut(to, columns.saturating_sub(j * LANES).min(LANES)) }
+}

@@ -1,0 +1,246 @@
+use std::ops::Range;
+
+use crate::{
+    kernels::{
+        Gradients, Layer, Matrix, Shared, Team, linear, linear_backward, log_sum_exp, softmax_gradient,
+    },
+    model::BaseModel,
+};
+
+use super::{Workspace, tape::HeadBuffers};
+
+/// Values of a chunk of logits: 64 MiB. More rows would use each weight more often; beyond a few
+/// hundred that gains nothing.
+const CHUNK_VALUES: usize = 16 * 1024 * 1024;
+
+/// Rows of a chunk, at least and at most.
+const CHUNK_ROWS: Range<usize> = 16..256;
+
+/// Logits of the chosen `rows` of `hidden`, `[rows.len(), vocab]` into `logits`.
+pub fn head_logits(
+    model: &BaseModel,
+    hidden: &[f32],
+    rows: &[usize],
+    logits: &mut Vec<f32>,
+    workspace: &mut Workspace,
+    team: &Team,
+) {
+    let head = &model.weights.head;
+    let hidden_cd = workspace.head.hidden_cd.resize(rows.len() * head.in_features());
+    gather(hidden, rows.iter().copied(), head.in_features(), hidden_cd);
+    logits.resize(rows.len() * head.out_features(), 0.0);
+    project(head, hidden_cd, rows.len(), logits, team);
+}
+
+/// Log-probabilities of chosen targets, in chunks of rows so that the full logits never exist.
+///
+/// `targets[i] = (row of hidden, token id)`, sorted by row. For each, `logprob_i` is written
+/// to `logprobs`, and `factor(i, logprob_i)` returns ∂S/∂logprob_i. If `d_hidden` is given
+/// (`[rows, hidden]`, zeroed by the caller), ∂S/∂hidden is added to it:
+/// `Σ_i factor_i · (onehot(token_i) − softmax(row_i)) · W_head`. Targets whose factor is 0
+/// cost no backward.
+///
+/// With `top_k` above 0, `alternatives` receives for each target's row the `top_k` most
+/// likely (token, logprob), descending, lowest id first on a tie.
+///
+/// # Panics
+///
+/// If a target's row or token does not exist, or targets are not sorted by row.
+#[allow(clippy::too_many_arguments)]
+pub fn head_logprobs(
+    model: &BaseModel,
+    hidden: &[f32],
+    targets: &[(usize, u32)],
+    factor: &mut dyn FnMut(usize, f32) -> f32,
+    logprobs: &mut Vec<f32>,
+    mut d_hidden: Option<&mut [f32]>,
+    top_k: usize,
+    alternatives: &mut Vec<Vec<(u32, f32)>>,
+    workspace: &mut Workspace,
+    team: &Team,
+) {
+    assert!(targets.is_sorted_by_key(|(row, _)| *row), "targets are sorted by row");
+    logprobs.clear();
+    alternatives.clear();
+    let head = &model.weights.head;
+    let buffers = &mut workspace.head;
+    let rows_most = (CHUNK_VALUES / head.out_features()).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
+    let mut first = 0;
+    while first < targets.len() {
+        let chunk = Chunk::new(targets, first, rows_most);
+        chunk.forward(head, hidden, buffers, team);
+        let lse = chunk.read(targets, top_k, logprobs, alternatives, &buffers.logits_cv, team);
+        let factors: Vec<f32> = chunk.targets.clone().map(|i| factor(i, logprobs[i])).collect();
+        if let Some(d_hidden) = d_hidden.as_deref_mut() {
+            chunk.backward(head, targets, &factors, &lse, d_hidden, buffers, team);
+        }
+        first = chunk.targets.end;
+    }
+}
+
+/// Rows of `hidden` that are wanted, end to end.
+fn gather(hidden: &[f32], rows: impl Iterator<Item = usize>, width: usize, gathered: &mut [f32]) {
+    for (row, to) in rows.zip(gathered.chunks_exact_mut(width)) {
+        to.copy_from_slice(&hidden[row * width..][..width]);
+    }
+}
+
+/// `logits = hidden · Wᵀ`
+fn project(head: &Matrix, hidden_cd: &[f32], rows: usize, logits_cv: &mut [f32], team: &Team) {
+    let layer = Layer {
+        weight: head,
+        low_rank: |_| None,
+        low: Shared::new(&mut []),
+        low_row: 0,
+        y: Shared::new(logits_cv),
+    };
+    linear(hidden_cd, std::slice::from_ref(&(0..rows)), &[layer], team);
+}
+
+/// Consecutive targets and the distinct rows that they are of.
+struct Chunk {
+    targets: Range<usize>,
+    /// Rows of `hidden`, ascending.
+    rows: Vec<usize>,
+    /// For each target, which of `rows` is its own.
+    row_of: Vec<usize>,
+}
+
+impl Chunk {
+    /// Targets from `first` on, of at most `rows_most` rows.
+    fn new(targets: &[(usize, u32)], first: usize, rows_most: usize) -> Self {
+        let mut chunk = Self { targets: first..first, rows: Vec::new(), row_of: Vec::new() };
+        for (row, _) in &targets[first..] {
+            if chunk.rows.last() != Some(row) {
+                if chunk.rows.len() == rows_most {
+                    break;
+                }
+                chunk.rows.push(*row);
+            }
+            chunk.row_of.push(chunk.rows.len() - 1);
+            chunk.targets.end += 1;
+        }
+        chunk
+    }
+
+    fn forward(&self, head: &Matrix, hidden: &[f32], buffers: &mut HeadBuffers, team: &Team) {
+        let hidden_cd = buffers.hidden_cd.resize(self.rows.len() * head.in_features());
+        gather(hidden, self.rows.iter().copied(), head.in_features(), hidden_cd);
+        let logits_cv = buffers.logits_cv.resize(self.rows.len() * head.out_features());
+        project(head, hidden_cd, self.rows.len(), logits_cv, team);
+    }
+
+    /// Appends the targets' log-probabilities and alternatives; returns each row's log-sum-exp.
+    fn read(
+        &self,
+        targets: &[(usize, u32)],
+        top_k: usize,
+        logprobs: &mut Vec<f32>,
+        alternatives: &mut Vec<Vec<(u32, f32)>>,
+        logits_cv: &[f32],
+        team: &Team,
+    ) -> Vec<f32> {
+        let vocab = logits_cv.len() / self.rows.len();
+        let mut lse = vec![0.0; self.rows.len()];
+        let mut likeliest = vec![Vec::new(); self.rows.len()];
+        let (shared_lse, shared_likeliest) = (Shared::new(&mut lse), SharedRows(likeliest.as_mut_ptr()));
+        team.run(self.rows.len(), |row| {
+            let logits = &logits_cv[row * vocab..][..vocab];
+            let row_lse = log_sum_exp(logits);
+            // SAFETY: each task has a row of its own.
+            unsafe {
+                shared_lse.part(row..row + 1)[0] = row_lse;
+                if top_k > 0 {
+                    *shared_likeliest.at(row) = likeliest_tokens(logits, row_lse, top_k);
+                }
+            }
+        });
+        for (i, &row) in self.targets.clone().zip(&self.row_of) {
+            logprobs.push(logits_cv[row * vocab + targets[i].1 as usize] - lse[row]);
+            if top_k > 0 {
+                alternatives.push(likeliest[row].clone());
+            }
+        }
+        lse
+    }
+
+    /// Adds the gradient of the rows whose targets have factors.
+    #[allow(clippy::too_many_arguments)]
+    fn backward(
+        &self,
+        head: &Matrix,
+        targets: &[(usize, u32)],
+        factors: &[f32],
+        lse: &[f32],
+        d_hidden: &mut [f32],
+        buffers: &mut HeadBuffers,
+        team: &Team,
+    ) {
+        let (vocab, hidden) = (head.out_features(), head.in_features());
+        let mut totals = vec![0.0; self.rows.len()];
+        let mut is_active = vec![false; self.rows.len()];
+        for (row, factor) in self.row_of.iter().zip(factors) {
+            totals[*row] += factor;
+            is_active[*row] |= *factor != 0.0;
+        }
+        let active: Vec<usize> = (0..self.rows.len()).filter(|row| is_active[*row]).collect();
+        if active.is_empty() {
+            return;
+        }
+        let logits = Shared::new(&mut buffers.logits_cv);
+        team.run(active.len(), |i| {
+            let row = active[i];
+            // SAFETY: each task has a row of its own.
+            let logits = unsafe { logits.part(row * vocab..(row + 1) * vocab) };
+            softmax_gradient(logits, lse[row], -totals[row]);
+            for (target, _) in self.row_of.iter().enumerate().filter(|(_, of)| **of == row) {
+                logits[targets[self.targets.start + target].1 as usize] += factors[target];
+            }
+        });
+        // Rows without a gradient are left out of the product.
+        for (to, row) in active.iter().enumerate() {
+            buffers.logits_cv.copy_within(row * vocab..(row + 1) * vocab, to * vocab);
+        }
+        let d_hidden_cd = buffers.d_hidden_cd.resize(active.len() * hidden);
+        let layer = Gradients { weight: head, dy: &buffers.logits_cv[..active.len() * vocab], adapted: None };
+        linear_backward(&[], active.len(), &[layer], Some(Shared::new(d_hidden_cd)), team);
+        for (row, d) in active.iter().zip(d_hidden_cd.chunks_exact(hidden)) {
+            let to = &mut d_hidden[self.rows[*row] * hidden..][..hidden];
+            to.iter_mut().zip(d).for_each(|(to, d)| *to += d);
+        }
+    }
+}
+
+/// The `top_k` most likely tokens, descending, lowest id first on a tie.
+fn likeliest_tokens(logits: &[f32], lse: f32, top_k: usize) -> Vec<(u32, f32)> {
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(top_k + 1);
+    for (token, &logit) in logits.iter().enumerate() {
+        if best.len() < top_k || best.last().is_some_and(|(_, least)| logit > *least) {
+            let place = best.partition_point(|(_, other)| *other >= logit);
+            best.insert(place, (token as u32, logit));
+            best.truncate(top_k);
+        }
+    }
+    best.iter_mut().for_each(|(_, logit)| *logit -= lse);
+    best
+}
+
+/// One result for each row, written by different tasks.
+#[derive(Clone, Copy)]
+struct SharedRows(*mut Vec<(u32, f32)>);
+
+// SAFETY: `at` is unsafe; its callers answer for races.
+unsafe impl Send for SharedRows {}
+// SAFETY: as above.
+unsafe impl Sync for SharedRows {}
+
+impl SharedRows {
+    /// # Safety
+    ///
+    /// The row must exist and be used by nobody else.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn at(&self, row: usize) -> &mut Vec<(u32, f32)> {
+        // SAFETY: the caller's promise.
+        unsafe { &mut *self.0.add(row) }
+    }
+}

@@ -1,0 +1,83 @@
+use crate::{
+    kernels::{Buffer, RotaryTable, Span},
+    model::KvCache,
+};
+
+/// What the forward keeps for the backward: the activations of one micro-batch.
+///
+/// The backward gives the memory back to the workspace, where the next forward finds it; a tape
+/// is good for one backward.
+#[derive(Default)]
+pub struct Tape {
+    pub(super) rows: usize,
+    pub(super) spans: Vec<Span>,
+    pub(super) positions: Vec<usize>,
+    pub(super) layers: Vec<Activations>,
+    /// The residual stream after the last layer, `[r, d]`.
+    pub(super) last_rd: Buffer,
+}
+
+/// Buffers that are used again from call to call, so that steady state allocates nothing.
+#[derive(Default)]
+pub struct Workspace {
+    pub(super) rotary: RotaryTable,
+    /// Keys and values of sequences without a cache, of one layer at a time.
+    pub(super) own_caches: Vec<KvCache>,
+    /// The layer at work, if there is no tape.
+    pub(super) activations: Activations,
+    /// Memory of the last tape.
+    pub(super) spare: Vec<Activations>,
+    pub(super) normed_rd: Buffer,
+    pub(super) gated_ri: Buffer,
+    /// What a block adds to the residual stream, or the gradient of what it reads.
+    pub(super) change_rd: Buffer,
+    /// The residual stream between two layers.
+    pub(super) next_rd: Buffer,
+    pub(super) gradients: LayerGradients,
+    pub(super) head: HeadBuffers,
+}
+
+/// What one layer computes and its backward reads.
+#[derive(Default)]
+pub(super) struct Activations {
+    /// The residual stream that enters the layer.
+    pub input_rd: Buffer,
+    /// Queries and keys, turned.
+    pub q_rq: Buffer,
+    pub k_rk: Buffer,
+    pub v_rk: Buffer,
+    pub attended_rq: Buffer,
+    /// Per row and query head.
+    pub lse: Buffer,
+    /// The residual stream between attention and MLP.
+    pub middle_rd: Buffer,
+    pub gate_ri: Buffer,
+    pub up_ri: Buffer,
+    /// `scale · A x` of each linear layer, `[r, rank]`, in the order of `LoraTarget`.
+    pub low: [Buffer; 7],
+}
+
+/// Gradients within one layer.
+#[derive(Default)]
+pub(super) struct LayerGradients {
+    pub residual_rd: Buffer,
+    pub gated_ri: Buffer,
+    pub gate_ri: Buffer,
+    pub up_ri: Buffer,
+    pub attended_rq: Buffer,
+    pub q_rq: Buffer,
+    pub k_shares_rq: Buffer,
+    pub v_shares_rq: Buffer,
+    pub k_rk: Buffer,
+    pub v_rk: Buffer,
+    /// `scale · dy B` of up to three layers that read the same input.
+    pub low: [Buffer; 3],
+}
+
+/// Operands of the head's products.
+#[derive(Default)]
+pub(super) struct HeadBuffers {
+    pub hidden_cd: Buffer,
+    pub logits_cv: Buffer,
+    pub d_hidden_cd: Buffer,
+}
