@@ -9,6 +9,7 @@ pub mod kernels;
 pub mod model;
 pub mod node;
 pub mod protocol;
+pub mod pull;
 pub mod quickstart;
 pub mod sampler;
 pub mod service;

@@ -33,4 +33,5 @@ pub use param_vector::ParamVector;
 pub use source::ModelSource;
 pub use state::{GradientKind, TrainState};
 pub use text::{ChatMessage, TextCodec};
+pub(crate) use weights::shards_of_index;
 pub use weights::{BaseModel, BaseWeights, LayerWeights};

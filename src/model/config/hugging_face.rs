@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{FieldNames, ModelConfig};
-use crate::model::ModelError;
+use crate::model::{ModelError, files::read_json};
 
 const NAMES: FieldNames = FieldNames {
     vocab_size: "vocab_size",
@@ -61,6 +61,11 @@ enum Fixed {
 }
 
 impl ModelConfig {
+    /// Reads a config.json alone: whether the model can be computed, before its weights are there.
+    pub fn read(path: &Path) -> Result<Self, ModelError> {
+        Self::from_hugging_face(path, &read_json(path)?, None, None)
+    }
+
     /// From config.json, generation_config.json if there is one, and the tokenizer's own
     /// end-of-sequence token. `path` is config.json's, for messages.
     pub(in crate::model) fn from_hugging_face(

@@ -12,6 +12,7 @@ use super::{ModelConfig, ModelError, TextCodec, files::ModelFiles};
 use crate::{kernels::Matrix, types::Digest};
 
 pub(super) use self::gguf::{Gguf, Header, Value};
+pub(crate) use self::safetensors::shards_of_index;
 pub(super) use self::safetensors::{Shards, hugging_face_name};
 
 /// A base model in memory: frozen, shared by every rank and replica of a process.

@@ -1,7 +1,7 @@
 //! Weights in safetensors: one file, or shards listed by an index.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Component, Path, PathBuf},
 };
 
@@ -88,19 +88,9 @@ impl Shards {
 
 impl Index {
     fn read(path: PathBuf, directory: &Path) -> Result<Self, ModelError> {
-        let json = read_json(&path)?;
-        let Some(weight_map) = json.get("weight_map").and_then(|map| map.as_object()) else {
-            return Err(ModelError::malformed(&path, "`weight_map` is missing"));
-        };
-        let mut shard_of = BTreeMap::new();
-        for (tensor, shard) in weight_map {
-            let Some(shard) = shard.as_str().filter(|shard| is_plain_file_name(shard)) else {
-                let problem = format!("`weight_map.{tensor}` is {shard}, no plain file name");
-                return Err(ModelError::malformed(&path, problem));
-            };
-            shard_of.insert(tensor.clone(), directory.join(shard));
-        }
-        Ok(Self { path, shard_of })
+        let shard_of = read_index(&path)?;
+        let shard_of = shard_of.into_iter().map(|(tensor, shard)| (tensor, directory.join(shard)));
+        Ok(Self { shard_of: shard_of.collect(), path })
     }
 
     /// Refuses shards that hold other tensors than the index says.
@@ -114,7 +104,6 @@ impl Index {
     }
 }
 
-/// An index comes from strangers: it must not reach outside its directory.
 fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     let plain = matches!(components.next(), Some(Component::Normal(part)) if part == name);
@@ -190,6 +179,28 @@ impl TensorSource for Tensors {
         // Saved by old versions of transformers; recomputed from rope_theta by all.
         name.ends_with(".rotary_emb.inv_freq")
     }
+}
+
+/// The shards that an index lists, by their plain file names.
+pub(crate) fn shards_of_index(path: &Path) -> Result<BTreeSet<String>, ModelError> {
+    Ok(read_index(path)?.into_values().collect())
+}
+
+/// Which shard holds each tensor. An index comes from strangers: it must not reach outside its
+/// directory.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>, ModelError> {
+    let json = read_json(path)?;
+    let Some(weight_map) = json.get("weight_map").and_then(|map| map.as_object()) else {
+        return Err(ModelError::malformed(path, "`weight_map` is missing"));
+    };
+    let shard_of = weight_map.iter().map(|(tensor, shard)| match shard.as_str() {
+        Some(name) if is_plain_file_name(name) => Ok((tensor.clone(), name.to_owned())),
+        _ => {
+            let problem = format!("`weight_map.{tensor}` is {shard}, no plain file name");
+            Err(ModelError::malformed(path, problem))
+        }
+    });
+    shard_of.collect()
 }
 
 /// What transformers calls a weight.
