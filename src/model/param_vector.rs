@@ -24,15 +24,22 @@ impl ParamVector {
     pub fn digest(&self) -> Digest {
         *self.0.digest.get_or_init(|| {
             let mut hasher = Hasher::default();
-            let mut bytes = Vec::with_capacity(4 * HASH_CHUNK);
             for chunk in self.0.values.chunks(HASH_CHUNK) {
-                bytes.clear();
-                bytes.extend(chunk.iter().flat_map(|value| value.to_le_bytes()));
-                hasher.update(&bytes);
+                hasher.update(&little_endian(chunk));
             }
             hasher.finish()
         })
     }
+}
+
+/// The values' bytes, as files and digests have them.
+pub(super) fn little_endian(values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; 4 * values.len()];
+    // Word by word rather than byte by byte: the compiler makes a plain copy of it.
+    for (word, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+        *word = value.to_le_bytes();
+    }
+    bytes
 }
 
 /// Values turned into bytes at a time: large enough to hash at full speed, small enough to
@@ -77,6 +84,11 @@ mod tests {
         let values: Vec<f32> = (0..HASH_CHUNK + 3).map(|i| i as f32 * 0.5 - 7.0).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         assert_eq!(ParamVector::from(values).digest(), Digest::of(&bytes));
+    }
+
+    #[test]
+    fn bytes_are_little_endian() {
+        assert_eq!(little_endian(&[1.0, -2.5]), [0, 0, 0x80, 0x3f, 0, 0, 0x20, 0xc0]);
     }
 
     #[test]

@@ -236,6 +236,22 @@ pub(crate) mod tests {
         assert!(matches!(refusal(&file(metadata, |_| {})), AdapterError::Altered { .. }));
     }
 
+    proptest::proptest! {
+        /// Whatever happens to one byte: refused, or (the seed aside, which is no part of the
+        /// identity) the same adapter.
+        #[test]
+        fn a_changed_byte_never_changes_the_weights(at in 0usize..20_000, flip in 1u8..) {
+            let adapter = dense_adapter();
+            let mut bytes = adapter.to_bytes();
+            let at = at % bytes.len();
+            bytes[at] ^= flip;
+            if let Ok(read) = Adapter::from_bytes(&tiny_model(), &bytes) {
+                assert_eq!(read.digest(), adapter.digest());
+                assert_eq!(read.values, adapter.values);
+            }
+        }
+    }
+
     #[test]
     fn refuses_a_file_without_our_metadata() {
         let values = [1.0];

@@ -9,7 +9,10 @@ use std::{borrow::Cow, collections::HashMap};
 use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
 use serde::de::DeserializeOwned;
 
-use crate::types::{Digest, InvalidInput};
+use crate::{
+    model::param_vector::little_endian,
+    types::{Digest, InvalidInput},
+};
 
 /// Bytes that are no adapter or state of this model.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +69,7 @@ impl View for Tensor<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        Cow::Owned(little_endian(self.values))
     }
 
     fn data_len(&self) -> usize {

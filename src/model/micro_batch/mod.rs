@@ -118,6 +118,25 @@ mod tests {
         assert!(cut_micro_batches(&[], 10).is_empty());
     }
 
+    proptest::proptest! {
+        #[test]
+        fn cuts_cover_everything_once_within_the_budget(
+            lengths in proptest::collection::vec(1usize..40, 0..50),
+            budget in 0usize..100,
+        ) {
+            let examples = examples(&lengths);
+            let ranges = cut_micro_batches(&examples, budget);
+            let tokens = |range: &Range<usize>| lengths[range.clone()].iter().sum::<usize>();
+            let covered: Vec<usize> = ranges.iter().cloned().flatten().collect();
+            assert_eq!(covered, (0..lengths.len()).collect::<Vec<_>>());
+            assert!(ranges.iter().all(|range| range.len() == 1 || tokens(range) <= budget));
+            // Greedy: the next example would not have fitted.
+            for pair in ranges.windows(2) {
+                assert!(tokens(&pair[0]) + lengths[pair[1].start] > budget);
+            }
+        }
+    }
+
     #[test]
     fn an_example_without_targets_weighs_one() {
         let mut examples = examples(&[8, 8, 8]);
