@@ -69,7 +69,7 @@ pub struct State {
     /// The caller's time, for what people read.
     wall_ms: u64,
     slip_ms: u64,
-    last_tick_ms: Option<u64>,
+    last_tick_ms: u64,
 
     sessions: BTreeSet<SessionId>,
     runs: BTreeMap<RunId, Run>,
@@ -122,7 +122,9 @@ impl State {
         if matches!(event, Event::Tick) {
             self.notice_slip(now_ms);
         }
-        self.now_ms = self.now_ms.max(now_ms - self.slip_ms);
+        // Behind a slip the first event may not be the tick that shows it: until then time stands.
+        let fair_ms = (now_ms - self.slip_ms).min(self.last_tick_ms - self.slip_ms + 2 * TICK_MS);
+        self.now_ms = self.now_ms.max(fair_ms);
         match event {
             Event::Request { waiter, request, entropy } => self.request(waiter, request, entropy),
             Event::RequestGone { waiter } => self.cancel_sample(waiter),
@@ -142,11 +144,9 @@ impl State {
 
     /// A late tick means that this process did not run, not that the others were silent.
     fn notice_slip(&mut self, now_ms: u64) {
-        if let Some(last) = self.last_tick_ms.replace(now_ms) {
-            let since = now_ms - last;
-            if since > 2 * TICK_MS {
-                self.slip_ms += since - TICK_MS;
-            }
+        let since_ms = now_ms - std::mem::replace(&mut self.last_tick_ms, now_ms);
+        if since_ms > 2 * TICK_MS {
+            self.slip_ms += since_ms - TICK_MS;
         }
     }
 

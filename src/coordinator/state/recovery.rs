@@ -34,7 +34,7 @@ impl State {
             now_ms,
             wall_ms: now_ms,
             slip_ms: 0,
-            last_tick_ms: None,
+            last_tick_ms: now_ms,
             next_session: sessions.last().map_or(1, |last| last.0 + 1),
             sessions,
             next_run: recovered.runs.iter().map(|run| run.run.0 + 1).max().unwrap_or(1),
