@@ -52,3 +52,6 @@ pub const MAX_MESSAGE: usize = 8 << 20;
 
 /// Largest blob that a peer may offer: a snapshot of a large adapter with its moments.
 pub const MAX_BLOB: u64 = 8 << 30;
+
+#[cfg(test)]
+mod tests;

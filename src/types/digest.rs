@@ -3,9 +3,11 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
+use super::InvalidInput;
+
 /// A SHA-256 digest: the name of a blob, and the identity of weights.
 ///
-/// Shown and serialised as 64 lower-case hexadecimal digits.
+/// Shown, parsed and serialised as 64 lower-case hexadecimal digits, and in no other way.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest(pub [u8; 32]);
 
@@ -34,12 +36,18 @@ impl fmt::Debug for Digest {
 }
 
 impl FromStr for Digest {
-    type Err = hex::FromHexError;
+    type Err = InvalidInput;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let mut bytes = [0; 32];
-        hex::decode_to_slice(s, &mut bytes)?;
-        Ok(Self(bytes))
+        let parsed = hex::decode_to_slice(s, &mut bytes);
+        match parsed.is_ok() && !s.bytes().any(|b| b.is_ascii_uppercase()) {
+            true => Ok(Self(bytes)),
+            false => Err(InvalidInput::new(
+                "digest",
+                format!("expected 64 lower-case hexadecimal digits, got {s:?}"),
+            )),
+        }
     }
 }
 

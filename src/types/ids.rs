@@ -21,9 +21,11 @@ macro_rules! numbered_id {
             type Err = InvalidInput;
 
             fn from_str(s: &str) -> Result<Self, Self::Err> {
+                // Compared with how it is written: `+7` and `07` would be second names.
                 s.strip_prefix(concat!($prefix, "-"))
                     .and_then(|n| n.parse().ok())
                     .map(Self)
+                    .filter(|id| id.to_string() == s)
                     .ok_or_else(|| InvalidInput::new(
                         concat!($prefix, "_id"),
                         format!(concat!("expected `", $prefix, "-N`, got {:?}"), s),

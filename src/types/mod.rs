@@ -39,8 +39,13 @@ pub use output::{
     DatumOutput, ForwardBackwardOutput, InitTrainerServerResponse, LoadWeightsResponse, OptimStepResponse,
     SaveWeightsForSamplerResponse, SaveWeightsResponse,
 };
-pub use sample::{SampleResponse, SampleResult, SampledSequence, StopReason};
+pub use sample::{SampleResponse, SampleResult, SampledSequence, StopReason, TopkLogprobs};
 pub use sampling::{MAX_STOP_BYTES, MAX_STOPS, MAX_TOPK_LOGPROBS, SampleFlags, SamplingParams, Stop};
 pub use service::{ServerCapabilities, SupportedModel};
 pub use tensor::{Dtype, TensorData, TensorValues};
 pub use wandb::WandbConfig;
+
+#[cfg(test)]
+pub(crate) mod arbitrary;
+#[cfg(test)]
+mod tests;

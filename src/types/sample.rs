@@ -22,6 +22,9 @@ pub struct SampledSequence {
     pub stop_reason: StopReason,
 }
 
+/// The most likely tokens of one position, descending: (token, log-probability).
+pub type TopkLogprobs = Vec<(u32, f32)>;
+
 /// What one `sample` call returns.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SampleResult {
@@ -32,9 +35,8 @@ pub struct SampleResult {
     pub policy_version: u64,
     /// Per prompt token; the first has none. Present when asked for.
     pub prompt_logprobs: Option<Vec<Option<f32>>>,
-    /// Per prompt position the k most likely (token, log-probability), descending; the first
-    /// has none. Present when asked for.
-    pub topk_prompt_logprobs: Option<Vec<Option<Vec<(u32, f32)>>>>,
+    /// Per prompt position the k most likely tokens; the first has none. Present when asked for.
+    pub topk_prompt_logprobs: Option<Vec<Option<TopkLogprobs>>>,
 }
 
 /// The name the HTTP clients know [`SampleResult`] by.

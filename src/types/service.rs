@@ -14,5 +14,6 @@ pub struct SupportedModel {
 /// What a service offers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerCapabilities {
+    /// By name.
     pub supported_models: Vec<SupportedModel>,
 }

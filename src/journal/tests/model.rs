@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+type SavedCheckpoint = (Checkpoint, Vec<SavedFile>, Option<PolicyId>);
+
 /// What the journal should hold.
 #[derive(Debug, Clone, Default)]
 struct Model {
@@ -13,7 +15,7 @@ struct Model {
     runs: BTreeSet<u64>,
     operations: BTreeMap<(u64, u64), (u8, Operation, Option<Outcome>)>,
     snapshots: BTreeMap<(u64, u64), BlobRef>,
-    checkpoints: BTreeMap<(u64, CheckpointTarget, String), (Checkpoint, Vec<SavedFile>, Option<PolicyId>)>,
+    checkpoints: BTreeMap<(u64, CheckpointTarget, String), SavedCheckpoint>,
     slots: BTreeMap<u64, (PolicyId, BlobRef)>,
 }
 
@@ -119,7 +121,9 @@ impl Model {
 
     fn live_blobs(&self) -> Vec<BlobRef> {
         let mut live = BTreeMap::new();
-        let mut hold = |blob: &BlobRef| drop(live.insert(blob.digest, *blob));
+        let mut hold = |blob: &BlobRef| {
+            live.insert(blob.digest, *blob);
+        };
         for (_, operation, outcome) in self.operations.values() {
             if let Operation::ForwardBackward { data: Payload::Blob(blob), .. } = operation {
                 hold(blob);

@@ -184,3 +184,5 @@ fn refuse_at<T>(
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::any_tensor;

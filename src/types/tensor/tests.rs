@@ -303,7 +303,7 @@ fn scalars_keep_their_empty_shape() {
 // ---- properties ----
 
 /// A tensor of any dtype with up to three extents.
-pub(in crate::types) fn any_tensor() -> impl Strategy<Value = TensorData> {
+pub(crate) fn any_tensor() -> impl Strategy<Value = TensorData> {
     (prop::sample::select(&Dtype::ALL[..]), prop::collection::vec(0usize..4, 0..4)).prop_flat_map(
         |(dtype, shape)| {
             let count: usize = shape.iter().product();
