@@ -34,6 +34,15 @@ impl Endpoint {
         }
     }
 
+    /// The cluster that this endpoint belongs to: no two on a host have the same. From the
+    /// fingerprint of its CA, or, in memory, one for each network.
+    pub fn cluster(&self) -> &str {
+        match &self.0 {
+            Kind::Quic(socket) => socket.cluster(),
+            Kind::Memory(station) => station.cluster(),
+        }
+    }
+
     /// Connects, checks that the other end has `role` (by the DNS name of its certificate),
     /// within `deadline`. Somebody who comes to the address before the deadline is found.
     ///

@@ -65,9 +65,10 @@ pub enum TransportError {
     EndpointClosed,
 
     // A stream.
-    /// The other end dropped its sending half before it had finished.
-    #[error("the other end gave up the stream before its end")]
-    Reset,
+    /// The other end dropped its sending half before it had finished (code 0), or reset it with a
+    /// code that says why.
+    #[error("the other end gave up the stream before its end (code {code})")]
+    Reset { code: u32 },
     /// The other end dropped its receiving half.
     #[error("the other end reads the stream no further")]
     Stopped,
@@ -92,7 +93,7 @@ impl TransportError {
             | Self::ClosedByPeer { .. }
             | Self::TimedOut
             | Self::Lost { .. }
-            | Self::Reset
+            | Self::Reset { .. }
             | Self::Stopped => true,
             Self::InvalidName { .. }
             | Self::InvalidAddress { .. }

@@ -3,7 +3,11 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak},
+    hash::{BuildHasher, RandomState},
+    sync::{
+        Arc, Mutex as StdMutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -29,11 +33,20 @@ const PIECES: usize = 32;
 #[derive(Clone, Default)]
 pub struct MemoryNetwork(Arc<Network>);
 
-#[derive(Default)]
 struct Network {
+    /// Told from other networks of this host.
+    cluster: String,
     stations: StdMutex<HashMap<String, Registration>>,
     /// Tells those who wait for an address that somebody has come.
     arrivals: Notify,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        // The keys of a hasher are random in each process and differ from call to call.
+        let random = RandomState::new().hash_one(std::process::id());
+        Self { cluster: format!("{random:016x}"), stations: StdMutex::default(), arrivals: Notify::new() }
+    }
 }
 
 /// How a station is reached.
@@ -80,6 +93,10 @@ impl Station {
 
     pub(super) fn local_address(&self) -> String {
         format!("memory:{}", self.me.name)
+    }
+
+    pub(super) fn cluster(&self) -> &str {
+        &self.network.0.cluster
     }
 
     pub(super) async fn connect(&self, address: &str, role: Role) -> Result<Connection, TransportError> {
@@ -212,14 +229,24 @@ pub(super) struct Side {
 /// The far end of a new stream: holds no `Side`, or an offer that nobody takes would keep its own
 /// connection alive.
 struct Offer {
-    send: mpsc::Sender<Piece>,
-    recv: mpsc::Receiver<Piece>,
+    send: Inlet,
+    recv: Outlet,
     permit: Arc<OwnedSemaphorePermit>,
 }
 
 enum Piece {
     Data(Bytes),
     Finish,
+}
+
+/// One direction of a stream. The code says why the sender was dropped before its `Finish`.
+type Inlet = (mpsc::Sender<Piece>, Arc<AtomicU32>);
+type Outlet = (mpsc::Receiver<Piece>, Arc<AtomicU32>);
+
+fn pipe() -> (Inlet, Outlet) {
+    let (sender, receiver) = mpsc::channel(PIECES);
+    let reset_code = Arc::new(AtomicU32::new(0));
+    ((sender, reset_code.clone()), (receiver, reset_code))
 }
 
 fn link() -> (Arc<Side>, Arc<Side>) {
@@ -241,8 +268,8 @@ impl Side {
             error = self.closed() => return Err(error),
             permit = self.openable.clone().acquire_owned() => Arc::new(permit.map_err(|_| TransportError::EndpointClosed)?),
         };
-        let (near_send, far_recv) = mpsc::channel(PIECES);
-        let (far_send, near_recv) = mpsc::channel(PIECES);
+        let (near_send, far_recv) = pipe();
+        let (far_send, near_recv) = pipe();
         let offer = Offer { send: far_send, recv: far_recv, permit: permit.clone() };
         match self.opened.send(offer).await {
             Ok(()) => Ok(self.stream(Offer { send: near_send, recv: near_recv, permit })),
@@ -261,8 +288,10 @@ impl Side {
     }
 
     fn stream(self: &Arc<Self>, Offer { send, recv, permit }: Offer) -> Stream {
-        let writer = Writer { pieces: Some(send), side: self.clone(), _permit: permit.clone() };
-        let reader = Reader { pieces: recv, ended: false, side: self.clone(), _permit: permit };
+        let ((pieces, reset_code), side) = (send, self.clone());
+        let writer = Writer { pieces: Some(pieces), reset_code, side, _permit: permit.clone() };
+        let ((pieces, reset_code), side) = (recv, self.clone());
+        let reader = Reader { pieces, reset_code, ended: false, side, _permit: permit };
         Stream::new(SendWire::Memory(writer), RecvWire::Memory(reader))
     }
 
@@ -294,6 +323,7 @@ impl Drop for Side {
 pub(super) struct Writer {
     /// Dropped without a `Finish` before: a reset.
     pieces: Option<mpsc::Sender<Piece>>,
+    reset_code: Arc<AtomicU32>,
     side: Arc<Side>,
     _permit: Arc<OwnedSemaphorePermit>,
 }
@@ -328,13 +358,16 @@ impl Writer {
         }
     }
 
-    pub(super) fn reset(&mut self) {
+    pub(super) fn reset(&mut self, code: u32) {
+        // Before the drop that makes the reader look at it.
+        self.reset_code.store(code, Ordering::Release);
         self.pieces = None;
     }
 }
 
 pub(super) struct Reader {
     pieces: mpsc::Receiver<Piece>,
+    reset_code: Arc<AtomicU32>,
     ended: bool,
     side: Arc<Side>,
     _permit: Arc<OwnedSemaphorePermit>,
@@ -361,7 +394,10 @@ impl Reader {
                 Ok(false)
             }
             // Its writer is gone: with the connection, or alone.
-            None => Err(self.side.why_closed().unwrap_or(TransportError::Reset)),
+            None => Err(self.side.why_closed().unwrap_or_else(|| {
+                let code = self.reset_code.load(Ordering::Acquire);
+                TransportError::Reset { code }
+            })),
         }
     }
 }

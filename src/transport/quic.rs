@@ -64,9 +64,8 @@ const SEND_WINDOW: u64 = 32 << 20;
 /// How long `close` waits for the other ends to hear of it.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
-/// Application error codes on the wire; the reason beside them is for people.
+/// Application error code of a closed connection; the reason beside it is what counts.
 const CODE_CLOSED: u32 = 0;
-const CODE_DROPPED: u32 = 1;
 
 /// Pieces taken from quinn under one lock.
 const PIECES: usize = 32;
@@ -118,6 +117,10 @@ impl Socket {
 
     pub(super) fn local_address(&self) -> String {
         self.local.to_string()
+    }
+
+    pub(super) fn cluster(&self) -> &str {
+        &self.cluster
     }
 
     pub(super) async fn connect(&self, address: &str, role: Role) -> Result<Connection, TransportError> {
@@ -303,9 +306,9 @@ impl Writer {
         }
     }
 
-    pub(super) fn reset(&mut self) {
+    pub(super) fn reset(&mut self, code: u32) {
         // Fails only if it was reset before.
-        let _ = self.0.reset(CODE_DROPPED.into());
+        let _ = self.0.reset(code.into());
     }
 }
 
@@ -321,7 +324,10 @@ impl Reader {
                 Ok(true)
             }
             Ok(None) => Ok(false),
-            Err(ReadError::Reset(_)) => Err(TransportError::Reset),
+            Err(ReadError::Reset(code)) => {
+                // Ours are of 32 bits; what is longer says nothing that we know.
+                Err(TransportError::Reset { code: u32::try_from(code.into_inner()).unwrap_or(0) })
+            }
             Err(ReadError::ConnectionLost(e)) => Err(stream_error(e)),
             Err(e) => Err(TransportError::Lost { reason: e.to_string() }),
         }

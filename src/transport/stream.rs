@@ -110,6 +110,13 @@ impl SendHalf {
         }
     }
 
+    /// Gives the stream up: the other end sees [`TransportError::Reset`] with `code`, which says why
+    /// where dropping the half (code 0) would not.
+    pub fn reset(mut self, code: u32) {
+        self.wire.reset(code);
+        self.state = SendState::Finished;
+    }
+
     fn begin(&mut self) -> Result<(), TransportError> {
         let reason = match self.state {
             SendState::Open => {
@@ -126,10 +133,7 @@ impl SendHalf {
 impl Drop for SendHalf {
     fn drop(&mut self) {
         if self.state != SendState::Finished {
-            match &mut self.wire {
-                SendWire::Quic(writer) => writer.reset(),
-                SendWire::Memory(writer) => writer.reset(),
-            }
+            self.wire.reset(0);
         }
     }
 }
@@ -139,6 +143,13 @@ impl SendWire {
         match self {
             Self::Quic(writer) => writer.write(bytes).await,
             Self::Memory(writer) => writer.write(bytes).await,
+        }
+    }
+
+    fn reset(&mut self, code: u32) {
+        match self {
+            Self::Quic(writer) => writer.reset(code),
+            Self::Memory(writer) => writer.reset(code),
         }
     }
 }

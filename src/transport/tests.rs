@@ -215,8 +215,12 @@ async fn a_dropped_sender_is_a_reset(world: World) {
     here.send.send_bytes(&[100, 0, 0, 0, 1]).await.unwrap();
     drop(here.send);
     let error = there.recv.recv_frame(100).await.unwrap_err();
-    assert!(matches!(error, TransportError::Reset), "{error}");
+    assert!(matches!(error, TransportError::Reset { code: 0 }), "{error}");
     assert!(error.is_retryable());
+    let (here_too, mut there_too) = stream(&near, &far).await;
+    here_too.send.reset(77);
+    let error = there_too.recv.recv_frame(100).await.unwrap_err();
+    assert!(matches!(error, TransportError::Reset { code: 77 }), "{error}");
     // The other direction is as it was.
     there.send.send_frame(b"still").await.unwrap();
     assert_eq!(here.recv.recv_frame(10).await.unwrap().unwrap(), b"still");
@@ -384,8 +388,9 @@ async fn a_late_server_is_found(world: World) {
         }
         Twin::Memory => world.endpoint(Role::Coordinator, "nobody"),
     };
-    server.accept().await.unwrap();
-    connecting.await.unwrap().unwrap();
+    let (accepted, connected) = tokio::join!(server.accept(), connecting);
+    connected.unwrap().unwrap();
+    assert_eq!(accepted.unwrap().peer().name, "a");
 }
 
 async fn another_role_is_not_trusted(world: World) {

@@ -1,0 +1,107 @@
+use std::{ffi::CStr, fs, os::unix::fs::MetadataExt, time::Instant};
+
+use tokio::runtime::Handle;
+
+use super::{
+    Collective, CollectiveInbox, StreamKey,
+    exchange::Exchanged,
+    quic::Quic,
+    shared_memory::{Places, SharedMemory, process_namespace},
+    solo::Solo,
+};
+use crate::{
+    protocol::{Epoch, Generation, RankIndex, RankSeat},
+    transport::Endpoint,
+    types::RunId,
+};
+
+/// The ranks of one generation of a run, from the view of one of them.
+#[derive(Debug, Clone, Copy)]
+pub struct RankSet<'a> {
+    /// Of all clusters ([`Endpoint::cluster`]): two that share a host number their runs alike.
+    pub cluster: &'a str,
+    pub run: RunId,
+    pub epoch: Epoch,
+    pub generation: Generation,
+    /// Ranks `0..n`, in any order.
+    pub roster: &'a [RankSeat],
+    pub me: RankIndex,
+}
+
+/// Why a rank could not meet the others.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum JoinError {
+    #[error("the roster is wrong: {problem}")]
+    Roster { problem: String },
+    #[error("rank {} did not come within the deadline", .missing.0)]
+    Deadline { missing: RankIndex },
+    #[error("rank {} could not be met: {reason}", .missing.0)]
+    Lost { missing: RankIndex, reason: String },
+    #[error("{problem}")]
+    System { problem: String },
+}
+
+/// Meets the other ranks, and returns when all are there: through shared memory when all sit on one
+/// host, through `endpoint` and `inbox` otherwise.
+///
+/// Blocks until `deadline` at most; call it on a rank's own thread, never on one of `runtime`, which
+/// is the one on which `endpoint` lives. A rank set meets once: after an error the ranks need a new
+/// generation.
+pub fn join(
+    set: RankSet<'_>,
+    endpoint: &Endpoint,
+    inbox: &CollectiveInbox,
+    runtime: Handle,
+    deadline: Instant,
+) -> Result<Box<dyn Collective>, JoinError> {
+    check_roster(&set)?;
+    let RankSet { cluster, run, epoch, generation, roster, me } = set;
+    if let [_] = roster {
+        return Ok(Box::new(Solo::default()));
+    }
+    if roster.iter().all(|seat| seat.host == roster[0].host) {
+        let name = format!("{}-{run}-{}-{}", file_name(cluster), epoch.0, generation.0);
+        let memory = SharedMemory::join(Places::of_this_host(), &name, me, roster.len() as u32, deadline)?;
+        return Ok(Box::new(Exchanged::new(memory)));
+    }
+    let key_of = |from, to| StreamKey { run, epoch, generation, from, to };
+    let quic = Quic::join(roster, me, key_of, endpoint, inbox, runtime, deadline)?;
+    Ok(Box::new(Exchanged::new(quic)))
+}
+
+fn check_roster(set: &RankSet<'_>) -> Result<(), JoinError> {
+    let mut ranks: Vec<u32> = set.roster.iter().map(|seat| seat.rank.0).collect();
+    ranks.sort_unstable();
+    if !ranks.iter().copied().eq(0..ranks.len() as u32) {
+        return Err(JoinError::Roster { problem: format!("its ranks are {ranks:?}, not 0 to n - 1") });
+    }
+    if !ranks.contains(&set.me.0) {
+        return Err(JoinError::Roster { problem: format!("rank {} is not on it", set.me.0) });
+    }
+    Ok(())
+}
+
+/// What may stand in a file's name, whatever the cluster is called.
+fn file_name(cluster: &str) -> String {
+    cluster.chars().take(64).map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect()
+}
+
+/// What a node tells as its `host`: two processes say the same exactly if they can share memory.
+/// That takes the same boot of the same machine, the same `/dev/shm` (containers have their own),
+/// the same process numbers and the same user.
+pub fn host_id() -> String {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_else(|_| host_name());
+    let memory = fs::metadata("/dev/shm").map_or(0, |shm| shm.dev());
+    // SAFETY: asks for a number; touches no memory.
+    let user = unsafe { libc::geteuid() };
+    format!("{}/{memory}/{}/{user}", boot.trim(), process_namespace())
+}
+
+/// Where there is no boot id.
+fn host_name() -> String {
+    let mut name = [0u8; 256];
+    // SAFETY: writes at most `len` bytes into `name`, which lives through the call; the last byte
+    // stays 0 whatever it does.
+    unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) };
+    CStr::from_bytes_until_nul(&name).unwrap_or_default().to_string_lossy().into_owned()
+}

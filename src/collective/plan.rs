@@ -1,0 +1,244 @@
+use std::ops::Range;
+
+use super::tree::{TreeError, add, first_leaf, root_level};
+
+/// How to add up the partial sums of one tree: the additions of the tree in post-order, for a
+/// machine with a stack. Found once, then run over any slice of the vectors.
+#[derive(Debug)]
+pub(super) struct ReducePlan {
+    steps: Vec<Step>,
+    depth: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    /// Push this partial sum.
+    Load(usize),
+    /// Add this partial sum, a right child, to the top.
+    AddFrom(usize),
+    /// Pop a right child and add it to the new top.
+    Add,
+}
+
+/// Values added at a time: what the stack holds of them (16 KiB a level) stays in the caches.
+const BLOCK: usize = 4096;
+
+impl ReducePlan {
+    /// For partial sums at these `(level, index)`, in any order; refuses what does not cover each
+    /// of `leaves` leaves once.
+    pub(super) fn new(leaves: u32, partials: &[(u32, u32)]) -> Result<Self, TreeError> {
+        let root = root_level(leaves);
+        let mut in_order: Vec<(u64, u32, u32, usize)> = Vec::with_capacity(partials.len());
+        for (i, &(level, index)) in partials.iter().enumerate() {
+            if level > root || first_leaf(level, index) >= u64::from(leaves) {
+                return Err(TreeError::Outside { level, index, leaves });
+            }
+            in_order.push((first_leaf(level, index), level, index, i));
+        }
+        in_order.sort_unstable();
+        let mut planner = Planner { leaves, in_order, next: 0, steps: Vec::new() };
+        if leaves > 0 {
+            planner.visit(root, 0)?;
+        }
+        match planner.in_order.get(planner.next) {
+            // Sorted and inside the tree: what is left over starts on a covered leaf.
+            Some(&(first, ..)) => Err(TreeError::DoubleLeaf(first as u32)),
+            None => Ok(Self { steps: planner.steps, depth: root as usize + 1 }),
+        }
+    }
+
+    /// Adds up the values that `slice_of` gives of each partial sum into `out`; all have its
+    /// length.
+    pub(super) fn run<'a>(&self, slice_of: impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
+        if self.steps.is_empty() {
+            out.fill(0.0);
+            return;
+        }
+        let mut stack = vec![0.0; self.depth * BLOCK.min(out.len())];
+        let len = out.len();
+        for start in (0..len).step_by(BLOCK) {
+            let block = start..(start + BLOCK).min(len);
+            self.run_block(&slice_of, &mut stack, block.clone(), &mut out[block]);
+        }
+    }
+
+    fn run_block<'a>(
+        &self,
+        slice_of: &impl Fn(usize) -> &'a [f32],
+        stack: &mut [f32],
+        block: Range<usize>,
+        out: &mut [f32],
+    ) {
+        let width = block.len();
+        let mut height = 0;
+        for step in &self.steps {
+            match *step {
+                Step::Load(i) => {
+                    stack[height * width..][..width].copy_from_slice(&slice_of(i)[block.clone()]);
+                    height += 1;
+                }
+                Step::AddFrom(i) => {
+                    add(&mut stack[(height - 1) * width..][..width], &slice_of(i)[block.clone()]);
+                }
+                Step::Add => {
+                    let (left, right) = stack.split_at_mut((height - 1) * width);
+                    height -= 1;
+                    add(&mut left[(height - 1) * width..], &right[..width]);
+                }
+            }
+        }
+        out.copy_from_slice(&stack[..width]);
+    }
+}
+
+struct Planner {
+    leaves: u32,
+    /// (first leaf, level, index, position in the caller's list)
+    in_order: Vec<(u64, u32, u32, usize)>,
+    next: usize,
+    steps: Vec<Step>,
+}
+
+impl Planner {
+    fn visit(&mut self, level: u32, index: u32) -> Result<(), TreeError> {
+        if let Some(i) = self.take(level, index)? {
+            self.steps.push(Step::Load(i));
+            return Ok(());
+        }
+        let (left, right) = (index * 2, index * 2 + 1);
+        self.visit(level - 1, left)?;
+        if first_leaf(level - 1, right) >= u64::from(self.leaves) {
+            return Ok(());
+        }
+        if let Some(i) = self.take(level - 1, right)? {
+            self.steps.push(Step::AddFrom(i));
+        } else {
+            self.visit(level - 1, right)?;
+            self.steps.push(Step::Add);
+        }
+        Ok(())
+    }
+
+    /// The partial sum of this node, if it is the next one. Those below it come before it (same
+    /// first leaf, lower level), so a node that is given beside its children is found later, as
+    /// a leaf that is there twice.
+    fn take(&mut self, level: u32, index: u32) -> Result<Option<usize>, TreeError> {
+        match self.in_order.get(self.next) {
+            Some(&(first, l, i, position)) => {
+                if (l, i) == (level, index) {
+                    self.next += 1;
+                    return Ok(Some(position));
+                }
+                let here = first_leaf(level, index);
+                if first < here {
+                    return Err(TreeError::DoubleLeaf(first as u32));
+                }
+                if level == 0 {
+                    // It starts behind this leaf, or is a node above that reaches over it.
+                    return Err(if first > here {
+                        TreeError::MissingLeaf(index)
+                    } else {
+                        TreeError::DoubleLeaf(index)
+                    });
+                }
+                Ok(None)
+            }
+            None if level == 0 => Err(TreeError::MissingLeaf(index)),
+            None => Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{
+        super::{Partial, reduce_tree},
+        *,
+    };
+
+    /// Cuts a tree into aligned subtrees as `choices` say.
+    fn cut(
+        level: u32,
+        index: u32,
+        leaves: u32,
+        choices: &mut impl Iterator<Item = bool>,
+        nodes: &mut Vec<(u32, u32)>,
+    ) {
+        if first_leaf(level, index) >= u64::from(leaves) {
+            return;
+        }
+        if level == 0 || choices.next().unwrap_or(true) {
+            nodes.push((level, index));
+            return;
+        }
+        cut(level - 1, index * 2, leaves, choices, nodes);
+        cut(level - 1, index * 2 + 1, leaves, choices, nodes);
+    }
+
+    fn partials(nodes: &[(u32, u32)], len: usize) -> Vec<Partial> {
+        let value =
+            |i: usize, j: usize| ((i * 37 + j * 11) % 101) as f32 * 10f32.powi((i + j) as i32 % 9 - 4);
+        let values = |i| (0..len).map(|j| value(i, j)).collect();
+        nodes
+            .iter()
+            .enumerate()
+            .map(|(i, &(level, index))| Partial { level, index, values: values(i) })
+            .collect()
+    }
+
+    #[test]
+    fn longer_than_a_block() {
+        let nodes = [(1, 1), (0, 0), (0, 1), (3, 1)];
+        let partials = partials(&nodes, 2 * BLOCK + 5);
+        let mut out = vec![f32::NAN; 2 * BLOCK + 5];
+        ReducePlan::new(11, &nodes).unwrap_err();
+        let nodes = [(1, 1), (0, 0), (0, 1), (2, 1), (3, 1)];
+        let partials = [partials, self::partials(&[(2, 1)], 2 * BLOCK + 5)].concat();
+        let order = [0, 1, 2, 4, 3];
+        ReducePlan::new(11, &nodes).unwrap().run(|i| &partials[order[i]].values, &mut out);
+        assert_eq!(out, reduce_tree(11, out.len(), &partials).unwrap());
+    }
+
+    #[test]
+    fn refuses_what_the_reference_refuses() {
+        for (leaves, nodes) in [
+            (3, &[(1, 0)][..]),
+            (2, &[(1, 0), (0, 1)]),
+            (2, &[(1, 0), (0, 0)]),
+            (2, &[(1, 0), (1, 0)]),
+            (4, &[(0, 0), (2, 0)]),
+            (4, &[(2, 0), (1, 1)]),
+            (2, &[(1, 0), (1, 1)]),
+            (2, &[(2, 0)]),
+            (0, &[(0, 0)]),
+            (1, &[]),
+        ] {
+            ReducePlan::new(leaves, nodes).unwrap_err();
+            reduce_tree(leaves, 1, &partials(nodes, 1)).unwrap_err();
+        }
+        let mut out = [1.0];
+        ReducePlan::new(0, &[]).unwrap().run(|_| unreachable!(), &mut out);
+        assert_eq!(out, [0.0]);
+    }
+
+    proptest! {
+        #[test]
+        fn equals_the_reference_to_the_bit(
+            leaves in 1u32..200,
+            choices in prop::collection::vec(any::<bool>(), 0..40),
+            rotate in 0usize..50,
+        ) {
+            let mut nodes = Vec::new();
+            cut(root_level(leaves), 0, leaves, &mut choices.into_iter(), &mut nodes);
+            let by = rotate % nodes.len();
+            nodes.rotate_left(by);
+            let partials = partials(&nodes, 5);
+            let expected = reduce_tree(leaves, 5, &partials).unwrap();
+            let mut out = [f32::NAN; 5];
+            ReducePlan::new(leaves, &nodes).unwrap().run(|i| &partials[i].values, &mut out);
+            prop_assert_eq!(out.map(f32::to_bits).to_vec(), expected.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+        }
+    }
+}
