@@ -69,7 +69,8 @@ impl SamplerReplica {
         let facts = offers.iter().map(|(source, config, _)| facts(source, config)).collect();
         let capacity = Capacity { max_batch: max_batch.max(1), kv_bytes };
 
-        let context = Context::<Self>::new();
+        let mut context = Context::<Self>::new();
+        context.set_mailbox_capacity(MAILBOX);
         let (orders, order_receiver) = mpsc::sync_channel(1);
         threads::spawn_engine(index, Engine::new(cores), order_receiver, context.address())?;
         let (loads, load_receiver) = mpsc::sync_channel(MAX_VERIFYING + offers.len());
@@ -179,10 +180,6 @@ impl SamplerReplica {
 
 impl Actor for SamplerReplica {
     type Context = Context<Self>;
-
-    fn started(&mut self, context: &mut Self::Context) {
-        context.set_mailbox_capacity(MAILBOX);
-    }
 }
 
 impl Handler<Sample> for SamplerReplica {

@@ -101,3 +101,6 @@ pub struct Sample {
     pub generate: Generate,
     pub reply: tokio::sync::oneshot::Sender<GenerateReply>,
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,7 +84,8 @@ fn verify(policy: PolicyId, config: &ModelConfig, bytes: &[u8]) -> Result<Adapte
     if found == policy.digest { Ok(adapter) } else { Err(SamplerError::DigestMismatch { policy, found }) }
 }
 
-fn spawn<Task: Send + 'static>(
+/// A thread that performs what comes through `tasks` and tells the actor of each.
+pub(super) fn spawn<Task: Send + 'static>(
     name: String,
     tasks: mpsc::Receiver<Task>,
     actor: Addr<SamplerReplica>,
