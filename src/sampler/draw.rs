@@ -111,7 +111,7 @@ pub fn draw(
         }
         Decoding::Random(filter) => {
             let weight = |token: u32| weight(logits_v, plain.max, filter.temperature, token);
-            filter.keep(logits_v, &weight, scratch);
+            filter.keep(logits_v, plain.max, &weight, scratch).ok_or(NotFinite)?;
             // Picking walks in the order of ids, so that a filter that keeps everything draws
             // what no filter draws.
             scratch.sort_unstable();
@@ -175,17 +175,42 @@ fn pick_above(ids: &[u32], weight: &dyn Fn(u32) -> f64, aim: f64) -> u32 {
 
 impl Filter {
     /// Writes the tokens that may be drawn to `kept`, in no particular order; at least one.
-    fn keep(&self, logits_v: &[f32], weight: &dyn Fn(u32) -> f64, kept: &mut Vec<u32>) {
-        match self.top_k {
-            Some(k) if k < logits_v.len() => keep_largest(logits_v, k, kept),
-            _ => {
-                kept.clear();
-                kept.extend(0..logits_v.len() as u32);
+    /// Nothing if the row has no finite sum.
+    fn keep(
+        &self,
+        logits_v: &[f32],
+        max: f32,
+        weight: &dyn Fn(u32) -> f64,
+        kept: &mut Vec<u32>,
+    ) -> Option<()> {
+        kept.clear();
+        let total = match self.top_k {
+            Some(k) if k < logits_v.len() => {
+                keep_largest(logits_v, k, kept);
+                kept.sort_unstable();
+                kept.iter().map(|&token| weight(token)).sum()
             }
-        }
+            _ => {
+                let total = RowSum::of(logits_v, self.temperature)?.total;
+                let floor = self.nucleus_floor(max, total, logits_v.len());
+                let likely = logits_v.iter().zip(0..).filter(|&(&logit, _)| logit >= floor);
+                kept.extend(likely.map(|(_, token): (_, u32)| token));
+                total
+            }
+        };
         if let Some(p) = self.top_p {
-            keep_nucleus(logits_v, weight, p, kept);
+            keep_nucleus(logits_v, weight, p * total, kept);
         }
+        Some(())
+    }
+
+    /// Tokens of a smaller logit are in no nucleus: each holds less than `(1 - p) / vocab` of the
+    /// whole, so less than `1 - p` together. Without them, ranking starts with hundreds of tokens,
+    /// not tens of thousands. Half the bound leaves room for rounding.
+    fn nucleus_floor(&self, max: f32, total: f64, vocab: usize) -> f32 {
+        let Some(p) = self.top_p else { return f32::NEG_INFINITY };
+        let too_light = 0.5 * (1.0 - p) * total / vocab as f64;
+        (f64::from(max) + f64::from(self.temperature) * too_light.ln()) as f32
     }
 }
 
@@ -196,7 +221,6 @@ fn by_rank(logits_v: &[f32]) -> impl Fn(&u32, &u32) -> std::cmp::Ordering {
 
 /// The `k` first by rank, in one pass that compares almost every token with one threshold.
 fn keep_largest(logits_v: &[f32], k: usize, kept: &mut Vec<u32>) {
-    kept.clear();
     // An equal logit further on has a higher id and loses the tie, so `>` is enough.
     let mut threshold = f32::NEG_INFINITY;
     for (token, &logit) in logits_v.iter().enumerate() {
@@ -215,17 +239,8 @@ fn keep_largest(logits_v: &[f32], k: usize, kept: &mut Vec<u32>) {
     }
 }
 
-/// The fewest of `kept`, by rank, whose weights reach the share `p` of all of them.
-fn keep_nucleus(logits_v: &[f32], weight: &dyn Fn(u32) -> f64, p: f64, kept: &mut Vec<u32>) {
-    kept.sort_unstable();
-    let total: f64 = kept.iter().map(|&token| weight(token)).sum();
-    let aim = p * total;
-    // Tokens lighter than this hold less than the share 1 - p together: the nucleus is complete
-    // without them, and sorting starts with hundreds, not tens of thousands. Half the bound
-    // leaves room for rounding.
-    let too_light = 0.5 * (1.0 - p) * total / kept.len() as f64;
-    kept.retain(|&token| weight(token) >= too_light);
-
+/// The fewest of `kept`, by rank, whose weights sum to `aim`.
+fn keep_nucleus(logits_v: &[f32], weight: &dyn Fn(u32) -> f64, aim: f64, kept: &mut Vec<u32>) {
     let mut head = FIRST_NUCLEUS;
     while head < kept.len() {
         kept.select_nth_unstable_by(head - 1, by_rank(logits_v));
