@@ -222,3 +222,40 @@ impl Part {
         first..first + self.sequences.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::tiny,
+        sampler::{budget, schedule::ModelIndex},
+    };
+
+    #[test]
+    fn a_dropped_request_leaves_nothing_behind_and_the_other_goes_on() {
+        let directory = tempfile::tempdir().expect("a directory");
+        tiny::write(directory.path(), &tiny::config(), 1).expect("written");
+        let model = Arc::new(BaseModel::load("tiny", directory.path()).expect("loads"));
+        let mut engine = Engine::new(CoreBudget::new(1));
+        let admit = |key| {
+            let generate = budget::tests::generate(5, 1, 2);
+            let admission = Admission { key: RequestKey(key), model: ModelIndex(0), new_tokens: 2, generate };
+            (admission, Serving { model: model.clone(), adapter: None })
+        };
+        let model = Some(ModelIndex(0));
+        let keys = [RequestKey(1), RequestKey(2)];
+        let step = Step { model, prefill: keys.map(|key| (key, 4)).to_vec(), decode: vec![] };
+        engine.carry_out(EngineOrder { drop: vec![], admit: vec![admit(1), admit(2)], step });
+        assert!(engine.jobs.keys().eq(&keys));
+
+        let step = Step { model, prefill: vec![], decode: vec![(RequestKey(2), 0)] };
+        let order = EngineOrder { drop: vec![RequestKey(1)], admit: vec![], step: step.clone() };
+        let report = engine.carry_out(order);
+        assert!(engine.jobs.keys().eq(&keys[1..]));
+        assert!(report.answers.is_empty() && report.ended.is_empty());
+        let report = engine.carry_out(EngineOrder { drop: vec![], admit: vec![], step });
+        assert_eq!(report.ended, [(RequestKey(2), 0)]);
+        assert!(matches!(report.answers[..], [(RequestKey(2), Ok(_))]));
+        assert!(engine.jobs.is_empty());
+    }
+}
