@@ -14,7 +14,7 @@ use rand_chacha::{
 
 use crate::types::SamplingParams;
 
-use super::numerics::{BLOCK, RowSum, exp};
+use super::numerics::{BLOCK, RowSum, exp, logprob};
 
 /// What decides one draw, beside the row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +118,7 @@ pub fn draw(
             pick_from(scratch, &weight, key.uniform())
         }
     };
-    Ok(Drawn { token, logprob: plain.logprob(logits_v[token as usize]) })
+    Ok(Drawn { token, logprob: logprob(logits_v, token) })
 }
 
 fn weight(logits_v: &[f32], max: f32, temperature: f32, token: u32) -> f64 {
