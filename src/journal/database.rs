@@ -4,7 +4,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 
 use crate::protocol::Epoch;
 
@@ -94,7 +94,11 @@ impl Database {
 /// Opens the file and takes its lock, changing nothing in it.
 fn lock(path: &Path) -> Result<Connection, JournalError> {
     let locked = || -> Result<Connection, rusqlite::Error> {
-        let connection = Connection::open(path)?;
+        // No mutex: one thread at a time has the connection. No URI: a path is a path.
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_CREATE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags)?;
         // Whoever holds it holds it until it exits: waiting would only delay the message.
         connection.busy_timeout(std::time::Duration::ZERO)?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;

@@ -88,20 +88,26 @@ pub struct SampleRequest {
 /// Answer to a [`ClientRequest`].
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum ClientResponse {
+    /// The session exists and is durable.
     Session(SessionId),
+    /// What can be trained and sampled now.
     Capabilities(ServerCapabilities),
+    /// The run as it stands.
     Run(RunInfo),
-    Accepted {
-        seq: OperationSeq,
-    },
+    /// The operation is durable and has its place in the run's order; the same place again for a
+    /// key that was seen before.
+    Accepted { seq: OperationSeq },
+    /// `Pending` after `hold_ms` without an outcome.
     Operation(OperationStatus),
-    Sample {
-        result: SampleResult,
-        policy: Option<PolicyId>,
-    },
+    /// What was sampled, and from which weights; no policy: the base model.
+    Sample { result: SampleResult, policy: Option<PolicyId> },
+    /// Newest first.
     Checkpoints(Vec<Checkpoint>),
+    /// One page.
     CheckpointFiles(CheckpointFilesResponse),
+    /// Stored, and to be fetched with `GetBlob`.
     Blob(BlobRef),
+    /// Everything, for people.
     Cluster(ClusterStatus),
     /// The request was refused or failed.
     Error(OperationError),
@@ -112,7 +118,9 @@ pub enum ClientResponse {
 pub enum OperationStatus {
     /// Queued or executing.
     Pending,
+    /// Its outcome is durable and committed.
     Done(OperationResult),
+    /// It ended without effect; asked again, it says the same.
     Failed(OperationError),
 }
 

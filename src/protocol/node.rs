@@ -122,15 +122,10 @@ pub enum CoordinatorMessage {
 /// Node → coordinator, in order.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum NodeMessage {
-    RanksReady {
-        run: RunId,
-        generation: Generation,
-    },
-    RanksFailed {
-        run: RunId,
-        generation: Generation,
-        error: OperationError,
-    },
+    /// The node's ranks of the run hold the state that `FormRanks` asked for.
+    RanksReady { run: RunId, generation: Generation },
+    /// They don't, and hold nothing of this generation.
+    RanksFailed { run: RunId, generation: Generation, error: OperationError },
     /// One rank has computed the operation.
     Prepared {
         token: OpToken,
@@ -149,33 +144,19 @@ pub enum NodeMessage {
     /// An `OptimStep` refused as `NotFinite` still clears the accumulated gradient, by the
     /// `Discard` that follows at the latest. Replay therefore executes it again, and expects
     /// this answer again; no other failed operation is executed on replay.
-    OperationFailed {
-        token: OpToken,
-        rank: RankIndex,
-        error: OperationError,
-        blame: Blame,
-    },
-    SnapshotTaken {
-        token: OpToken,
-        snapshot: BlobRef,
-    },
-    SnapshotFailed {
-        token: OpToken,
-        error: OperationError,
-    },
-    Staged {
-        policy: PolicyId,
-    },
-    StageFailed {
-        policy: PolicyId,
-        error: OperationError,
-    },
-    Activated {
-        policy: PolicyId,
-    },
-    Pong {
-        nonce: u64,
-    },
+    OperationFailed { token: OpToken, rank: RankIndex, error: OperationError, blame: Blame },
+    /// The blob is stored.
+    SnapshotTaken { token: OpToken, snapshot: BlobRef },
+    /// The run goes on without it; the earlier snapshot stays.
+    SnapshotFailed { token: OpToken, error: OperationError },
+    /// Every replica of the node holds the policy, verified by its digest.
+    Staged { policy: PolicyId },
+    /// Some replica doesn't; the others drop it at `Retire`.
+    StageFailed { policy: PolicyId, error: OperationError },
+    /// Every replica of the node serves it to new requests.
+    Activated { policy: PolicyId },
+    /// The node's control thread is alive.
+    Pong { nonce: u64 },
 }
 
 /// Why an operation did not get prepared.
@@ -192,14 +173,9 @@ pub enum Blame {
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum RankPart {
     /// The consecutive micro-batches from number `first`; may be none.
-    Computed {
-        first: u32,
-        micro_batches: Vec<MicroBatchPart>,
-    },
-    Failed {
-        error: OperationError,
-        blame: Blame,
-    },
+    Computed { first: u32, micro_batches: Vec<MicroBatchPart> },
+    /// This rank gave up; so do all.
+    Failed { error: OperationError, blame: Blame },
 }
 
 /// What one micro-batch adds to a result.
@@ -234,6 +210,8 @@ pub struct Generate {
 /// What a replica answers.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum GenerateReply {
+    /// All `num_samples` sequences.
     Done(SampleResult),
+    /// None of them.
     Failed(OperationError),
 }

@@ -83,11 +83,16 @@ pub enum Operation {
 /// What a finished operation returns.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum OperationResult {
+    /// Of `Init`.
     Init(InitTrainerServerResponse),
     /// Holds a `ForwardBackwardOutput`, for `Forward` and `ForwardBackward`.
     ForwardBackward(Payload),
+    /// Of `OptimStep`.
     OptimStep(OptimStepResponse),
+    /// Of `SaveState`.
     SaveState(SaveWeightsResponse),
+    /// Of `SaveWeightsForSampler`.
     SaveWeightsForSampler(SaveWeightsForSamplerResponse),
+    /// Of `LoadState`.
     LoadState(LoadWeightsResponse),
 }

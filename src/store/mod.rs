@@ -48,6 +48,8 @@ impl BlobStore {
     pub fn open_local(directory: &Path) -> Result<Self, StoreError> {
         let failed = |source| StoreError::Open { path: directory.to_owned(), source };
         folder::make(directory).map_err(failed)?;
+        // Absolute, so that the process may change its own directory later.
+        let directory = &directory.canonicalize().map_err(failed)?;
         folder::sweep(directory).map_err(failed)?;
         let objects = LocalFileSystem::new_with_prefix(directory)
             .map_err(|e| failed(std::io::Error::other(e)))?
