@@ -1,11 +1,13 @@
 //! Runs a part as this process: its actix system, its signals, its exit.
 
-use std::{future::Future, io, net::SocketAddr, path::PathBuf};
-
-use tokio::{
-    io::AsyncReadExt,
-    signal::unix::{SignalKind, signal},
+use std::{
+    future::Future,
+    io::{self, Read},
+    net::SocketAddr,
+    path::PathBuf,
 };
+
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     coordinator::{self, CoordinatorConfig},
@@ -109,12 +111,20 @@ async fn parent_gone() {
     if std::env::var_os(PARENT_PIPE).is_none() {
         return std::future::pending().await;
     }
-    let mut pipe = tokio::io::stdin();
-    let mut byte = [0];
-    // Nothing is ever written: any answer but an interruption is the end.
-    while let Err(error) = pipe.read(&mut byte).await {
-        if error.kind() != io::ErrorKind::Interrupted {
-            break;
+    let (ended, end) = tokio::sync::oneshot::channel();
+    // A thread of its own, and not one of the runtime's: those are waited for at the end, and a
+    // read of standard input can't be called off.
+    let watching = std::thread::Builder::new().name("parent-pipe".into()).spawn(move || {
+        // Nothing is ever written: it returns at the end, or with an error, which is as final.
+        let _ = io::stdin().lock().read(&mut [0]);
+        let _ = ended.send(());
+    });
+    match watching {
+        // A dropped sender can't be: the thread sends whatever happens.
+        Ok(_) => drop(end.await),
+        Err(error) => {
+            tracing::warn!("can't watch for the supervisor's end: {error}");
+            std::future::pending().await
         }
     }
 }
