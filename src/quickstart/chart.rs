@@ -104,7 +104,7 @@ fn plot<B: DrawingBackend>(
         .legend(|(x, y)| Circle::new((x + 9, y), 4, REWARD.mix(0.45).filled()));
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
+        .position(SeriesLabelPosition::MiddleRight)
         .background_style(WHITE.mix(0.85))
         .border_style(AXIS.mix(0.4))
         .label_font((FONT, 15))
