@@ -1,0 +1,78 @@
+//! The command line: one file a family of subcommands, each parsing into the configuration
+//! of the room that does the work.
+
+mod look;
+mod model;
+mod parts;
+mod quickstart;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use lockstep::service::{EXIT_REFUSED, ServiceError};
+
+/// Open, self-hosted training service for language models.
+#[derive(Parser)]
+#[command(version, propagate_version = true)]
+pub struct Cli {
+    /// Say more on stderr; twice for everything. LOCKSTEP_LOG overrides (tracing's filter syntax).
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fetch a small real model, train it on this machine with a verifiable reward, show the curve.
+    Quickstart(quickstart::Quickstart),
+    /// Run gateway, coordinator and nodes on this machine.
+    Up(up::Up),
+    /// Run a coordinator alone.
+    Coordinator(parts::Coordinator),
+    /// Run a node alone: trainer ranks and sampler replicas of one machine.
+    Node(parts::Node),
+    /// Fetch and list models.
+    #[command(subcommand)]
+    Model(model::Model),
+    /// List the runs of a service.
+    Runs(look::Look),
+    /// List the checkpoints of a service.
+    Checkpoints(look::Checkpoints),
+    /// Show the nodes of a service and what they do.
+    Cluster(look::Look),
+    /// Say what this machine has and what Lockstep makes of it.
+    Doctor,
+}
+
+impl Cli {
+    /// Does what was asked.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Quickstart(quickstart) => quickstart.run(),
+            Command::Up(up) => up.run(),
+            Command::Coordinator(coordinator) => coordinator.run(),
+            Command::Node(node) => node.run(),
+            Command::Model(model) => model.run(),
+            Command::Runs(look) => look.runs(),
+            Command::Checkpoints(checkpoints) => checkpoints.run(),
+            Command::Cluster(look) => look.cluster(),
+            Command::Doctor => look::doctor(),
+        }
+    }
+}
+
+/// Sends logs to stderr: warnings, or more if asked.
+pub fn log_to_stderr(verbose: u8) {
+    let level = ["warn,lockstep=info", "lockstep=debug,info", "trace"][usize::from(verbose.min(2))];
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}
+
+/// A refusal that starting again would not change is told apart, for supervisors.
+pub fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let refused = error.downcast_ref::<ServiceError>().is_some_and(ServiceError::is_final);
+    ExitCode::from(if refused { EXIT_REFUSED } else { 1 })
+}

@@ -1,0 +1,117 @@
+use std::{net::SocketAddr, path::PathBuf};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use lockstep::{
+    model::ModelSource,
+    pull,
+    service::{DataDirectory, SupervisorConfig, UpConfig, up},
+};
+
+/// Where runs, checkpoints and models are kept.
+pub const DATA_DIR: &str = "./lockstep-data";
+
+#[derive(Args)]
+pub struct Up {
+    /// Where HTTP is served; port 0 is any.
+    #[arg(long, default_value = "127.0.0.1:8000", env = "LOCKSTEP_HTTP")]
+    http: SocketAddr,
+    /// Where the coordinator listens (QUIC); port 0 is any.
+    #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
+    listen: SocketAddr,
+    /// Serve HTTP without keys on an address that others reach.
+    #[arg(long)]
+    insecure: bool,
+    #[command(flatten)]
+    cluster: LocalCluster,
+}
+
+/// A cluster on this machine.
+#[derive(Args)]
+pub struct LocalCluster {
+    /// Trainer ranks, over all nodes.
+    #[arg(long, default_value_t = 2)]
+    pub trainers: u32,
+    /// Sampler replicas, over all nodes.
+    #[arg(long, default_value_t = 1)]
+    pub samplers: u32,
+    /// Node processes.
+    #[arg(long, default_value_t = 1)]
+    pub nodes: u32,
+    /// Cores to compute on, over all nodes; by default all of this machine.
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// A model to serve, as NAME=PATH: a Hugging Face directory or a GGUF file. Repeatable; by
+    /// default those that `lockstep model pull` fetched.
+    #[arg(long = "model", value_name = "NAME=PATH")]
+    pub models: Vec<String>,
+    /// Type of the base weights.
+    #[arg(long, default_value = "f32", value_parser = ["f32"])]
+    pub dtype: String,
+    #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
+    pub data_dir: PathBuf,
+}
+
+impl Up {
+    pub fn run(self) -> anyhow::Result<()> {
+        let config = UpConfig {
+            supervisor: self.cluster.supervisor(self.listen, false)?,
+            http: self.http,
+            insecure: self.insecure,
+        };
+        Ok(up(config)?)
+    }
+}
+
+impl LocalCluster {
+    /// The processes of this cluster.
+    pub fn supervisor(&self, listen: SocketAddr, logs_to_files: bool) -> anyhow::Result<SupervisorConfig> {
+        if self.trainers == 0 && self.samplers == 0 {
+            bail!("--trainers 0 --samplers 0 leaves nothing to run");
+        }
+        let data = DataDirectory::open(&self.data_dir)?;
+        let models = self.models(&data)?;
+        Ok(SupervisorConfig {
+            program: std::env::current_exe().context("this program's own path is not known")?,
+            data,
+            listen,
+            nodes: self.nodes.max(1),
+            trainers: self.trainers,
+            samplers: self.samplers,
+            threads: self.threads.unwrap_or_else(all_cores).max(1),
+            models,
+            logs_to_files,
+        })
+    }
+
+    fn models(&self, data: &DataDirectory) -> anyhow::Result<Vec<ModelSource>> {
+        let models = match self.models.is_empty() {
+            true => pull::installed(data.path()),
+            false => parse_models(&self.models)?,
+        };
+        if models.is_empty() {
+            bail!(
+                "no model: fetch one with `lockstep model pull smollm2-135m --data-dir {}`, or give --model NAME=PATH",
+                data.path().display()
+            );
+        }
+        Ok(models)
+    }
+}
+
+/// Reads `NAME=PATH` arguments; a path that doesn't exist is refused here, not by a child.
+pub fn parse_models(models: &[String]) -> anyhow::Result<Vec<ModelSource>> {
+    let parse = |text: &String| {
+        let source = ModelSource::parse(text)?;
+        if !source.path.exists() {
+            bail!("--model {text}: there is nothing at {}", source.path.display());
+        }
+        Ok(source)
+    };
+    models.iter().map(parse).collect()
+}
+
+/// The cores of this machine.
+pub fn all_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
