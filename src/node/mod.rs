@@ -19,7 +19,6 @@ mod state;
 
 mod blobs;
 mod generate;
-mod host;
 mod peers;
 mod session;
 
@@ -36,6 +35,7 @@ use crate::{
 use self::{
     actor::{NodeActor, Parts},
     blobs::BlobClient,
+    peers::Peers,
     session::Sessions,
 };
 
@@ -81,7 +81,7 @@ pub async fn serve(
         let _ = death.try_send(what.to_owned());
     });
     let stop = Arc::new(tokio::sync::Notify::new());
-    let peers = peers::Peers::new(&endpoint);
+    let peers = Peers::new(endpoint.clone());
     let node = NodeActor::launch(Parts {
         config: &config,
         library: library.clone(),
@@ -92,7 +92,7 @@ pub async fn serve(
         on_death,
     })
     .map_err(|source| NodeError::Thread { source })?;
-    let _accepting = AbortOnDrop(tokio::spawn(peers.accept(endpoint.clone())));
+    let _accepting = AbortOnDrop(tokio::spawn(peers.accept()));
 
     let mut shutdown = pin!(shutdown);
     let mut connected = pin!(Sessions::new(config, endpoint, library, blobs, node.clone()).keep());

@@ -1,33 +1,172 @@
 //! Connections that other nodes open: the streams of their ranks' collectives.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::runtime::Handle;
 
 use crate::{
+    collective::{self, CollectiveInbox, JoinError, RankSet, StreamKey},
+    protocol::{MAX_MESSAGE, StreamOpen, decode},
     trainer::Join,
-    transport::{Endpoint, Role},
+    transport::{Connection, Endpoint, Role, Stream},
     types::{ErrorKind, OperationError},
 };
 
+/// How long the ranks of a run wait for one another: the slowest has the base model to load.
+const JOIN_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long a peer may take to say which ranks its stream joins.
+const OPEN_DEADLINE: Duration = Duration::from_secs(30);
+
 /// The node's side of its ranks' collectives.
 #[derive(Clone)]
-pub(super) struct Peers {}
+pub(super) struct Peers {
+    endpoint: Endpoint,
+    inbox: CollectiveInbox,
+}
 
 impl Peers {
-    pub(super) fn new(_endpoint: &Endpoint) -> Self {
-        Self {}
+    pub(super) fn new(endpoint: Endpoint) -> Self {
+        Self { endpoint, inbox: CollectiveInbox::default() }
     }
 
-    /// How a rank joins its run's collectives.
+    /// How a rank of this node joins its run's collectives.
     pub(super) fn join(&self) -> Join {
-        Arc::new(|_| Err(OperationError::new(ErrorKind::Internal, "collectives have not landed")))
+        let (peers, runtime) = (self.clone(), Handle::current());
+        Arc::new(move |formation| {
+            let set = RankSet {
+                cluster: peers.endpoint.cluster(),
+                run: formation.spec.run,
+                epoch: formation.epoch,
+                generation: formation.generation,
+                roster: &formation.roster,
+                me: formation.rank,
+            };
+            let deadline = Instant::now() + JOIN_DEADLINE;
+            collective::join(set, &peers.endpoint, &peers.inbox, runtime.clone(), deadline).map_err(|error| {
+                let kind = match &error {
+                    JoinError::Roster { .. } => ErrorKind::Internal,
+                    JoinError::Deadline { .. } | JoinError::Lost { .. } => ErrorKind::Unavailable,
+                    JoinError::System { .. } => ErrorKind::ResourceExhausted,
+                };
+                OperationError::new(
+                    kind,
+                    format!("the ranks of {} did not meet: {error}", formation.spec.run),
+                )
+            })
+        })
     }
 
     /// Takes other nodes' connections until the endpoint is closed.
-    pub(super) async fn accept(self, endpoint: Endpoint) {
-        while let Some(connection) = endpoint.accept().await {
-            if connection.peer().role != Role::Node {
+    pub(super) async fn accept(self) {
+        while let Some(connection) = self.endpoint.accept().await {
+            if connection.peer().role == Role::Node {
+                // The transport bounds connections and their streams.
+                tokio::spawn(take_streams(connection, self.inbox.clone()));
+            } else {
                 connection.close("a node takes connections of nodes only");
             }
+        }
+    }
+}
+
+async fn take_streams(connection: Connection, inbox: CollectiveInbox) {
+    while let Ok(mut stream) = connection.accept_stream().await {
+        let (inbox, peer) = (inbox.clone(), connection.peer().clone());
+        tokio::spawn(async move {
+            match tokio::time::timeout(OPEN_DEADLINE, open(&mut stream)).await {
+                Ok(Ok(key)) => inbox.deliver(key, stream),
+                Ok(Err(reason)) => {
+                    tracing::warn!(%peer, %reason, "a stream of another node is no collective")
+                }
+                Err(_) => tracing::warn!(%peer, "another node opened a stream and said nothing"),
+            }
+        });
+    }
+}
+
+async fn open(stream: &mut Stream) -> Result<StreamKey, String> {
+    let frame = stream.recv.recv_frame(MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+    let frame = frame.ok_or("it is empty")?;
+    match decode("opening of a stream", &frame, MAX_MESSAGE).map_err(|e| e.to_string())? {
+        StreamOpen::Collective { run, epoch, generation, from, to } => {
+            Ok(StreamKey { run, epoch, generation, from, to })
+        }
+        other => Err(format!("it opens with {other:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        protocol::{Epoch, Generation, NodeId, OpToken, OperationSeq, RankIndex, RankSeat, RunSpec},
+        trainer::Formation,
+        transport::MemoryNetwork,
+        types::{LoraConfig, RunId},
+    };
+
+    /// One rank on each endpoint, on hosts that share no memory.
+    fn formation(endpoints: &[Endpoint], rank: u32) -> Formation {
+        let seat = |(i, endpoint): (usize, &Endpoint)| RankSeat {
+            rank: RankIndex(i as u32),
+            node: NodeId(i as u32),
+            slot: 0,
+            host: format!("host-{i}"),
+            address: endpoint.local_address(),
+        };
+        Formation {
+            spec: RunSpec {
+                run: RunId(1),
+                base_model: "tiny".to_owned(),
+                max_seq_len: 8,
+                micro_batch_tokens: 8,
+                lora: LoraConfig::new(1, 0),
+            },
+            epoch: Epoch(1),
+            generation: Generation(1),
+            rank: RankIndex(rank),
+            roster: endpoints.iter().enumerate().map(seat).collect(),
+            restore: None,
+        }
+    }
+
+    #[test]
+    fn ranks_of_different_hosts_meet_through_their_nodes() {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let _guard = runtime.enter();
+        let network = MemoryNetwork::default();
+        let endpoints: Vec<Endpoint> = ["a", "b", "c"]
+            .map(|name| Endpoint::memory(&network, Role::Node, name).unwrap())
+            .into_iter()
+            .collect();
+        let token = OpToken {
+            run: RunId(1),
+            epoch: Epoch(1),
+            generation: Generation(1),
+            seq: OperationSeq(1),
+            incarnation: 1,
+        };
+        let ranks: Vec<_> = endpoints
+            .iter()
+            .enumerate()
+            .map(|(i, endpoint)| {
+                let peers = Peers::new(endpoint.clone());
+                let (join, formation) = (peers.join(), formation(&endpoints, i as u32));
+                runtime.spawn(peers.accept());
+                std::thread::spawn(move || {
+                    let mut collective = join(&formation).unwrap();
+                    let deadline = Instant::now() + Duration::from_secs(60);
+                    collective.all_gather(token, vec![i as u8], deadline).unwrap()
+                })
+            })
+            .collect();
+        for rank in ranks {
+            assert_eq!(rank.join().unwrap(), [[0], [1], [2]]);
         }
     }
 }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::{
+    collective, kernels,
     model::Library,
     protocol::{
         CoordinatorMessage, Epoch, MAX_MESSAGE, ModelOffer, NodeHello, NodeId, NodeMessage, Numerics,
@@ -19,7 +20,7 @@ use super::{
     AbortOnDrop, NodeConfig, NodeError,
     actor::{Connected, NodeActor, Notice, Uplink},
     blobs::BlobClient,
-    generate, host,
+    generate,
     state::{Event, SessionNumber},
 };
 
@@ -167,11 +168,11 @@ impl Sessions {
             models,
             numerics: Numerics {
                 build: env!("CARGO_PKG_VERSION").to_owned(),
-                kernels: std::env::consts::ARCH.to_owned(),
+                kernels: kernels::path().to_owned(),
                 dtype: "f32".to_owned(),
             },
             address: self.endpoint.local_address(),
-            host: host::identity(),
+            host: collective::host_id(),
         })
     }
 }

@@ -6,14 +6,14 @@ use std::{
     sync::{Arc, mpsc},
 };
 
-use actix::Addr;
+use actix::{Addr, WeakAddr};
 use bytes::Bytes;
 
 use crate::{
     collective::Collective,
     kernels::lower_thread_priority,
     model::{BaseModel, LoraLayout, TrainState, Workspace},
-    protocol::{BlobRef, OpToken, Operation, RankIndex, RunSpec},
+    protocol::{OpToken, Operation, RankIndex, RunSpec},
     types::{ErrorKind, OperationError, RunId},
 };
 
@@ -69,7 +69,8 @@ struct Compute {
 /// How this thread, and those that store its snapshots, reach the actor.
 #[derive(Clone)]
 struct Outlet {
-    actor: Addr<TrainerRank>,
+    /// Weak, so that the actor ends with its node, and its threads with it.
+    actor: WeakAddr<TrainerRank>,
     control: tokio::runtime::Handle,
 }
 
@@ -80,7 +81,7 @@ pub(super) fn spawn(
     actor: Addr<TrainerRank>,
 ) -> std::io::Result<()> {
     let name = format!("rank-{}", config.slot);
-    let outlet = Outlet { actor, control: tokio::runtime::Handle::current() };
+    let outlet = Outlet { actor: actor.downgrade(), control: tokio::runtime::Handle::current() };
     spawn_guarded(name, config.on_death.clone(), move || {
         lower_thread_priority();
         let tools = Tools { config, workspace: Workspace::default() };
@@ -97,7 +98,8 @@ pub(super) fn spawn(
 impl Outlet {
     /// Waits for room in the mailbox, which no handler blocks. False once the actor has stopped.
     fn deliver(&self, event: Event) -> bool {
-        self.control.block_on(self.actor.send(Deliver(event))).is_ok()
+        let Some(actor) = self.actor.upgrade() else { return false };
+        self.control.block_on(actor.send(Deliver(event))).is_ok()
     }
 }
 
@@ -148,7 +150,7 @@ impl Compute {
             })?,
             None => TrainState::fresh(Arc::new(LoraLayout::new(&model.config, &spec.lora)?)),
         };
-        let collective = (config.join)(&formation)?;
+        let collective = self.join(&formation, &abort)?;
         abort.install(collective.abort_handle());
         let node = formation.roster.iter().find(|seat| seat.rank == formation.rank).map(|seat| seat.node);
         let neighbours = formation.roster.iter().filter(|seat| Some(seat.node) == node).count();
@@ -164,6 +166,37 @@ impl Compute {
         };
         self.runs.insert(held.spec.run, held);
         Ok(())
+    }
+
+    /// Meets the run's other ranks. A peer that died meanwhile would be waited for to the
+    /// deadline: so the meeting is left to a thread of its own, and a release goes on without it.
+    fn join(
+        &self,
+        formation: &Formation,
+        abort: &AbortSwitch,
+    ) -> Result<Box<dyn Collective>, OperationError> {
+        let config = &self.tools.config;
+        if formation.roster.len() == 1 {
+            return (config.join)(formation);
+        }
+        let run = formation.spec.run;
+        let (met, meeting) = mpsc::channel();
+        let called_off = met.clone();
+        abort.install(Box::new(move || {
+            let problem = format!("the ranks of {run} were called off while they met");
+            // Nobody listens once the ranks have met.
+            let _ = called_off.send(Err(OperationError::new(ErrorKind::Unavailable, problem)));
+        }));
+        let (join, formation) = (config.join.clone(), formation.clone());
+        spawn_guarded(format!("rank-{}-join", config.slot), config.on_death.clone(), move || {
+            // Nor if they were called off: what was joined is left again.
+            let _ = met.send(join(&formation));
+        })
+        .map_err(|e| OperationError::new(ErrorKind::ResourceExhausted, format!("joining {run}: {e}")))?;
+        meeting.recv().unwrap_or_else(|_| {
+            let problem = format!("the ranks of {run} could not meet: the joining thread died");
+            Err(OperationError::new(ErrorKind::Internal, problem))
+        })
     }
 
     fn execute(&mut self, token: OpToken, operation: Operation) -> Result<Prepared, Failure> {

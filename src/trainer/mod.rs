@@ -114,3 +114,6 @@ impl Failure {
         Self { error: OperationError::new(kind, message), blame: Blame::Environment }
     }
 }
+
+#[cfg(test)]
+mod tests;
