@@ -169,12 +169,12 @@ impl NodeActor {
 
     fn perform(&mut self, effect: Effect, context: &mut Context<Self>) {
         match effect {
-            Effect::Rank { slot, event } => self.to_rank(slot, Deliver(event)),
+            Effect::Rank { slot, event } => self.tell_rank(slot, Deliver(event)),
             Effect::Stage { replica, policy, base_model, adapter } => {
-                self.to_replica(replica, sampler::Stage { policy, base_model, adapter });
+                self.tell_replica(replica, sampler::Stage { policy, base_model, adapter });
             }
-            Effect::Activate { replica, policy } => self.to_replica(replica, sampler::Activate { policy }),
-            Effect::Retire { replica, policy } => self.to_replica(replica, sampler::Retire { policy }),
+            Effect::Activate { replica, policy } => self.tell_replica(replica, sampler::Activate { policy }),
+            Effect::Retire { replica, policy } => self.tell_replica(replica, sampler::Retire { policy }),
             Effect::Fetch { policy, adapter } => self.fetch(policy, adapter, context.address()),
             Effect::Tell(message) => self.tell(message),
             Effect::Sample { ticket, replica } => self.sample(ticket, replica),
@@ -189,14 +189,14 @@ impl NodeActor {
         }
     }
 
-    fn to_rank(&mut self, slot: u32, message: Deliver) {
+    fn tell_rank(&mut self, slot: u32, message: Deliver) {
         let rank = self.ranks.get(slot as usize);
         if rank.is_some_and(|rank| rank.try_send(message).is_err()) {
             self.close("a rank takes no messages");
         }
     }
 
-    fn to_replica<M>(&mut self, replica: u32, message: M)
+    fn tell_replica<M>(&mut self, replica: u32, message: M)
     where
         M: actix::Message + Send + 'static,
         M::Result: Send,
