@@ -1,0 +1,127 @@
+//! Holds ARCHITECTURE.md's "may not" column by reading the sources.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// A word that only some rooms may use, and why.
+struct Rule {
+    word: &'static str,
+    /// Rooms (folders of `src/`) that may; everything else may not.
+    allowed: &'static [&'static str],
+    reason: &'static str,
+}
+
+const RULES: &[Rule] = &[
+    Rule { word: "quinn::", allowed: &["transport"], reason: "ask transport for a connection" },
+    Rule { word: "rustls::", allowed: &["transport"], reason: "trust is transport's business" },
+    Rule { word: "rcgen::", allowed: &["transport"], reason: "certificates are transport's business" },
+    Rule { word: "bincode::", allowed: &["protocol"], reason: "protocol encodes every message" },
+    Rule { word: "rusqlite::", allowed: &["journal"], reason: "append records to the journal" },
+    Rule { word: "object_store::", allowed: &["store"], reason: "blobs go through store" },
+    Rule { word: "actix_web::", allowed: &["gateway"], reason: "only the gateway knows HTTP" },
+    Rule { word: "crate::coordinator", allowed: &["coordinator", "service"], reason: "speak its protocol" },
+    Rule { word: "actix::", allowed: &["coordinator", "node", "trainer", "sampler"], reason: "no actor here" },
+    Rule {
+        word: "anyhow::",
+        allowed: &["main.rs", "cli"],
+        reason: "a library's errors are enums that say whose fault it is",
+    },
+    Rule { word: ".do_send(", allowed: &[], reason: "it drops silently; use try_send with a rule for Full" },
+    Rule { word: "todo!(", allowed: &[], reason: "nothing unfinished lands" },
+    Rule { word: "unimplemented!(", allowed: &[], reason: "nothing unfinished lands" },
+];
+
+/// What a pure state machine may not know: `(word, reason)`.
+const IMPURE: &[(&str, &str)] = &[
+    ("tokio::", "the actor performs effects"),
+    ("actix", "the actor performs effects"),
+    ("Instant::now", "time comes in with the event"),
+    ("SystemTime", "time comes in with the event"),
+    ("getrandom", "randomness comes in with the event"),
+    ("std::fs", "the actor performs effects"),
+    ("std::thread", "the actor performs effects"),
+];
+
+fn sources(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).expect("a source folder");
+    let mut files: Vec<PathBuf> = entries
+        .map(|entry| entry.expect("a folder's entry").path())
+        .flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] })
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .collect();
+    files.sort();
+    files
+}
+
+/// The lines of code of a file, numbered: no comments, and nothing from its tests on.
+fn code(path: &Path) -> Vec<(usize, String)> {
+    let text = fs::read_to_string(path).expect("a source file");
+    text.lines()
+        .enumerate()
+        .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
+        .map(|(number, line)| (number + 1, line.split("//").next().unwrap_or_default().to_owned()))
+        .collect()
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+#[test]
+fn each_room_keeps_to_its_job() {
+    let mut broken = Vec::new();
+    for path in sources(&root()) {
+        let relative = path.strip_prefix(root()).expect("below src").to_owned();
+        let room = relative.components().next().map(|c| c.as_os_str().to_string_lossy().into_owned());
+        let room = room.unwrap_or_default();
+        if relative.components().any(|c| c.as_os_str() == "tests" || c.as_os_str() == "tests.rs") {
+            continue;
+        }
+        for (number, line) in code(&path) {
+            for rule in RULES.iter().filter(|rule| line.contains(rule.word)) {
+                if !rule.allowed.contains(&room.as_str()) {
+                    broken.push(format!("src/{}:{number}: `{}`: {}", relative.display(), rule.word, rule.reason));
+                }
+            }
+        }
+    }
+    assert!(broken.is_empty(), "\n{}", broken.join("\n"));
+}
+
+#[test]
+fn state_machines_are_pure() {
+    let mut broken = Vec::new();
+    let mut seen = 0;
+    for path in sources(&root()) {
+        let is_state = path.components().any(|c| c.as_os_str() == "state")
+            || path.file_name().is_some_and(|name| name == "state.rs");
+        let is_actor_room = ["coordinator", "trainer", "sampler"]
+            .iter()
+            .any(|room| path.starts_with(root().join(room)));
+        if !(is_state && is_actor_room) {
+            continue;
+        }
+        seen += 1;
+        for (number, line) in code(&path) {
+            for (word, reason) in IMPURE.iter().filter(|(word, _)| line.contains(word)) {
+                broken.push(format!("{}:{number}: `{word}`: {reason}", path.display()));
+            }
+        }
+    }
+    assert!(seen >= 3, "coordinator, trainer and sampler each have a state machine; found {seen}");
+    assert!(broken.is_empty(), "\n{}", broken.join("\n"));
+}
+
+#[test]
+fn a_file_has_one_subject() {
+    let long: Vec<String> = sources(&root())
+        .into_iter()
+        .filter_map(|path| {
+            let lines = fs::read_to_string(&path).expect("a source file").lines().count();
+            (lines > 500).then(|| format!("{} has {lines} lines", path.display()))
+        })
+        .collect();
+    assert!(long.is_empty(), "past 500 lines a file has a second subject; give it a file:\n{}", long.join("\n"));
+}
