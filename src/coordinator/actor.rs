@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use actix::{Actor, Addr, AsyncContext, Context, Handler, Message};
+use actix::{Actor, ActorContext, Addr, AsyncContext, Context, Handler, Message};
 use tokio::{
     sync::{mpsc, oneshot},
     task::AbortHandle,
@@ -180,6 +180,8 @@ impl Coordinator {
                 if let Some(stopped) = self.stopped.take() {
                     let _ = stopped.send(());
                 }
+                // Whoever still sends finds the mailbox closed.
+                ctx.stop();
             }
         }
         None

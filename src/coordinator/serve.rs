@@ -35,6 +35,9 @@ use super::{
 /// Connections at once: nodes, gateways and clients.
 const CONNECTIONS_MAX: usize = 1_024;
 
+/// Control streams at once.
+const NODES_MAX: u32 = 512;
+
 /// Streams of one connection at once: a gateway has one for each request that it holds.
 const STREAMS_MAX: usize = 4_352;
 
@@ -81,6 +84,7 @@ pub async fn serve(
         next_waiter: AtomicU64::new(1),
         next_node: AtomicU32::new(1),
         connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        nodes: Semaphore::new(NODES_MAX as usize),
     });
 
     let ended = tokio::select! {
@@ -109,9 +113,8 @@ async fn drain(
         ended = accept(server.clone(), endpoint) => return Err(ended),
         stopped = stopped => stopped.map_err(|_| CoordinatorError::ActorDied)?,
     }
-    // The last connection's permit comes back when the last node has hung up.
-    let everyone = server.connections.acquire_many(CONNECTIONS_MAX as u32);
-    let _ = tokio::time::timeout(FAREWELL, everyone).await;
+    // The last permit comes back when the last node has hung up.
+    let _ = tokio::time::timeout(FAREWELL, server.nodes.acquire_many(NODES_MAX)).await;
     Ok(())
 }
 
@@ -137,6 +140,7 @@ struct Server {
     next_waiter: AtomicU64,
     next_node: AtomicU32,
     connections: Arc<Semaphore>,
+    nodes: Semaphore,
 }
 
 impl Server {
@@ -273,6 +277,9 @@ impl Server {
 
     /// A node's control stream, both ways, for as long as it lasts.
     async fn node(&self, connection: Connection, hello: NodeHello, stream: Stream) {
+        let Ok(_permit) = self.nodes.try_acquire() else {
+            return connection.close("the cluster has as many nodes as it can");
+        };
         let Stream { send, mut recv } = stream;
         let node = NodeId(self.next_node.fetch_add(1, Ordering::Relaxed));
         let (control, queue) = mpsc::channel(CONTROL_QUEUE);

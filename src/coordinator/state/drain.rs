@@ -23,6 +23,11 @@ impl State {
         }
     }
 
+    /// Whether the last effect has been said.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.drain.as_ref().is_some_and(|drain| drain.stopped)
+    }
+
     /// Ends once nothing is left to wait for, or the time is up. What is not finished then is
     /// in the journal without an outcome and runs after the next start.
     pub(super) fn continue_drain(&mut self) {

@@ -47,7 +47,7 @@ impl State {
         if !self.begin_snapshot_if_due(id) {
             return;
         }
-        if self.drain.is_some() || self.move_if_better(id) {
+        if self.drain.is_some() || self.rest(id) || self.move_if_better(id) {
             return;
         }
         let Some(run) = self.runs.get(&id) else { return };

@@ -116,8 +116,12 @@ enum Appending {
 }
 
 impl State {
-    /// Takes in one event and says what to do. `now_ms` never falls.
+    /// Takes in one event and says what to do; nothing once it has said [`Effect::Stop`]. `now_ms`
+    /// never falls.
     pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Effect> {
+        if self.has_stopped() {
+            return Vec::new();
+        }
         self.wall_ms = now_ms;
         if matches!(event, Event::Tick) {
             self.notice_slip(now_ms);
@@ -158,6 +162,7 @@ impl State {
         for run in runs {
             self.expire_waiters(run);
             self.expire_work(run);
+            self.rest_if_idle(run);
             self.advance(run);
         }
         self.expire_stages();
@@ -223,3 +228,6 @@ fn ms(duration: std::time::Duration) -> u64 {
 fn fault(message: impl Into<String>) -> OperationError {
     Refusal::Fault(message.into()).into()
 }
+
+#[cfg(test)]
+pub(super) mod tests;

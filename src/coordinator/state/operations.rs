@@ -42,6 +42,7 @@ impl State {
         if run.unfinished() >= QUEUE_MAX {
             return Err(Refusal::QueueFull { run: id, bound: QUEUE_MAX });
         }
+        (run.resting, run.last_used_ms) = (false, self.now_ms);
         let seq = OperationSeq(run.next_seq);
         run.next_seq += 1;
         run.accepted_incarnation += u32::from(begins_incarnation(&operation));

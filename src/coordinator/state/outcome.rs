@@ -143,6 +143,7 @@ impl State {
             return;
         }
         let Work::Conclude(conclusion) = std::mem::replace(&mut run.work, Work::Idle) else { return };
+        run.last_used_ms = now_ms;
         let Conclusion { outcome, token, resolved, checkpoint, publish, .. } = *conclusion;
         run.finish(seq, outcome.clone(), resolved);
         if let Some(token) = token {
@@ -156,10 +157,13 @@ impl State {
             self.adopt_lora(id, seq);
         }
         if let Some(stored) = checkpoint {
+            if let (Some(policy), Some(adapter)) = (stored.policy, stored.file(ADAPTER_FILE)) {
+                self.policies.learn(policy, &stored.checkpoint.base_model, adapter);
+            }
             self.checkpoints.insert(stored);
         }
         match publish {
-            Some((policy, adapter)) => self.publish(id, Publication { seq, policy }, adapter),
+            Some((policy, _)) => self.publish(id, Publication { seq, policy }),
             None => self.show(id, seq),
         }
         self.advance(id);

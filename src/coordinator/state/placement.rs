@@ -24,6 +24,13 @@ const SETBACKS_MAX: u32 = 3;
 const RETRY_MS: u64 = 1_000;
 const RETRY_MAX_MS: u64 = 30_000;
 
+/// Runs whose state one slot holds; a rank refuses more than 64.
+const RUNS_PER_SLOT: usize = 60;
+
+/// A run that nobody has used for this long gives its ranks back. Its next operation forms them
+/// again from a snapshot.
+const IDLE_MS: u64 = 30 * 60_000;
+
 /// A slot that could take a rank.
 struct Slot {
     node: NodeId,
@@ -51,6 +58,9 @@ impl State {
         let enough = slots.len() >= run.replicas() as usize;
         if slots.is_empty() || !(enough || grace_over) {
             return;
+        }
+        if slots.iter().all(|slot| slot.held >= RUNS_PER_SLOT) {
+            return self.make_room();
         }
         let roster = self.seat(slots, run.replicas());
         let deadline_ms = now_ms + ms(self.limits.form_deadline);
@@ -235,6 +245,35 @@ impl State {
             run.refill = false;
         }
         better
+    }
+
+    /// Marks a run that nobody has used for long, so that its memory becomes free.
+    pub(super) fn rest_if_idle(&mut self, id: RunId) {
+        let now_ms = self.now_ms;
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let idle = now_ms.saturating_sub(run.last_used_ms) >= IDLE_MS && run.unfinished() == 0;
+        run.resting |= idle && matches!(run.ranks, Ranks::Formed { .. });
+    }
+
+    /// Marks the run that was unused for longest, if slots are full: the next tick finds room.
+    fn make_room(&mut self) {
+        let formed = self.runs.values_mut().filter(|run| matches!(run.ranks, Ranks::Formed { .. }));
+        let idle = formed.filter(|run| run.unfinished() == 0);
+        if let Some(run) = idle.min_by_key(|run| run.last_used_ms) {
+            run.resting = true;
+        }
+    }
+
+    /// Lets a resting run's ranks go, its state being written down; says whether it rests.
+    pub(super) fn rest(&mut self, id: RunId) -> bool {
+        let Some(run) = self.runs.get_mut(&id) else { return false };
+        if !run.resting {
+            return false;
+        }
+        run.resting = false;
+        run.wanted = false;
+        self.release(id);
+        true
     }
 
     /// Lets the ranks of a run go that nothing is in flight on.

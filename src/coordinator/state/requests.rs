@@ -147,10 +147,11 @@ impl State {
         Ok(None)
     }
 
-    pub(super) fn run_durable(&mut self, run: Run, waiter: WaiterId, result: Result<(), String>) {
+    pub(super) fn run_durable(&mut self, mut run: Run, waiter: WaiterId, result: Result<(), String>) {
         match result {
             Ok(()) => {
                 let id = run.id;
+                run.last_used_ms = self.now_ms;
                 self.respond(waiter, ClientResponse::Run(run.info()));
                 self.runs.insert(id, run);
                 self.advance(id);

@@ -48,6 +48,9 @@ pub(super) struct Run {
     pub wanted: bool,
     /// More slots are there than the rank set uses.
     pub refill: bool,
+    /// Nobody has asked for anything in a long time: its ranks go once its state is written down.
+    pub resting: bool,
+    pub last_used_ms: u64,
     /// Rank sets lost in a row without an operation done in between.
     pub setbacks: u32,
     pub retry_ms: u64,
@@ -174,6 +177,8 @@ impl Run {
             work: Work::Idle,
             wanted: true,
             refill: false,
+            resting: false,
+            last_used_ms: 0,
             setbacks: 0,
             retry_ms: 0,
             broken: None,

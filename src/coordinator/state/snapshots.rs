@@ -30,7 +30,7 @@ impl State {
         let draining = self.drain.is_some();
         let every = self.limits.snapshot_every_steps as usize;
         let Some(run) = self.runs.get(&id) else { return false };
-        let urgent = draining || run.refill;
+        let urgent = draining || run.refill || run.resting;
         if run.snapshotting.is_some() {
             return !urgent;
         }

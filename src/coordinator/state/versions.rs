@@ -98,13 +98,12 @@ impl Policies {
 }
 
 impl State {
-    /// Begins to make a policy the run's live one; its outcome and slot are durable.
-    pub(super) fn publish(&mut self, id: RunId, publication: Publication, adapter: BlobRef) {
+    /// Begins to make a policy the run's live one; its outcome and slot are durable, its
+    /// adapter is known.
+    pub(super) fn publish(&mut self, id: RunId, publication: Publication) {
         let policy = publication.policy;
         let Some(run) = self.runs.get_mut(&id) else { return };
         run.publishing = Some(publication);
-        let base_model = run.create.base_model.clone();
-        self.policies.learn(policy, &base_model, adapter);
         self.stage_everywhere(policy);
         self.continue_publish(policy);
     }

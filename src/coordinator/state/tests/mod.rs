@@ -1,0 +1,5 @@
+//! One rule a test; what many rules make of a history of accidents is `tests/simulation`.
+
+pub(in crate::coordinator) mod desk;
+mod runs;
+mod samplers;

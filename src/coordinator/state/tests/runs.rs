@@ -1,0 +1,646 @@
+//! Runs: creation, the queue, ranks, outcomes, recovery.
+
+use crate::{
+    coordinator::state::{Effect, Event, operations::QUEUE_MAX},
+    journal::{Outcome, Record, Recovered, RecoveredOperation, RecoveredRun},
+    protocol::{
+        Blame, ClientRequest, ClientResponse, CoordinatorMessage, Epoch, Generation, NodeId, NodeMessage,
+        Operation, OperationKey, OperationSeq, OperationStatus, RankIndex, SubmitOperation,
+    },
+    types::{CheckpointTarget, Digest, ErrorKind, LoraConfig, OperationError, SessionId},
+};
+
+use super::desk::{
+    Desk, MODEL, RUN, blob, create, forward_backward, hello, init, load, optim_step, save_state,
+};
+
+fn session(desk: &mut Desk) -> SessionId {
+    match desk.asked(ClientRequest::CreateSession) {
+        ClientResponse::Session(session) => session,
+        other => panic!("no session: {other:?}"),
+    }
+}
+
+#[test]
+fn a_run_is_journaled_with_every_default() {
+    let desk = Desk::with_run(&[(2, 0), (1, 0)], None);
+    let Some(Record::Run { create, .. }) = desk.records.iter().find(|r| matches!(r, Record::Run { .. }))
+    else {
+        panic!("no run")
+    };
+    assert_eq!((create.base_model.as_str(), create.replicas), (MODEL, Some(3)));
+    assert_eq!((create.max_seq_len, create.micro_batch_tokens), (Some(32), Some(1_024)));
+    assert_eq!(create.name.as_deref(), Some(MODEL));
+}
+
+#[test]
+fn ranks_are_spread_over_nodes_first() {
+    let desk = Desk::with_run(&[(2, 0), (2, 0)], Some(3));
+    let roster = desk.sent.iter().find_map(|(_, message)| match message {
+        CoordinatorMessage::FormRanks { roster, .. } => Some(roster.clone()),
+        _ => None,
+    });
+    let seats: Vec<_> = roster.unwrap().iter().map(|seat| (seat.rank.0, seat.node.0, seat.slot)).collect();
+    assert_eq!(seats, [(0, 1, 0), (1, 2, 0), (2, 1, 1)]);
+}
+
+#[test]
+fn refuses_more_replicas_than_slots_with_both_numbers() {
+    let mut desk = Desk::new();
+    desk.join(1, 2, 0);
+    let session = session(&mut desk);
+    let error = desk.refused(ClientRequest::CreateRun(create(session, Some(3))));
+    assert_eq!(error.kind, ErrorKind::InvalidInput);
+    assert!(
+        error.message.contains("3 asked for") && error.message.contains("has 2 trainer slots"),
+        "{error}"
+    );
+    let error = desk.refused(ClientRequest::CreateRun(create(session, Some(0))));
+    assert!(error.message.starts_with("`replicas`: must be at least 1"), "{error}");
+}
+
+#[test]
+fn refuses_what_a_run_can_not_be() {
+    let mut desk = Desk::new();
+    desk.join(1, 1, 0);
+    let session = session(&mut desk);
+    let mut refused = |change: fn(&mut crate::protocol::CreateRun)| {
+        let mut create = create(session, None);
+        change(&mut create);
+        desk.refused(ClientRequest::CreateRun(create)).message
+    };
+    let unknown = refused(|create| create.base_model = "other".into());
+    assert!(unknown.contains("\"other\" is not offered; offered: org/model"), "{unknown}");
+    assert!(
+        refused(|create| create.lora = LoraConfig::new(0, 1)).starts_with("`lora.rank`: must be at least 1")
+    );
+    assert!(
+        refused(|create| create.lora = LoraConfig::new(4_096, 1)).starts_with("`lora.rank`: must be 1 to")
+    );
+    assert!(
+        refused(|create| create.max_seq_len = Some(33)).starts_with("`max_seq_len`: must be 1 to 32, got 33")
+    );
+    assert!(refused(|create| create.micro_batch_tokens = Some(0)).starts_with("`micro_batch_tokens`"));
+    assert!(refused(|create| create.session = SessionId(9)).contains("session-9 does not exist"));
+}
+
+#[test]
+fn a_starting_service_holds_requests_until_a_node_joins() {
+    let mut desk = Desk::new();
+    let session = session(&mut desk);
+    let waiter = desk.ask(ClientRequest::CreateRun(create(session, None)));
+    desk.pass(10_000);
+    assert_eq!(desk.answer(waiter), None);
+    desk.join(1, 1, 0);
+    assert!(matches!(desk.answer(waiter), Some(ClientResponse::Run(_))));
+}
+
+#[test]
+fn a_service_without_nodes_refuses_in_the_end() {
+    let mut desk = Desk::new();
+    let session = session(&mut desk);
+    let waiter = desk.ask(ClientRequest::CreateRun(create(session, None)));
+    desk.pass(21_000);
+    assert!(
+        matches!(desk.answer(waiter), Some(ClientResponse::Error(e)) if e.message.contains("nothing yet"))
+    );
+}
+
+#[test]
+fn one_key_is_one_operation() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    assert_eq!(desk.submit(1, init()), ClientResponse::Accepted { seq: OperationSeq(1) });
+    assert_eq!(desk.submit(2, optim_step()), ClientResponse::Accepted { seq: OperationSeq(2) });
+    assert_eq!(desk.submit(1, init()), ClientResponse::Accepted { seq: OperationSeq(1) });
+    let operations = desk.records.iter().filter(|r| matches!(r, Record::Operation { .. })).count();
+    assert_eq!(operations, 2);
+    let submit = SubmitOperation { run: RUN, key: OperationKey([1; 16]), operation: optim_step() };
+    let error = desk.refused(ClientRequest::Submit(submit));
+    assert_eq!(error.kind, ErrorKind::InvalidInput);
+    assert!(error.message.starts_with("`key`"), "{error}");
+}
+
+#[test]
+fn a_retry_before_the_operation_is_durable_waits_with_the_first() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.durable = false;
+    let submit =
+        || ClientRequest::Submit(SubmitOperation { run: RUN, key: OperationKey([1; 16]), operation: init() });
+    let waiters = [desk.ask(submit()), desk.ask(submit())];
+    assert!(waiters.iter().all(|waiter| desk.answer(*waiter).is_none()));
+    let [Effect::Append { append, .. }] = desk.others[..] else { panic!("{:?}", desk.others) };
+    desk.feed(Event::Appended { append, result: Ok(()) });
+    for waiter in waiters {
+        assert_eq!(desk.answer(waiter), Some(&ClientResponse::Accepted { seq: OperationSeq(1) }));
+    }
+}
+
+#[test]
+fn an_operation_that_can_not_be_written_leaves_no_trace() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.durable = false;
+    let submit = SubmitOperation { run: RUN, key: OperationKey([1; 16]), operation: init() };
+    let waiter = desk.ask(ClientRequest::Submit(submit));
+    let Some(Effect::Append { append, .. }) = desk.others.pop() else { panic!("nothing was written") };
+    desk.feed(Event::Appended { append, result: Err("no space".into()) });
+    assert!(
+        matches!(desk.answer(waiter), Some(ClientResponse::Error(e)) if e.kind == ErrorKind::ResourceExhausted)
+    );
+    desk.durable = true;
+    let waiter = desk.run(1, optim_step());
+    desk.done(waiter);
+}
+
+#[test]
+fn the_queue_of_a_run_is_bounded() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.answering = false;
+    let submit = |i: usize| {
+        let mut key = [0; 16];
+        key[..8].copy_from_slice(&i.to_le_bytes());
+        ClientRequest::Submit(SubmitOperation { run: RUN, key: OperationKey(key), operation: optim_step() })
+    };
+    for i in 0..QUEUE_MAX {
+        assert!(matches!(desk.asked(submit(i)), ClientResponse::Accepted { .. }));
+    }
+    assert_eq!(desk.refused(submit(QUEUE_MAX)).kind, ErrorKind::ResourceExhausted);
+}
+
+#[test]
+fn refuses_operations_that_no_rank_needs_to_see() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    let mut refused = |operation: Operation| {
+        let submit = SubmitOperation { run: RUN, key: OperationKey([9; 16]), operation };
+        let error = desk.refused(ClientRequest::Submit(submit));
+        assert_eq!(error.kind, ErrorKind::InvalidInput);
+        error.message
+    };
+    assert!(refused(Operation::Init { lora: LoraConfig::new(0, 1) }).starts_with("`lora.rank`"));
+    for name in ["", ".hidden", "a/b", "é"] {
+        assert!(refused(save_state(name)).starts_with("`name`"), "{name:?}");
+    }
+    assert!(refused(save_state(&"x".repeat(256))).starts_with("`name`"));
+    for path in
+        ["", "file:///x", "bt://loops:run-1/other/x", "bt://loops:run-1/weights/.x", "bt://loops:x/weights/y"]
+    {
+        assert!(refused(load(path)).starts_with("`path`"), "{path:?}");
+    }
+    let path = "bt://loops:run-1/sampler_weights/x".to_owned();
+    assert!(
+        refused(Operation::LoadState { path, with_optimizer: true, source: None }).contains("no optimiser")
+    );
+    let Operation::OptimStep { mut adam } = optim_step() else { unreachable!() };
+    adam.beta1 = 1.0;
+    assert!(refused(Operation::OptimStep { adam }).starts_with("`adam_params.beta1`"));
+}
+
+#[test]
+fn an_outcome_is_durable_before_ranks_commit_and_waiters_see_it() {
+    let mut desk = Desk::with_run(&[(2, 0)], None);
+    desk.answering = false;
+    let waiter = desk.run(1, init());
+    let [(node, token, operation)] = desk.executed().try_into().unwrap();
+    desk.durable = false;
+    let first = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, first);
+    assert!(desk.others.is_empty(), "one of two ranks has answered");
+    let second = desk.prepared(token, RankIndex(1), &operation);
+    desk.say(node, second);
+    assert!(desk.sent.is_empty() && desk.status(waiter).is_none());
+    let Some(Effect::Append { append, records }) = desk.others.pop() else { panic!("nothing is written") };
+    assert!(matches!(records[..], [Record::Outcome { outcome: Outcome::Done { .. }, .. }]));
+    desk.feed(Event::Appended { append, result: Ok(()) });
+    assert_eq!(desk.sent, [(node, CoordinatorMessage::Commit { token })]);
+    desk.done(waiter);
+}
+
+#[test]
+fn an_outcome_that_can_not_be_written_is_written_again() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    let waiter = desk.run(1, init());
+    desk.done(waiter);
+    desk.answering = false;
+    let waiter = desk.run(2, optim_step());
+    let (node, token, operation) = desk.executed().pop().unwrap();
+    desk.durable = false;
+    let prepared = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, prepared);
+    let Some(Effect::Append { append, .. }) = desk.others.pop() else { panic!("nothing is written") };
+    desk.feed(Event::Appended { append, result: Err("no space".into()) });
+    assert_eq!(desk.status(waiter), None);
+    desk.durable = true;
+    desk.answering = true;
+    desk.pass(1_500);
+    desk.done(waiter);
+}
+
+#[test]
+fn a_refused_operation_is_an_outcome_and_the_queue_goes_on() {
+    let mut desk = Desk::with_run(&[(2, 0)], None);
+    desk.answering = false;
+    let bad = desk.run(1, forward_backward());
+    let good = desk.run(2, optim_step());
+    let (node, token, _) = desk.executed().pop().unwrap();
+    for rank in [0, 1] {
+        let error = OperationError::new(ErrorKind::InvalidInput, format!("rank {rank}: token 7 is unknown"));
+        let blame = Blame::Operation;
+        desk.say(node, NodeMessage::OperationFailed { token, rank: RankIndex(rank), error, blame });
+    }
+    assert_eq!(desk.failed(bad).kind, ErrorKind::InvalidInput);
+    assert_eq!(desk.sent[0], (node, CoordinatorMessage::Discard { token }));
+    let (_, token, _) = desk.executed().pop().unwrap();
+    assert_eq!((token.seq, desk.status(good)), (OperationSeq(2), None));
+}
+
+#[test]
+fn ranks_that_disagree_quarantine_the_run() {
+    let mut desk = Desk::with_run(&[(1, 0), (1, 0)], None);
+    desk.answering = false;
+    let waiter = desk.run(1, init());
+    let behind = desk.run(2, optim_step());
+    for (i, (node, token, operation)) in desk.executed().into_iter().enumerate() {
+        let mut message = desk.prepared(token, RankIndex(i as u32), &operation);
+        if let (1, NodeMessage::Prepared { state, .. }) = (i, &mut message) {
+            *state = Digest::of(b"another");
+        }
+        desk.say(node, message);
+    }
+    assert!(desk.failed(waiter).message.contains("rank 0 and rank 1 disagree on operation 1"));
+    assert!(desk.failed(behind).message.contains("quarantined"));
+    assert_eq!(desk.count(|m| matches!(m, CoordinatorMessage::Commit { .. })), 0);
+    let submit = SubmitOperation { run: RUN, key: OperationKey([3; 16]), operation: optim_step() };
+    assert_eq!(desk.refused(ClientRequest::Submit(submit)).kind, ErrorKind::Internal);
+}
+
+#[test]
+fn a_lost_node_fails_its_operation_by_name_and_the_run_goes_on_with_fewer_ranks() {
+    let mut desk = Desk::with_run(&[(1, 0), (1, 0)], None);
+    let waiter = desk.run(1, init());
+    desk.done(waiter);
+    desk.answering = false;
+    let lost = desk.run(2, forward_backward());
+    let next = desk.run(3, optim_step());
+    desk.sent.clear();
+    desk.lose(2);
+    let error = desk.failed(lost);
+    assert!(error.kind == ErrorKind::Unavailable && error.message.contains("node node2 was lost"), "{error}");
+    assert_eq!(desk.count(|m| matches!(m, CoordinatorMessage::ReleaseRanks { .. })), 1);
+    desk.answering = true;
+    desk.pass(2_500);
+    assert_eq!(desk.status(next), None, "it may come back");
+    desk.pass(1_000);
+    desk.done(next);
+    let replayed: Vec<u64> = desk.executed().into_iter().map(|(_, token, _)| token.seq.0).collect();
+    assert_eq!(replayed, [1, 3], "the failed operation is not repeated");
+}
+
+#[test]
+fn a_node_that_joins_refills_the_rank_set() {
+    let mut desk = Desk::with_run(&[(1, 0), (1, 0)], None);
+    let waiter = desk.run(1, init());
+    desk.done(waiter);
+    desk.lose(2);
+    desk.pass(4_000);
+    desk.sent.clear();
+    desk.join(3, 1, 0);
+    let restored = desk.sent.iter().filter_map(|(node, message)| match message {
+        CoordinatorMessage::FormRanks { roster, restore, .. } => Some((node.0, roster.len(), *restore)),
+        _ => None,
+    });
+    let restored: Vec<_> = restored.collect();
+    assert_eq!(restored, [(1, 2, Some(blob("snapshot 1"))), (3, 2, Some(blob("snapshot 1")))]);
+}
+
+#[test]
+fn answers_of_an_earlier_rank_set_are_not_heard() {
+    let mut desk = Desk::with_run(&[(1, 0), (1, 0)], Some(1));
+    desk.answering = false;
+    let waiter = desk.run(1, init());
+    let (node, token, operation) = desk.executed().pop().unwrap();
+    desk.answering = true;
+    desk.feed(Event::NodeLost { node, reason: "reset".into() });
+    desk.failed(waiter);
+    desk.pass(4_000);
+    desk.answering = false;
+    let second = desk.run(2, init());
+    let (node, current, _) = desk.executed().pop().unwrap();
+    assert!(current.generation > token.generation);
+    let stale = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, stale);
+    let stale = desk.prepared(
+        crate::protocol::OpToken { generation: token.generation, ..current },
+        RankIndex(0),
+        &operation,
+    );
+    desk.say(node, stale);
+    assert_eq!(desk.status(second), None);
+}
+
+#[test]
+fn an_operation_has_a_deadline_that_names_the_node() {
+    let mut desk = Desk::with_run(&[(1, 0), (1, 0)], None);
+    desk.answering = false;
+    let waiter = desk.run(1, init());
+    let (node, token, operation) = desk.executed().remove(0);
+    let prepared = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, prepared);
+    for _ in 0..620 {
+        for node in [1, 2] {
+            desk.say(NodeId(node), NodeMessage::Pong { nonce: 0 });
+        }
+        desk.pass(1_000);
+    }
+    // The waiter was answered `Pending` long before.
+    assert_eq!(desk.status(waiter), Some(&OperationStatus::Pending));
+    let again = desk.ask(ClientRequest::WaitOperation { run: RUN, seq: OperationSeq(1), hold_ms: 0 });
+    assert!(desk.failed(again).message.contains("node node2 did not finish it within 600 s"));
+}
+
+#[test]
+fn a_silent_node_is_lost_and_a_stalled_coordinator_blames_nobody() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.now_ms += 60_000; // Nobody ran.
+    desk.feed(Event::Tick);
+    desk.pass(2_000);
+    assert_eq!(desk.others, []);
+    desk.answering = false;
+    desk.pass(16_000);
+    assert!(
+        matches!(&desk.others[..], [Effect::Dismiss { node: NodeId(1), reason }] if reason.contains("silent"))
+    );
+}
+
+#[test]
+fn a_node_of_the_same_name_replaces_the_earlier() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.feed(Event::NodeJoined { node: NodeId(2), hello: hello("node1", 1, 0) });
+    assert!(matches!(&desk.others[..], [Effect::Dismiss { node: NodeId(1), .. }]));
+    let waiter = desk.run(1, init());
+    desk.done(waiter);
+}
+
+#[test]
+fn a_node_of_another_protocol_is_refused() {
+    let mut desk = Desk::new();
+    let hello = crate::protocol::NodeHello { protocol_version: 99, ..hello("old", 1, 0) };
+    desk.feed(Event::NodeJoined { node: NodeId(1), hello });
+    assert!(matches!(&desk.others[..], [Effect::Dismiss { reason, .. }] if reason.contains("protocol 99")));
+}
+
+#[test]
+fn a_load_finds_what_a_queued_save_leaves() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.answering = false;
+    desk.run(1, save_state("a"));
+    let waiter = desk.run(2, load("bt://loops:run-1/weights/a/"));
+    let missing = desk.run(3, load("bt://loops:run-1/weights/b"));
+    let (node, token, operation) = desk.executed().pop().unwrap();
+    desk.answering = true;
+    let prepared = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, prepared);
+    desk.done(waiter);
+    let [(_, _, Operation::LoadState { source: Some(source), .. })] = &desk.executed()[..] else {
+        panic!("loaded without source")
+    };
+    assert_eq!((source.target, source.blob), (CheckpointTarget::Trainer, blob("state at 0 as a")));
+    let journaled = desk.records.iter().filter_map(|record| match record {
+        Record::Operation {
+            seq: OperationSeq(2), operation: Operation::LoadState { source, .. }, ..
+        } => Some(*source),
+        _ => None,
+    });
+    assert_eq!(journaled.collect::<Vec<_>>(), [None, Some(*source)]);
+    assert_eq!(desk.failed(missing).kind, ErrorKind::NotFound);
+    assert_eq!(
+        desk.submit(2, load("bt://loops:run-1/weights/a/")),
+        ClientResponse::Accepted { seq: OperationSeq(2) }
+    );
+}
+
+#[test]
+fn incarnations_rise_at_init_and_load() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    for (key, operation) in
+        [init(), optim_step(), save_state("a"), load("bt://loops:run-1/weights/a"), optim_step()]
+            .into_iter()
+            .enumerate()
+    {
+        let waiter = desk.run(key as u8, operation);
+        desk.done(waiter);
+    }
+    let lives: Vec<u32> = desk.executed().into_iter().map(|(_, token, _)| token.incarnation).collect();
+    assert_eq!(lives, [1, 1, 1, 2, 2]);
+}
+
+#[test]
+fn a_saved_name_replaces_the_earlier_checkpoint() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    for (key, operation) in [save_state("a"), optim_step(), save_state("a")].into_iter().enumerate() {
+        let waiter = desk.run(key as u8, operation);
+        desk.done(waiter);
+    }
+    let ClientResponse::Checkpoints(listed) = desk.asked(ClientRequest::ListCheckpoints { run: Some(RUN) })
+    else {
+        panic!("no list")
+    };
+    assert_eq!(
+        listed.iter().map(|c| (c.step, c.path.as_str())).collect::<Vec<_>>(),
+        [(1, "bt://loops:run-1/weights/a")]
+    );
+    let files = ClientRequest::CheckpointFiles { checkpoint: listed[0].id, page_size: 1, page_token: 0 };
+    let ClientResponse::CheckpointFiles(page) = desk.asked(files) else { panic!("no files") };
+    assert_eq!((page.total_count, page.next_page_token), (1, None));
+    assert_eq!(page.presigned_urls[0].url, format!("blob:{}", blob("state at 1 as a").digest));
+    let zero = ClientRequest::CheckpointFiles { checkpoint: listed[0].id, page_size: 0, page_token: 0 };
+    assert!(desk.refused(zero).message.starts_with("`page_size`"));
+}
+
+#[test]
+fn a_snapshot_is_taken_every_eight_steps() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    for key in 0..8 {
+        assert_eq!(desk.count(|m| matches!(m, CoordinatorMessage::TakeSnapshot { .. })), 0);
+        let waiter = desk.run(key, optim_step());
+        desk.done(waiter);
+    }
+    let taken = |record: &Record| {
+        *record == Record::Snapshot { run: RUN, seq: OperationSeq(8), snapshot: blob("snapshot 8") }
+    };
+    assert!(desk.records.iter().any(taken));
+}
+
+fn recovered(outcome: Option<Outcome>) -> Recovered {
+    let mut create = create(SessionId(1), Some(1));
+    create.base_model = MODEL.to_owned();
+    let operation = |seq: u64, operation, outcome| RecoveredOperation {
+        seq: OperationSeq(seq),
+        key: OperationKey([seq as u8; 16]),
+        incarnation: 1,
+        operation,
+        outcome,
+    };
+    let state = |seq: u64| Digest::of(format!("state {seq}").as_bytes());
+    let done = |seq, step| {
+        let result = crate::protocol::OperationResult::OptimStep(crate::types::OptimStepResponse {
+            metrics: [].into(),
+        });
+        Some(Outcome::Done { result, state: state(seq), step })
+    };
+    let run = RecoveredRun {
+        run: RUN,
+        create,
+        model_digest: Digest::of(b"model"),
+        created_at_ms: 5,
+        snapshot: None,
+        operations: vec![
+            operation(1, init(), done(1, 0)),
+            operation(2, save_state("a"), done(2, 0)),
+            operation(3, optim_step(), outcome),
+            operation(4, optim_step(), None),
+        ],
+        slot: None,
+    };
+    Recovered {
+        epoch: Epoch(2),
+        sessions: vec![SessionId(1)],
+        runs: vec![run],
+        checkpoints: Vec::new(),
+        live_blobs: Vec::new(),
+    }
+}
+
+#[test]
+fn a_restart_repeats_what_changed_the_state_and_goes_on() {
+    let result =
+        crate::protocol::OperationResult::OptimStep(crate::types::OptimStepResponse { metrics: [].into() });
+    let state = Digest::of(b"state 3");
+    let mut desk = Desk::recovered(recovered(Some(Outcome::Done { result, state, step: 1 })));
+    desk.join(1, 1, 0);
+    let executed = desk.executed();
+    let seqs: Vec<u64> = executed.iter().map(|(_, token, _)| token.seq.0).collect();
+    assert_eq!(seqs, [1, 3, 4], "a save changes no state");
+    assert!(
+        executed.iter().all(|(_, token, _)| token.epoch == Epoch(2) && token.generation == Generation(1))
+    );
+    let waiter = desk.ask(ClientRequest::WaitOperation { run: RUN, seq: OperationSeq(4), hold_ms: 0 });
+    desk.done(waiter);
+    assert_eq!(desk.submit(4, optim_step()), ClientResponse::Accepted { seq: OperationSeq(4) });
+    assert_eq!(desk.submit(5, optim_step()), ClientResponse::Accepted { seq: OperationSeq(5) });
+}
+
+#[test]
+fn a_replay_that_comes_out_differently_quarantines_the_run() {
+    let result =
+        crate::protocol::OperationResult::OptimStep(crate::types::OptimStepResponse { metrics: [].into() });
+    let state = Digest::of(b"of another build");
+    let mut desk = Desk::recovered(recovered(Some(Outcome::Done { result, state, step: 1 })));
+    desk.join(1, 1, 0);
+    let waiter = desk.ask(ClientRequest::WaitOperation { run: RUN, seq: OperationSeq(4), hold_ms: 0 });
+    let error = desk.failed(waiter);
+    assert!(error.message.contains("repeating operation 3 gave state"), "{error}");
+}
+
+#[test]
+fn a_step_that_was_not_finite_is_repeated_and_discarded() {
+    let error = OperationError::new(ErrorKind::NotFinite, "the gradient norm is not finite");
+    let mut desk = Desk::recovered(recovered(Some(Outcome::Failed { error: error.clone() })));
+    desk.join(1, 1, 0);
+    // The desk's ranks prepare it: a difference.
+    let waiter = desk.ask(ClientRequest::WaitOperation { run: RUN, seq: OperationSeq(4), hold_ms: 0 });
+    assert!(desk.failed(waiter).message.contains("repeating operation 3"));
+
+    let mut desk = Desk::recovered(recovered(Some(Outcome::Failed { error: error.clone() })));
+    desk.answering = false;
+    desk.join(1, 1, 0);
+    desk.say(NodeId(1), NodeMessage::RanksReady { run: RUN, generation: Generation(1) });
+    let (node, token, operation) = desk.executed().pop().unwrap();
+    let prepared = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, prepared);
+    let (node, token, _) = desk.executed().pop().unwrap();
+    assert_eq!(token.seq, OperationSeq(3));
+    desk.say(
+        node,
+        NodeMessage::OperationFailed { token, rank: RankIndex(0), error, blame: Blame::Operation },
+    );
+    assert_eq!(desk.sent[0], (node, CoordinatorMessage::Discard { token }));
+    assert_eq!(desk.executed()[0].1.seq, OperationSeq(4));
+}
+
+#[test]
+fn a_configuration_that_no_rank_can_hold_breaks_the_run_with_the_reason() {
+    let mut desk = Desk::new();
+    desk.join(1, 1, 0);
+    desk.answering = false;
+    desk.create(None);
+    let error = OperationError::new(ErrorKind::InvalidInput, "`rank`: must be at most 16, got 512");
+    desk.say(NodeId(1), NodeMessage::RanksFailed { run: RUN, generation: Generation(1), error });
+    let submit = SubmitOperation { run: RUN, key: OperationKey([1; 16]), operation: init() };
+    assert!(desk.refused(ClientRequest::Submit(submit)).message.contains("must be at most 16"));
+}
+
+#[test]
+fn a_drain_finishes_what_executes_and_takes_snapshots() {
+    let mut desk = Desk::with_run(&[(1, 1)], None);
+    desk.answering = false;
+    let waiter = desk.run(1, optim_step());
+    let behind = desk.run(2, optim_step());
+    let (node, token, operation) = desk.executed().pop().unwrap();
+    desk.feed(Event::Drain);
+    assert_eq!(desk.refused(ClientRequest::CreateSession).kind, ErrorKind::Unavailable);
+    assert_eq!(desk.others, []);
+    desk.answering = true;
+    let prepared = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, prepared);
+    desk.done(waiter);
+    assert_eq!(desk.status(behind), None, "it runs after the next start");
+    assert!(matches!(desk.records.last(), Some(Record::Snapshot { seq: OperationSeq(1), .. })));
+    assert_eq!(desk.sent.last(), Some(&(node, CoordinatorMessage::Shutdown)));
+    assert_eq!(desk.others, [Effect::Stop]);
+}
+
+#[test]
+fn a_drain_does_not_wait_for_ever() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.answering = false;
+    desk.run(1, optim_step());
+    desk.feed(Event::Drain);
+    for _ in 0..31 {
+        desk.say(NodeId(1), NodeMessage::Pong { nonce: 0 });
+        desk.pass(1_000);
+    }
+    assert_eq!(desk.others, [Effect::Stop]);
+}
+
+#[test]
+fn an_idle_run_gives_its_ranks_back_and_wakes_from_its_snapshot() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    let waiter = desk.run(1, optim_step());
+    desk.done(waiter);
+    desk.sent.clear();
+    desk.pass(31 * 60_000);
+    assert!(desk.records.iter().any(|r| matches!(r, Record::Snapshot { seq: OperationSeq(1), .. })));
+    assert_eq!(desk.count(|m| matches!(m, CoordinatorMessage::ReleaseRanks { .. })), 1);
+    desk.sent.clear();
+    let waiter = desk.run(2, optim_step());
+    desk.done(waiter);
+    let restored = |m: &CoordinatorMessage| matches!(m, CoordinatorMessage::FormRanks { restore: Some(blob), .. } if *blob == super::desk::blob("snapshot 1"));
+    assert_eq!(desk.count(restored), 1);
+    let seqs: Vec<u64> = desk.executed().into_iter().map(|(_, token, _)| token.seq.0).collect();
+    assert_eq!(seqs, [2], "nothing is repeated");
+}
+
+#[test]
+fn a_full_slot_makes_room_for_the_next_run() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    for _ in 0..60 {
+        desk.create(None);
+    }
+    let formed = |desk: &Desk| desk.count(|m| matches!(m, CoordinatorMessage::FormRanks { .. }));
+    assert_eq!(formed(&desk), 60);
+    desk.pass(1_000);
+    assert_eq!(formed(&desk), 61);
+    let ClientResponse::Run(first) = desk.asked(ClientRequest::RunInfo { run: RUN }) else {
+        panic!("no run")
+    };
+    assert_eq!(first.phase, "asleep");
+}

@@ -1,0 +1,292 @@
+//! The coordinator on an in-memory network, with a journal and a store on disk and a node that
+//! speaks the protocol and computes nothing.
+
+use std::{path::Path, time::Duration};
+
+use tokio::sync::oneshot;
+
+use crate::{
+    protocol::{
+        BlobRef, BlobReply, ClientRequest, ClientResponse, CoordinatorMessage, GenerateReply, MAX_MESSAGE,
+        NodeId, Operation, OperationKey, OperationSeq, OperationStatus, Payload, SampleRequest, SampleTarget,
+        StreamOpen, SubmitOperation, decode, encode,
+    },
+    transport::{Connection, Endpoint, MemoryNetwork, Role, Stream},
+    types::{
+        Digest, EncodedTextChunk, ErrorKind, LossFn, LossSpec, ModelInput, ModelInputChunk, RunId,
+        SampleFlags, SampleResult, SampledSequence, SamplingParams, SessionId, StopReason,
+    },
+};
+
+use super::{
+    CoordinatorConfig, CoordinatorError, serve,
+    state::tests::desk::{Desk, MODEL, create, hello, init, publish},
+};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A coordinator that runs until it is told to stop.
+struct Running {
+    network: MemoryNetwork,
+    stop: oneshot::Sender<()>,
+    ended: tokio::task::JoinHandle<Result<(), CoordinatorError>>,
+}
+
+impl Running {
+    fn start(data_dir: &Path) -> Self {
+        let network = MemoryNetwork::default();
+        let endpoint = Endpoint::memory(&network, Role::Coordinator, "coordinator").unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let config = CoordinatorConfig::new(data_dir);
+        let ended = actix_rt::spawn(serve(config, endpoint, async {
+            let _ = stopped.await;
+        }));
+        Self { network, stop, ended }
+    }
+
+    async fn connect(&self, role: Role, name: &str) -> (Endpoint, Connection) {
+        let endpoint = Endpoint::memory(&self.network, role, name).unwrap();
+        let connection = endpoint.connect("memory:coordinator", Role::Coordinator, DEADLINE).await.unwrap();
+        (endpoint, connection)
+    }
+
+    async fn stop(self) -> Result<(), CoordinatorError> {
+        self.stop.send(()).unwrap();
+        tokio::time::timeout(DEADLINE, self.ended).await.expect("it stops").unwrap()
+    }
+}
+
+fn in_system<T>(test: impl Future<Output = T>) -> T {
+    let runtime =
+        || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    actix_rt::System::with_tokio_rt(runtime)
+        .block_on(async { tokio::time::timeout(DEADLINE, test).await.expect("the test ends in time") })
+}
+
+async fn open(connection: &Connection, first: &StreamOpen) -> Stream {
+    let mut stream = connection.open_stream().await.unwrap();
+    stream.send.send_frame(&encode(first)).await.unwrap();
+    stream
+}
+
+async fn ask(connection: &Connection, request: ClientRequest) -> ClientResponse {
+    let mut stream = open(connection, &StreamOpen::Request(request)).await;
+    stream.send.finish().await.unwrap();
+    let frame = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().expect("an answer");
+    decode("response", &frame, MAX_MESSAGE).unwrap()
+}
+
+async fn put(connection: &Connection, blob: BlobRef, bytes: &[u8]) -> BlobReply {
+    let mut stream = open(connection, &StreamOpen::PutBlob { digest: blob.digest, size: blob.size }).await;
+    stream.send.send_bytes(bytes).await.unwrap();
+    stream.send.finish().await.unwrap();
+    let frame = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().expect("an answer");
+    decode("blob reply", &frame, MAX_MESSAGE).unwrap()
+}
+
+fn blob_of(bytes: &[u8]) -> BlobRef {
+    BlobRef { digest: Digest::of(bytes), size: bytes.len() as u64 }
+}
+
+/// Joins and answers everything until the coordinator says to stop.
+async fn node(connection: Connection, name: &'static str) {
+    let mut stream = open(&connection, &StreamOpen::NodeControl(hello(name, 2, 1))).await;
+    let streams = connection.clone();
+    tokio::spawn(async move {
+        while let Ok(mut stream) = streams.accept_stream().await {
+            let frame = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().unwrap();
+            let Ok(StreamOpen::Generate(generate)) = decode("open", &frame, MAX_MESSAGE) else {
+                panic!("no request")
+            };
+            let sequence =
+                SampledSequence { tokens: generate.prompt, logprobs: None, stop_reason: StopReason::Length };
+            let reply = GenerateReply::Done(SampleResult {
+                sequences: vec![sequence],
+                policy_version: generate.policy.map_or(0, |policy| policy.step),
+                prompt_logprobs: None,
+                topk_prompt_logprobs: None,
+            });
+            stream.send.send_frame(&encode(&reply)).await.unwrap();
+            stream.send.finish().await.unwrap();
+        }
+    });
+    let mut desk = Desk::new();
+    let mut id = NodeId(0);
+    while let Ok(Some(frame)) = stream.recv.recv_frame(MAX_MESSAGE).await {
+        let message = decode("message", &frame, MAX_MESSAGE).unwrap();
+        match message {
+            CoordinatorMessage::Welcome { node, .. } => id = node,
+            CoordinatorMessage::Shutdown => break,
+            message => {
+                for answer in desk.ideal_answers(id, message) {
+                    stream.send.send_frame(&encode(&answer)).await.unwrap();
+                }
+            }
+        }
+    }
+    connection.close("told to stop");
+}
+
+async fn create_run(client: &Connection) -> RunId {
+    let ClientResponse::Session(session) = ask(client, ClientRequest::CreateSession).await else {
+        panic!("no session")
+    };
+    match ask(client, ClientRequest::CreateRun(create(session, None))).await {
+        ClientResponse::Run(info) => info.run,
+        other => panic!("no run: {other:?}"),
+    }
+}
+
+async fn run_operation(client: &Connection, run: RunId, key: u8, operation: Operation) -> OperationStatus {
+    let submit = SubmitOperation { run, key: OperationKey([key; 16]), operation };
+    let ClientResponse::Accepted { seq } = ask(client, ClientRequest::Submit(submit)).await else {
+        panic!("not accepted")
+    };
+    match ask(client, ClientRequest::WaitOperation { run, seq, hold_ms: 10_000 }).await {
+        ClientResponse::Operation(status) => status,
+        other => panic!("no status: {other:?}"),
+    }
+}
+
+#[test]
+fn runs_train_publish_and_sample_and_are_there_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    in_system(async {
+        let coordinator = Running::start(folder.path());
+        let (_node_endpoint, connection) = coordinator.connect(Role::Node, "node1").await;
+        let node = tokio::spawn(node(connection, "node1"));
+        let (_endpoint, client) = coordinator.connect(Role::Client, "client").await;
+        let run = create_run(&client).await;
+        assert!(matches!(run_operation(&client, run, 1, init()).await, OperationStatus::Done(_)));
+        assert!(matches!(run_operation(&client, run, 2, publish("v0")).await, OperationStatus::Done(_)));
+        let request = SampleRequest {
+            target: SampleTarget::Live { run, min_version: 0 },
+            prompt: ModelInput {
+                chunks: vec![ModelInputChunk::EncodedText(EncodedTextChunk { tokens: vec![3, 4] })],
+            },
+            num_samples: 1,
+            params: SamplingParams::default(),
+            flags: SampleFlags::default(),
+        };
+        let ClientResponse::Sample { result, policy } = ask(&client, ClientRequest::Sample(request)).await
+        else {
+            panic!("no sample")
+        };
+        assert_eq!((result.sequences[0].tokens.as_slice(), policy.unwrap().run), ([3, 4].as_slice(), run));
+        coordinator.stop().await.unwrap();
+        node.await.unwrap();
+
+        let coordinator = Running::start(folder.path());
+        let (_endpoint, client) = coordinator.connect(Role::Client, "client").await;
+        let ClientResponse::Run(info) = ask(&client, ClientRequest::RunInfo { run }).await else {
+            panic!("no run")
+        };
+        assert_eq!((info.base_model.as_str(), info.live), (MODEL, policy));
+        let again = SubmitOperation { run, key: OperationKey([1; 16]), operation: init() };
+        let accepted = ask(&client, ClientRequest::Submit(again)).await;
+        assert_eq!(accepted, ClientResponse::Accepted { seq: OperationSeq(1) });
+        let session = ask(&client, ClientRequest::CreateSession).await;
+        assert_eq!(session, ClientResponse::Session(SessionId(2)));
+        coordinator.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn a_node_that_goes_away_fails_what_it_was_doing() {
+    let folder = tempfile::tempdir().unwrap();
+    in_system(async {
+        let coordinator = Running::start(folder.path());
+        let (_node_endpoint, connection) = coordinator.connect(Role::Node, "mute").await;
+        let mut control = open(&connection, &StreamOpen::NodeControl(hello("mute", 1, 0))).await;
+        let (_endpoint, client) = coordinator.connect(Role::Client, "client").await;
+        let run = create_run(&client).await;
+        let waiting = {
+            let client = client.clone();
+            tokio::spawn(async move { run_operation(&client, run, 1, init()).await })
+        };
+        // Answers until it has something to compute.
+        let mut desk = Desk::new();
+        loop {
+            let frame = control.recv.recv_frame(MAX_MESSAGE).await.unwrap().unwrap();
+            match decode("message", &frame, MAX_MESSAGE).unwrap() {
+                CoordinatorMessage::Execute { .. } => break,
+                message => {
+                    for answer in desk.ideal_answers(NodeId(1), message) {
+                        control.send.send_frame(&encode(&answer)).await.unwrap();
+                    }
+                }
+            }
+        }
+        connection.close("killed");
+        match waiting.await.unwrap() {
+            OperationStatus::Failed(error) => {
+                assert_eq!(error.kind, ErrorKind::Unavailable);
+                assert!(error.message.contains("node mute was lost"), "{error}");
+            }
+            other => panic!("not failed: {other:?}"),
+        }
+        coordinator.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn blobs_are_checked_against_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    in_system(async {
+        let coordinator = Running::start(folder.path());
+        let (_endpoint, client) = coordinator.connect(Role::Gateway, "gateway").await;
+        let bytes = vec![7; 200_000];
+        assert_eq!(put(&client, blob_of(&bytes), &bytes).await, BlobReply::Stored);
+        let mut stream = open(&client, &StreamOpen::GetBlob { digest: blob_of(&bytes).digest }).await;
+        let frame = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().unwrap();
+        let found: BlobReply = decode("blob reply", &frame, MAX_MESSAGE).unwrap();
+        assert_eq!(found, BlobReply::Found { size: 200_000 });
+        assert_eq!(stream.recv.recv_bytes(200_000).await.unwrap(), bytes);
+
+        let wrong = BlobRef { digest: Digest::of(b"other"), size: 200_000 };
+        assert!(
+            matches!(put(&client, wrong, &bytes).await, BlobReply::Refused(e) if e.kind == ErrorKind::InvalidInput)
+        );
+        let mut stream = open(&client, &StreamOpen::GetBlob { digest: wrong.digest }).await;
+        let frame = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().unwrap();
+        let absent: BlobReply = decode("blob reply", &frame, MAX_MESSAGE).unwrap();
+        assert!(matches!(absent, BlobReply::Refused(e) if e.kind == ErrorKind::NotFound));
+
+        let huge = BlobRef { digest: wrong.digest, size: u64::MAX };
+        let mut stream = open(&client, &StreamOpen::PutBlob { digest: huge.digest, size: huge.size }).await;
+        let frame = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().unwrap();
+        let refused: BlobReply = decode("blob reply", &frame, MAX_MESSAGE).unwrap();
+        assert!(matches!(refused, BlobReply::Refused(e) if e.kind == ErrorKind::ResourceExhausted));
+
+        let operation =
+            Operation::Forward { loss: LossSpec::new(LossFn::CrossEntropy), data: Payload::Blob(wrong) };
+        let submit = SubmitOperation { run: RunId(1), key: OperationKey([1; 16]), operation };
+        let response = ask(&client, ClientRequest::Submit(submit)).await;
+        assert!(matches!(response, ClientResponse::Error(e) if e.message.contains("is not in the store")));
+        coordinator.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn a_role_opens_only_its_own_streams() {
+    let folder = tempfile::tempdir().unwrap();
+    in_system(async {
+        let coordinator = Running::start(folder.path());
+        let (_node_endpoint, node) = coordinator.connect(Role::Node, "node1").await;
+        let response = ask(&node, ClientRequest::CreateSession).await;
+        assert!(matches!(response, ClientResponse::Error(e) if e.kind == ErrorKind::PermissionDenied));
+        let (_endpoint, client) = coordinator.connect(Role::Client, "client").await;
+        let mut stream = open(&client, &StreamOpen::NodeControl(hello("intruder", 8, 8))).await;
+        assert!(!matches!(stream.recv.recv_frame(MAX_MESSAGE).await, Ok(Some(_))));
+        let ClientResponse::Cluster(status) = ask(&client, ClientRequest::ClusterStatus).await else {
+            panic!("no status")
+        };
+        assert!(status.nodes.is_empty());
+        // Bytes that are no message cost only their own stream.
+        let mut stream = client.open_stream().await.unwrap();
+        stream.send.send_frame(&[0xFF; 64]).await.unwrap();
+        assert!(!matches!(stream.recv.recv_frame(MAX_MESSAGE).await, Ok(Some(_))));
+        assert!(matches!(ask(&client, ClientRequest::CreateSession).await, ClientResponse::Session(_)));
+        coordinator.stop().await.unwrap();
+    });
+}
