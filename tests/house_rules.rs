@@ -22,7 +22,11 @@ const RULES: &[Rule] = &[
     Rule { word: "object_store::", allowed: &["store"], reason: "blobs go through store" },
     Rule { word: "actix_web::", allowed: &["gateway"], reason: "only the gateway knows HTTP" },
     Rule { word: "crate::coordinator", allowed: &["coordinator", "service"], reason: "speak its protocol" },
-    Rule { word: "actix::", allowed: &["coordinator", "node", "trainer", "sampler"], reason: "no actor here" },
+    Rule {
+        word: "actix::",
+        allowed: &["coordinator", "node", "trainer", "sampler"],
+        reason: "no actor here",
+    },
     Rule {
         word: "anyhow::",
         allowed: &["main.rs", "cli"],
@@ -82,7 +86,12 @@ fn each_room_keeps_to_its_job() {
         for (number, line) in code(&path) {
             for rule in RULES.iter().filter(|rule| line.contains(rule.word)) {
                 if !rule.allowed.contains(&room.as_str()) {
-                    broken.push(format!("src/{}:{number}: `{}`: {}", relative.display(), rule.word, rule.reason));
+                    broken.push(format!(
+                        "src/{}:{number}: `{}`: {}",
+                        relative.display(),
+                        rule.word,
+                        rule.reason
+                    ));
                 }
             }
         }
@@ -97,9 +106,8 @@ fn state_machines_are_pure() {
     for path in sources(&root()) {
         let is_state = path.components().any(|c| c.as_os_str() == "state")
             || path.file_name().is_some_and(|name| name == "state.rs");
-        let is_actor_room = ["coordinator", "trainer", "sampler"]
-            .iter()
-            .any(|room| path.starts_with(root().join(room)));
+        let is_actor_room =
+            ["coordinator", "trainer", "sampler"].iter().any(|room| path.starts_with(root().join(room)));
         if !(is_state && is_actor_room) {
             continue;
         }
@@ -123,5 +131,9 @@ fn a_file_has_one_subject() {
             (lines > 500).then(|| format!("{} has {lines} lines", path.display()))
         })
         .collect();
-    assert!(long.is_empty(), "past 500 lines a file has a second subject; give it a file:\n{}", long.join("\n"));
+    assert!(
+        long.is_empty(),
+        "past 500 lines a file has a second subject; give it a file:\n{}",
+        long.join("\n")
+    );
 }

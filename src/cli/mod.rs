@@ -14,7 +14,7 @@ use lockstep::service::{EXIT_REFUSED, ServiceError};
 
 /// Open, self-hosted training service for language models.
 #[derive(Parser)]
-#[command(version, propagate_version = true)]
+#[command(version, propagate_version = true, args_override_self = true)]
 pub struct Cli {
     /// Say more on stderr; twice for everything. LOCKSTEP_LOG overrides (tracing's filter syntax).
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
