@@ -1,6 +1,6 @@
 //! The algorithm over whatever carries it: who sends what to whom, and what is checked.
 
-use std::{ops::Range, time::Instant};
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc, time::Instant};
 
 use super::{
     Collective, CollectiveError, Partial,
@@ -20,8 +20,8 @@ pub(super) trait Exchange: Send {
 
     fn abort_handle(&self) -> Box<dyn Fn() + Send + Sync>;
 
-    /// Gives each other rank its slice of my partial sums, and gets mine of theirs: one
-    /// contribution of each other rank, checked against `header`.
+    /// Gives each other rank its slice of my partial sums, and gets mine of theirs: what each other
+    /// rank contributes, checked against `header`.
     fn scatter(
         &mut self,
         call: &Call,
@@ -47,9 +47,36 @@ pub(super) trait Exchange: Send {
 
 /// What one other rank holds of my slice.
 pub(super) struct Contribution {
-    /// `(level, index)` of each of `slices`.
+    pub rank: RankIndex,
+    /// `(level, index)` of each partial sum.
     pub nodes: Vec<(u32, u32)>,
-    pub slices: Vec<Vec<f32>>,
+    pub values: Values,
+}
+
+/// Where my slices of a rank's partial sums are.
+pub(super) enum Values {
+    Held(Vec<Vec<f32>>),
+    /// Slice `k` begins at `first + k * stride` bytes.
+    InFile {
+        file: Arc<File>,
+        first: u64,
+        stride: u64,
+    },
+}
+
+impl Values {
+    fn read(&self, k: usize, block: Range<usize>, into: &mut [f32]) -> io::Result<()> {
+        match self {
+            Self::Held(slices) => {
+                into.copy_from_slice(&slices[k][block]);
+                Ok(())
+            }
+            Self::InFile { file, first, stride } => {
+                let offset = first + k as u64 * stride + (block.start * size_of::<f32>()) as u64;
+                file.read_exact_at(as_bytes_mut(into), offset)
+            }
+        }
+    }
 }
 
 /// Which values of a vector a rank adds up. Multiples of 16: a cache line of its own for each rank.
@@ -165,15 +192,22 @@ pub(super) fn add_up(
     mine: Range<usize>,
     out: &mut [f32],
 ) -> Result<(), CollectiveError> {
+    // Of each partial sum: its node; and whose it is (`None`: mine), and which of theirs.
     let mut nodes: Vec<(u32, u32)> = own.iter().map(|p| (p.level, p.index)).collect();
-    let mut slices: Vec<&[f32]> = own.iter().map(|p| &p.values[mine.clone()]).collect();
+    let mut places: Vec<(Option<&Contribution>, usize)> = (0..own.len()).map(|k| (None, k)).collect();
     for contribution in others {
         nodes.extend(&contribution.nodes);
-        slices.extend(contribution.slices.iter().map(Vec::as_slice));
+        places.extend((0..contribution.nodes.len()).map(|k| (Some(contribution), k)));
     }
     let plan = ReducePlan::new(leaves, &nodes).map_err(|e| call.no_tree(e))?;
-    plan.run(|i| slices[i], &mut out[mine]);
-    Ok(())
+    let read = |i: usize, block: Range<usize>, into: &mut [f32]| match places[i] {
+        (Some(theirs), k) => theirs.values.read(k, block, into).map_err(|e| call.lost(theirs.rank, e)),
+        (None, k) => {
+            into.copy_from_slice(&own[k].values[mine.clone()][block]);
+            Ok(())
+        }
+    };
+    plan.run(read, &mut out[mine.clone()])
 }
 
 /// The bytes of values, in this machine's order, which must be the wire's.

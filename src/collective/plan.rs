@@ -14,14 +14,15 @@ pub(super) struct ReducePlan {
 enum Step {
     /// Push this partial sum.
     Load(usize),
-    /// Add this partial sum, a right child, to the top.
+    /// Add this partial sum, a right child, to the top: push and add, in one.
     AddFrom(usize),
     /// Pop a right child and add it to the new top.
     Add,
 }
 
-/// Values added at a time: what the stack holds of them (16 KiB a level) stays in the caches.
-const BLOCK: usize = 4096;
+/// Values added at a time: what the stack holds of them (64 KiB a level) stays in the caches, and a
+/// read of that size costs more than its system call.
+const BLOCK: usize = 16 << 10;
 
 impl ReducePlan {
     /// For partial sums at these `(level, index)`, in any order; refuses what does not cover each
@@ -47,47 +48,49 @@ impl ReducePlan {
         }
     }
 
-    /// Adds up the values that `slice_of` gives of each partial sum into `out`; all have its
-    /// length.
-    pub(super) fn run<'a>(&self, slice_of: impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
+    /// Adds up the partial sums into `out`. `read` fills a block with the values of one of them, at
+    /// these places of `out`.
+    pub(super) fn run<E>(
+        &self,
+        mut read: impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<(), E>,
+        out: &mut [f32],
+    ) -> Result<(), E> {
         if self.steps.is_empty() {
             out.fill(0.0);
-            return;
+            return Ok(());
         }
-        let mut stack = vec![0.0; self.depth * BLOCK.min(out.len())];
+        // One level more: what a right child is read into before it is added.
+        let mut stack = vec![0.0; (self.depth + 1) * BLOCK.min(out.len())];
         let len = out.len();
         for start in (0..len).step_by(BLOCK) {
             let block = start..(start + BLOCK).min(len);
-            self.run_block(&slice_of, &mut stack, block.clone(), &mut out[block]);
+            self.run_block(&mut read, &mut stack, block.clone(), &mut out[block])?;
         }
+        Ok(())
     }
 
-    fn run_block<'a>(
+    fn run_block<E>(
         &self,
-        slice_of: &impl Fn(usize) -> &'a [f32],
+        read: &mut impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<(), E>,
         stack: &mut [f32],
         block: Range<usize>,
         out: &mut [f32],
-    ) {
+    ) -> Result<(), E> {
         let width = block.len();
         let mut height = 0;
         for step in &self.steps {
-            match *step {
-                Step::Load(i) => {
-                    stack[height * width..][..width].copy_from_slice(&slice_of(i)[block.clone()]);
-                    height += 1;
-                }
-                Step::AddFrom(i) => {
-                    add(&mut stack[(height - 1) * width..][..width], &slice_of(i)[block.clone()]);
-                }
-                Step::Add => {
-                    let (left, right) = stack.split_at_mut((height - 1) * width);
-                    height -= 1;
-                    add(&mut left[(height - 1) * width..], &right[..width]);
-                }
+            if let Step::Load(i) | Step::AddFrom(i) = *step {
+                read(i, block.clone(), &mut stack[height * width..][..width])?;
+                height += 1;
+            }
+            if let Step::Add | Step::AddFrom(_) = step {
+                height -= 1;
+                let (left, right) = stack.split_at_mut(height * width);
+                add(&mut left[(height - 1) * width..], &right[..width]);
             }
         }
         out.copy_from_slice(&stack[..width]);
+        Ok(())
     }
 }
 
@@ -151,6 +154,8 @@ impl Planner {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use proptest::prelude::*;
 
     use super::{
@@ -188,6 +193,21 @@ mod tests {
             .collect()
     }
 
+    fn from<'a>(
+        values: &'a [&[f32]],
+    ) -> impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<(), Infallible> + 'a {
+        |i, block, into| {
+            into.copy_from_slice(&values[i][block]);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_read_that_fails_ends_the_sum() {
+        let plan = ReducePlan::new(2, &[(0, 0), (0, 1)]).unwrap();
+        assert_eq!(plan.run(|i, _, _| if i == 1 { Err(i) } else { Ok(()) }, &mut [0.0; 3]), Err(1));
+    }
+
     #[test]
     fn longer_than_a_block() {
         let nodes = [(1, 1), (0, 0), (0, 1), (3, 1)];
@@ -197,7 +217,10 @@ mod tests {
         let nodes = [(1, 1), (0, 0), (0, 1), (2, 1), (3, 1)];
         let partials = [partials, self::partials(&[(2, 1)], 2 * BLOCK + 5)].concat();
         let order = [0, 1, 2, 4, 3];
-        ReducePlan::new(11, &nodes).unwrap().run(|i| &partials[order[i]].values, &mut out);
+        ReducePlan::new(11, &nodes)
+            .unwrap()
+            .run(from(&order.map(|i| &partials[i].values[..])), &mut out)
+            .unwrap();
         assert_eq!(out, reduce_tree(11, out.len(), &partials).unwrap());
     }
 
@@ -219,7 +242,7 @@ mod tests {
             reduce_tree(leaves, 1, &partials(nodes, 1)).unwrap_err();
         }
         let mut out = [1.0];
-        ReducePlan::new(0, &[]).unwrap().run(|_| unreachable!(), &mut out);
+        ReducePlan::new(0, &[]).unwrap().run(from(&[]), &mut out).unwrap();
         assert_eq!(out, [0.0]);
     }
 
@@ -237,7 +260,8 @@ mod tests {
             let partials = partials(&nodes, 5);
             let expected = reduce_tree(leaves, 5, &partials).unwrap();
             let mut out = [f32::NAN; 5];
-            ReducePlan::new(leaves, &nodes).unwrap().run(|i| &partials[i].values, &mut out);
+            let values: Vec<&[f32]> = partials.iter().map(|p| &p.values[..]).collect();
+            ReducePlan::new(leaves, &nodes).unwrap().run(from(&values), &mut out).unwrap();
             prop_assert_eq!(out.map(f32::to_bits).to_vec(), expected.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
         }
     }

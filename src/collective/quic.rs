@@ -19,7 +19,7 @@ use tokio::{runtime::Handle, sync::watch, time::timeout_at};
 use super::{
     CollectiveError, CollectiveInbox, JoinError, Partial, StreamKey,
     contribution::{Call, Header, MAX_HEADER},
-    exchange::{Contribution, Exchange, as_bytes, as_bytes_mut, slice_of},
+    exchange::{Contribution, Exchange, Values, as_bytes, as_bytes_mut, slice_of},
 };
 use crate::{
     protocol::{RankIndex, RankSeat, encode},
@@ -199,7 +199,7 @@ impl Exchange for Quic {
                     receive_values(&call, from, rank, &mut slice).await?;
                     slices.push(slice);
                 }
-                Ok(Contribution { nodes, slices })
+                Ok(Contribution { rank, nodes, values: Values::Held(slices) })
             };
             peer.exchange(&call, send, receive).await
         })

@@ -31,7 +31,7 @@ use std::{
 use super::{
     CollectiveError, JoinError, Partial,
     contribution::{Call, FIXED_HEADER, Header, MAX_GATHERED},
-    exchange::{Contribution, Exchange, as_bytes, as_bytes_mut, slice_of},
+    exchange::{Contribution, Exchange, Values, as_bytes, as_bytes_mut, slice_of},
 };
 use crate::protocol::RankIndex;
 
@@ -61,7 +61,7 @@ pub(super) struct SharedMemory {
 /// Another rank's segment of the call in progress.
 struct Opened {
     rank: RankIndex,
-    file: File,
+    file: Arc<File>,
     header: Header,
 }
 
@@ -118,7 +118,7 @@ impl SharedMemory {
         bytes.resize(FIXED_HEADER + Header::nodes_size(&fixed).map_err(io::Error::other)?, 0);
         file.read_exact_at(&mut bytes, 0)?;
         let header = Header::from_bytes(&bytes).map_err(io::Error::other)?;
-        Ok(Opened { rank, file, header })
+        Ok(Opened { rank, file: Arc::new(file), header })
     }
 
     /// Waits until every rank has got to `stage`.
@@ -190,19 +190,14 @@ impl Exchange for SharedMemory {
             reserve(file, value_offset(header, partials.len(), 0), mine.len() * size_of::<f32>())
         })?;
 
-        let mut contributions = Vec::with_capacity(self.theirs.len());
-        for Opened { rank, file, header } in &self.theirs {
-            let mut slices = Vec::with_capacity(header.nodes.len());
-            for k in 0..header.nodes.len() {
-                let mut slice = vec![0.0; mine.len()];
-                file.read_exact_at(as_bytes_mut(&mut slice), value_offset(header, k, mine.start))
-                    .map_err(|e| call.lost(*rank, e))?;
-                slices.push(slice);
-            }
-            contributions.push(Contribution { nodes: header.nodes.clone(), slices });
-        }
-        // An all-reduce is settled when the sums are there: `share`.
-        Ok(contributions)
+        // Read while they are added up: in between nothing of their size is held in memory.
+        let contribution = |Opened { rank, file, header }: &Opened| {
+            let first = value_offset(header, 0, mine.start);
+            let values =
+                Values::InFile { file: file.clone(), first, stride: header.len * size_of::<f32>() as u64 };
+            Contribution { rank: *rank, nodes: header.nodes.clone(), values }
+        };
+        Ok(self.theirs.iter().map(contribution).collect())
     }
 
     fn share(&mut self, call: &Call, out: &mut [f32]) -> Result<(), CollectiveError> {
