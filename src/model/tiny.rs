@@ -91,7 +91,7 @@ fn config_json(config: &ModelConfig) -> Value {
     })
 }
 
-fn tokenizer_json() -> Value {
+pub(super) fn tokenizer_json() -> Value {
     let special = |(id, content): (usize, &&str)| {
         json!({
             "id": id, "content": content, "special": true,

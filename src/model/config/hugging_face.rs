@@ -258,3 +258,143 @@ fn brief(value: &Value) -> String {
         None => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn llama() -> Map<String, Value> {
+        let config = json!({
+            "model_type": "llama", "vocab_size": 100, "hidden_size": 24, "intermediate_size": 40,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 64, "eos_token_id": 2,
+        });
+        config.as_object().unwrap().clone()
+    }
+
+    fn read(config: &Map<String, Value>) -> Result<ModelConfig, ModelError> {
+        ModelConfig::from_hugging_face(Path::new("config.json"), config, None, None)
+    }
+
+    fn read_with(field: &str, value: Value) -> Result<ModelConfig, ModelError> {
+        let mut config = llama();
+        config.insert(field.to_owned(), value);
+        read(&config)
+    }
+
+    #[test]
+    fn fills_in_what_transformers_would() {
+        let config = read(&llama()).unwrap();
+        assert_eq!((config.head_dim, config.rope_theta, config.rms_norm_eps), (6, 1e4, 1e-6));
+        assert!(!config.tie_word_embeddings);
+        assert_eq!(read_with("num_key_value_heads", json!(null)).unwrap().num_kv_heads, 4);
+        assert_eq!(read_with("head_dim", json!(16)).unwrap().head_dim, 16, "it needn't be hidden / heads");
+    }
+
+    #[test]
+    fn reads_both_forms_of_the_rotary_base() {
+        let old = read_with("rope_theta", json!(500_000.0)).unwrap();
+        let new = json!({ "rope_theta": 500_000, "rope_type": "default", "partial_rotary_factor": 1.0 });
+        assert_eq!(old, read_with("rope_parameters", new).unwrap());
+        assert_eq!(old.rope_theta, 5e5);
+        let unscaled = json!({ "type": "default", "factor": null });
+        assert_eq!(read_with("rope_scaling", unscaled).unwrap().rope_theta, 1e4);
+        for (field, dtype) in
+            [("dtype", "bfloat16"), ("torch_dtype", "torch.float16"), ("torch_dtype", "float32")]
+        {
+            read_with(field, json!(dtype)).unwrap();
+        }
+    }
+
+    #[test]
+    fn gathers_end_tokens_from_everywhere() {
+        let mut config = llama();
+        config.insert("eos_token_id".to_owned(), json!([7, 3]));
+        let generation = json!({ "eos_token_id": [9, 3] });
+        let path = Path::new("config.json");
+        let all = ModelConfig::from_hugging_face(path, &config, generation.as_object(), Some(5)).unwrap();
+        assert_eq!(all.eos_token_ids, [3, 5, 7, 9]);
+        config.remove("eos_token_id");
+        assert_eq!(read(&config).unwrap().eos_token_ids, [0; 0]);
+    }
+
+    #[test]
+    fn refuses_by_name_what_it_does_not_compute() {
+        let unsupported = [
+            ("model_type", json!("qwen2"), "model_type"),
+            ("architectures", json!(["LlamaForSequenceClassification"]), "architectures"),
+            ("dtype", json!("float8_e4m3fn"), "dtype"),
+            ("torch_dtype", json!("float64"), "torch_dtype"),
+            ("hidden_act", json!("gelu"), "hidden_act"),
+            ("attention_bias", json!(true), "attention_bias"),
+            ("mlp_bias", json!(true), "mlp_bias"),
+            ("attention_dropout", json!(0.1), "attention_dropout"),
+            ("partial_rotary_factor", json!(0.5), "partial_rotary_factor"),
+            ("quantization_config", json!({ "bits": 4 }), "quantization_config"),
+            ("sliding_window", json!(4096), "sliding_window"),
+            ("layer_types", json!(["full_attention", "sliding_attention"]), "layer_types"),
+            ("num_local_experts", json!(8), "num_local_experts"),
+            ("logits_scaling", json!(8.0), "logits_scaling"),
+            ("rope_interleaved", json!(true), "rope_interleaved"),
+            ("rope_scaling", json!({ "rope_type": "llama3", "factor": 8.0 }), "rope_scaling."),
+            ("rope_scaling", json!({ "type": "linear", "factor": 2.0 }), "rope_scaling."),
+            ("rope_scaling", json!({ "type": "default", "factor": 2.0 }), "rope_scaling.factor"),
+            ("rope_parameters", json!({ "rope_type": "yarn" }), "rope_parameters.rope_type"),
+            (
+                "rope_parameters",
+                json!({ "partial_rotary_factor": 0.25 }),
+                "rope_parameters.partial_rotary_factor",
+            ),
+        ];
+        for (field, value, named) in unsupported {
+            let error = read_with(field, value.clone()).unwrap_err();
+            assert!(
+                matches!(&error, ModelError::Unsupported { field, .. } if field.starts_with(named)),
+                "{field} = {value}: {error}"
+            );
+        }
+        read_with("sliding_window", json!(null)).unwrap();
+        read_with("hidden_act", json!("silu")).unwrap();
+        read_with("transformers.js_config", json!({ "dtype": "q4" })).unwrap();
+    }
+
+    #[test]
+    fn refuses_values_that_no_model_has() {
+        let invalid = [
+            ("vocab_size", json!(0)),
+            ("vocab_size", json!(-1)),
+            ("hidden_size", json!("24")),
+            ("hidden_size", json!(1u64 << 40)),
+            ("num_hidden_layers", json!(null)),
+            ("num_hidden_layers", json!(1_000_000)),
+            ("intermediate_size", json!(u64::MAX)),
+            ("num_attention_heads", json!(0)),
+            ("num_attention_heads", json!(5)),
+            ("num_key_value_heads", json!(3)),
+            ("head_dim", json!(7)),
+            ("rope_theta", json!(0.0)),
+            ("rope_theta", json!(1e300)),
+            ("rope_scaling", json!("linear")),
+            ("rms_norm_eps", json!(-1e-6)),
+            ("max_position_embeddings", json!(0)),
+            ("eos_token_id", json!(100)),
+            ("eos_token_id", json!([1, "2"])),
+            ("tie_word_embeddings", json!("yes")),
+        ];
+        for (field, value) in invalid {
+            let error = read_with(field, value.clone()).unwrap_err();
+            assert!(
+                matches!(&error, ModelError::InvalidField { field: named, .. } if named == field),
+                "{field} = {value}: {error}"
+            );
+        }
+        let mut huge = llama();
+        for field in ["vocab_size", "hidden_size", "intermediate_size"] {
+            huge.insert(field.to_owned(), json!(1 << 24));
+        }
+        assert!(read(&huge).unwrap_err().to_string().contains("weights"));
+        assert!(read(&Map::new()).unwrap_err().to_string().contains("`model_type` is missing"));
+    }
+}

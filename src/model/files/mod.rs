@@ -6,6 +6,8 @@ mod hugging_face;
 
 #[cfg(test)]
 mod smollm2;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs::{self, File},

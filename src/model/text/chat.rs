@@ -196,3 +196,94 @@ fn problem(error: Error) -> ModelError {
     }
     ModelError::ChatTemplate { problem }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(role: &str, content: &str) -> ChatMessage {
+        ChatMessage { role: role.to_owned(), content: content.to_owned() }
+    }
+
+    fn render(template: &str, messages: &[ChatMessage]) -> Result<String, ModelError> {
+        ChatTemplate::new(template.to_owned()).render(messages, true, Some("<s>"), None)
+    }
+
+    fn refusal(template: &str) -> String {
+        match render(template, &[]) {
+            Err(ModelError::ChatTemplate { problem }) => problem,
+            other => panic!("{template}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn trims_blocks_as_transformers_does() {
+        let template = "{{ bos_token }}\n{% for m in messages %}\n    {% if m.role == 'user' %}\nU: {{ m['content'] | trim }}\n    {% else %}\nA: {{ m['content'] }}\n    {% endif %}\n{% endfor %}\n{% if add_generation_prompt %}A:{% endif %}\n";
+        let chat = [message("user", " 1 "), message("assistant", "2"), message("user", "<&\"3'>")];
+        let expected = "<s>\nU: 1\nA: 2\nU: <&\"3'>\nA:";
+        assert_eq!(render(template, &chat).unwrap(), expected);
+    }
+
+    #[test]
+    fn calls_methods_as_python_does() {
+        let cases = [
+            (
+                "{{ ' a '.strip() }}|{{ ' a '.lstrip() }}|{{ ' a '.rstrip() }}|{{ 'xax'.strip('x') }}",
+                "a|a | a|a",
+            ),
+            ("{{ 'abc'.startswith('ab') }} {{ 'abc'.endswith('ab') }}", "True False"),
+            (
+                "{{ 'a,b,c'.split(',')[-1] }} {{ 'a,b,c'.split(',', 1)[1] }} {{ ' a  b '.split() | length }}",
+                "c b,c 2",
+            ),
+            (
+                "{{ 'aXa'.upper() }}{{ 'aXa'.lower() }}{{ 'ab'.title() }}{{ 'aa'.replace('a', 'b') }}",
+                "AXAaxaAbbb",
+            ),
+            ("{% for k, v in {'x': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "x1"),
+            (
+                "{{ {'x': 1}.get('x') }} {{ {'x': 1}.get('y', 2) }} {{ {'x': 1}.get('y') is none }}",
+                "1 2 true",
+            ),
+            ("{{ {'a': [1, '<é>']} | tojson }}", r#"{"a": [1, "<é>"]}"#),
+            ("{{ {'a': 1} | tojson(indent=2) }}", "{\n  \"a\": 1\n}"),
+            (
+                "{{ tools is none }} {{ eos_token is defined }} {{ strftime_now is defined }}",
+                "true false false",
+            ),
+            (
+                "{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
+                "3",
+            ),
+        ];
+        for (template, expected) in cases {
+            assert_eq!(render(template, &[]).as_deref(), Ok(expected), "{template}");
+        }
+    }
+
+    #[test]
+    fn says_what_a_template_refuses() {
+        let raised = refusal("{{ raise_exception('roles must alternate') }}");
+        assert!(raised.contains("roles must alternate"), "{raised}");
+        assert!(refusal("{{ 'a'.nonsense() }}").contains("nonsense"));
+        assert!(refusal("{{ strftime_now('%d') }}").contains("strftime_now"));
+        assert!(refusal("{% if %}").contains("syntax error"));
+    }
+
+    #[test]
+    fn gives_no_access_to_files() {
+        for template in ["{% include '/etc/passwd' %}", "{% extends '../x' %}", "{% import 'x' as x %}"] {
+            assert!(refusal(template).contains("not found"), "{template}");
+        }
+    }
+
+    #[test]
+    fn stops_templates_that_run_or_grow_without_end() {
+        let endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}";
+        assert!(refusal(endless).contains("fuel"));
+        let long = "{% for i in range(99) %}{{ 'a' * 1000000 }}{% endfor %}";
+        assert!(refusal(long).contains("grows past"), "{}", refusal(long));
+        let deep = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}";
+        assert!(refusal(deep).contains("recursion"), "{}", refusal(deep));
+    }
+}

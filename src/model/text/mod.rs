@@ -174,3 +174,126 @@ fn sentence_piece_bytes(piece: &str) -> Vec<u8> {
 fn tokenizer_error(problem: impl ToString) -> ModelError {
     ModelError::Tokenizer { problem: problem.to_string() }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn byte_level() -> Value {
+        let text = tiny_json();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn tiny_json() -> String {
+        crate::model::tiny::tokenizer_json().to_string()
+    }
+
+    /// Llama 2's kind: blanks as `▁`, bytes as `<0xNN>`.
+    fn sentence_piece() -> TextCodec {
+        let json = json!({
+            "version": "1.0", "truncation": null, "padding": null,
+            "added_tokens": [{
+                "id": 1, "content": "</s>", "special": true, "single_word": false,
+                "lstrip": false, "rstrip": false, "normalized": false,
+            }],
+            "normalizer": { "type": "Replace", "pattern": { "String": " " }, "content": "▁" },
+            "pre_tokenizer": null, "post_processor": null,
+            "decoder": { "type": "Sequence", "decoders": [
+                { "type": "Replace", "pattern": { "String": "▁" }, "content": " " },
+                { "type": "ByteFallback" }, { "type": "Fuse" },
+            ] },
+            "model": {
+                "type": "BPE", "unk_token": "<unk>", "byte_fallback": true,
+                "vocab": { "<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "▁a": 4, "<0xF0>": 5, "<0x9F>": 6, "<0x8E>": 7, "<0x89>": 8 },
+                "merges": [["▁", "a"]],
+            },
+        });
+        TextCodec::new(&json.to_string(), None).unwrap()
+    }
+
+    #[test]
+    fn encodes_special_tokens_but_adds_none() {
+        let mut json = byte_level();
+        // Options that whoever saved the file may have left on.
+        json["truncation"] =
+            json!({ "max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right" });
+        json["padding"] = json!({
+            "strategy": { "Fixed": 64 }, "direction": "Right", "pad_to_multiple_of": null,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+        });
+        json["post_processor"] = json!({
+            "type": "TemplateProcessing",
+            "single": [{ "SpecialToken": { "id": "<|endoftext|>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+            "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 1 } }],
+            "special_tokens": { "<|endoftext|>": { "id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"] } },
+        });
+        let text = TextCodec::new(&json.to_string(), None).unwrap();
+        assert_eq!(text.encode("abc<|im_end|>").unwrap(), [100, 101, 102, 2]);
+        assert_eq!(text.encode("").unwrap(), [0; 0]);
+        assert_eq!(text.decode(&[100, 2, 101, 9999], false), "a<|im_end|>b");
+        assert_eq!(text.decode(&[100, 2, 101], true), "ab");
+        assert_eq!(text.token_id("<|im_end|>"), Some(2));
+    }
+
+    #[test]
+    fn spells_tokens_in_bytes() {
+        let text = TextCodec::new(&tiny_json(), None).unwrap();
+        for byte in 0..=255 {
+            assert_eq!(text.token_bytes(3 + u32::from(byte)), [byte]);
+        }
+        assert_eq!(text.token_bytes(2), b"<|im_end|>");
+        assert_eq!(text.token_bytes(259), b"");
+        // A character cut in two is shown as such, and whole as itself.
+        let ids = text.encode("é").unwrap();
+        assert_eq!(text.decode(&ids, false), "é");
+        assert_eq!(text.decode(&ids[..1], false), "\u{fffd}");
+    }
+
+    #[test]
+    fn added_tokens_stand_for_their_own_text() {
+        let mut json = byte_level();
+        // "Ã" is a character of the byte alphabet, for 0xC3; the added token means the letter.
+        json["added_tokens"].as_array_mut().unwrap().push(json!({
+            "id": 259, "content": "Ã b", "special": false, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false,
+        }));
+        let text = TextCodec::new(&json.to_string(), None).unwrap();
+        assert_eq!(text.encode("Ã b").unwrap(), [259]);
+        assert_eq!(text.token_bytes(259), "Ã b".as_bytes());
+        assert_eq!(text.decode(&[259], true), "Ã b");
+    }
+
+    #[test]
+    fn spells_sentence_pieces_in_bytes() {
+        let text = sentence_piece();
+        assert_eq!(text.encode("a a🎉").unwrap(), [3, 4, 5, 6, 7, 8]);
+        assert_eq!(text.decode(&[3, 4, 5, 6, 7, 8], false), "a a🎉");
+        assert_eq!(text.token_bytes(4), b" a");
+        assert_eq!(text.token_bytes(5), [0xF0]);
+        assert_eq!(text.token_bytes(1), b"</s>");
+    }
+
+    #[test]
+    fn refuses_what_is_no_tokenizer() {
+        for json in ["", "{}", "[]", "{\"model\": {\"type\": \"BPE\"}}"] {
+            assert!(matches!(TextCodec::new(json, None), Err(ModelError::Tokenizer { .. })), "{json}");
+        }
+        let mut json = byte_level();
+        json["decoder"] = json!({ "type": "WordPiece", "prefix": "##", "cleanup": true });
+        let error = TextCodec::new(&json.to_string(), None).unwrap_err();
+        assert!(error.to_string().contains("neither ByteLevel nor"), "{error}");
+        let long = " ".repeat(MAX_TOKENIZER_BYTES + 1);
+        assert!(TextCodec::new(&long, None).unwrap_err().to_string().contains("are read"));
+    }
+
+    #[test]
+    fn a_model_without_a_template_says_so() {
+        let text = TextCodec::new(&tiny_json(), None).unwrap();
+        assert_eq!(text.apply_chat_template(&[], true), Err(ModelError::NoChatTemplate));
+        let broken = TextCodec::new(&tiny_json(), Some("{% for %}".to_owned())).unwrap();
+        assert!(matches!(broken.apply_chat_template(&[], true), Err(ModelError::ChatTemplate { .. })));
+        assert_eq!(broken.encode("a").unwrap(), [100], "it trains all the same");
+    }
+}

@@ -386,3 +386,6 @@ fn format_of(number: u32) -> Result<GgmlDType, String> {
         _ => return Err(format!("ggml's type {number}")),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,311 @@
+//! GGUF files, written by candle's writer, an implementation other than ours.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use candle_core::{
+    Device, Tensor,
+    quantized::{
+        GgmlDType, QTensor,
+        gguf_file::{self, Value as GgufValue},
+    },
+};
+use tempfile::TempDir;
+
+use super::{flat, floats, load, open, read_tensors, refusal};
+use crate::model::{ModelConfig, ModelError, text::byte_level, tiny};
+
+/// What a GGUF of the tiny model says and holds, for a test to change before it is written.
+struct TinyGguf {
+    metadata: BTreeMap<&'static str, GgufValue>,
+    tensors: BTreeMap<String, QTensor>,
+}
+
+impl TinyGguf {
+    /// The same weights as the Hugging Face directory, as llama.cpp's converter writes them.
+    fn of(config: &ModelConfig, directory: &Path, number_format: GgmlDType) -> Self {
+        let u32 = |size: usize| GgufValue::U32(size as u32);
+        let special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"].map(str::to_owned);
+        let bytes = (0..=255).map(|byte| byte_level::character_of(byte).to_string());
+        let tokens: Vec<String> =
+            special.into_iter().chain(bytes).chain(["ab", " d"].map(|t| t.replace(' ', "Ġ"))).collect();
+        let types = (0..tokens.len()).map(|id| GgufValue::I32(if id < 3 { 3 } else { 1 })).collect();
+        let metadata = BTreeMap::from([
+            ("general.architecture", GgufValue::String("llama".into())),
+            ("llama.vocab_size", u32(config.vocab_size)),
+            ("llama.embedding_length", u32(config.hidden_size)),
+            ("llama.feed_forward_length", u32(config.intermediate_size)),
+            ("llama.block_count", u32(config.num_layers)),
+            ("llama.attention.head_count", u32(config.num_heads)),
+            ("llama.attention.head_count_kv", u32(config.num_kv_heads)),
+            ("llama.attention.layer_norm_rms_epsilon", GgufValue::F32(config.rms_norm_eps)),
+            ("llama.rope.freq_base", GgufValue::F32(config.rope_theta)),
+            ("llama.rope.dimension_count", u32(config.head_dim)),
+            ("llama.context_length", u32(config.max_position_embeddings)),
+            ("tokenizer.ggml.model", GgufValue::String("gpt2".into())),
+            ("tokenizer.ggml.pre", GgufValue::String("smollm".into())),
+            ("tokenizer.ggml.tokens", GgufValue::Array(tokens.into_iter().map(GgufValue::String).collect())),
+            ("tokenizer.ggml.token_type", GgufValue::Array(types)),
+            (
+                "tokenizer.ggml.merges",
+                GgufValue::Array(["a b", "Ġ d"].map(|m| GgufValue::String(m.into())).to_vec()),
+            ),
+            ("tokenizer.ggml.eos_token_id", u32(2)),
+        ]);
+        let tensors = read_tensors(&directory.join("model.safetensors"));
+        let tensors = tensors.into_iter().map(|(name, (_, shape, bytes))| {
+            let tensor = Tensor::from_vec(floats(&bytes), shape.clone(), &Device::Cpu).unwrap();
+            let heads = match name.rsplit('.').nth(1) {
+                Some("q_proj") => Some(config.num_heads),
+                Some("k_proj") => Some(config.num_kv_heads),
+                _ => None,
+            };
+            let tensor = heads.map_or_else(|| tensor.clone(), |heads| permuted(&tensor, heads));
+            let format = if shape.len() == 1 { GgmlDType::F32 } else { number_format };
+            (gguf_name(&name), QTensor::quantize(&tensor, format).unwrap())
+        });
+        Self { tensors: tensors.collect(), metadata }
+    }
+
+    fn tiny() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let config = Self::config();
+        tiny::write(directory.path(), &config, 1).unwrap();
+        Self::of(&config, directory.path(), GgmlDType::F32)
+    }
+
+    fn config() -> ModelConfig {
+        ModelConfig { vocab_size: 261, ..tiny::config() }
+    }
+
+    fn with(mut self, key: &'static str, value: GgufValue) -> Self {
+        self.metadata.insert(key, value);
+        self
+    }
+
+    fn without(mut self, key: &str) -> Self {
+        self.metadata.remove(key);
+        self
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (*key, value)).collect();
+        let tensors: Vec<_> = self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        gguf_file::write(&mut bytes, &metadata, &tensors).unwrap();
+        bytes.into_inner()
+    }
+
+    fn write(&self) -> (TempDir, std::path::PathBuf) {
+        written(&self.bytes())
+    }
+
+    fn refusal(&self) -> ModelError {
+        let (_directory, path) = self.write();
+        refusal(&path)
+    }
+}
+
+fn written(bytes: &[u8]) -> (TempDir, std::path::PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    fs::write(&path, bytes).unwrap();
+    (directory, path)
+}
+
+/// `LlamaModel.permute` of convert_hf_to_gguf.py.
+fn permuted(weight: &Tensor, heads: usize) -> Tensor {
+    let (rows, columns) = weight.dims2().unwrap();
+    let halves = weight.reshape((heads, 2, rows / heads / 2, columns)).unwrap();
+    halves.transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, columns)).unwrap()
+}
+
+fn gguf_name(name: &str) -> String {
+    let renamed = [
+        ("model.layers.", "blk."),
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    renamed.iter().fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
+}
+
+#[test]
+fn a_gguf_holds_the_same_model() {
+    for tied in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let config = ModelConfig { tie_word_embeddings: tied, ..TinyGguf::config() };
+        tiny::write(directory.path(), &config, 1).unwrap();
+        let (_kept, path) = TinyGguf::of(&config, directory.path(), GgmlDType::F32).write();
+        let files = open(&path).unwrap();
+        assert_eq!(files.config, config);
+        assert_eq!(flat(&files.load_weights().unwrap()), flat(&load(directory.path()).unwrap()));
+        assert_eq!(files.digest().unwrap(), crate::types::Digest::of(&fs::read(&path).unwrap()));
+    }
+}
+
+#[test]
+fn reads_every_quantisation() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = ModelConfig {
+        hidden_size: 256,
+        intermediate_size: 256,
+        num_layers: 1,
+        head_dim: 64,
+        ..TinyGguf::config()
+    };
+    tiny::write(directory.path(), &config, 1).unwrap();
+    let exact = flat(&load(directory.path()).unwrap());
+    // Frobenius-relative error of rounding uniform weights: half a step of 2^-bits of a block's
+    // range, over sqrt(3) twice; twice that is allowed.
+    let formats = [
+        (GgmlDType::F16, 0.001),
+        (GgmlDType::BF16, 0.005),
+        (GgmlDType::Q8_0, 0.01),
+        (GgmlDType::Q6K, 0.04),
+        (GgmlDType::Q5_0, 0.07),
+        (GgmlDType::Q5_1, 0.07),
+        (GgmlDType::Q5K, 0.07),
+        (GgmlDType::Q4_0, 0.14),
+        (GgmlDType::Q4_1, 0.14),
+        (GgmlDType::Q4K, 0.14),
+        (GgmlDType::Q3K, 0.3),
+        (GgmlDType::Q2K, 0.6),
+    ];
+    for (format, tolerance) in formats {
+        let (_kept, path) = TinyGguf::of(&config, directory.path(), format).write();
+        let found = flat(&load(&path).unwrap());
+        let norm =
+            |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        let gap = norm(&mut found.iter().zip(&exact).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());
+        assert!(gap > 0.0 && gap < tolerance, "{format:?}: {gap}");
+    }
+}
+
+#[test]
+fn a_gguf_brings_its_tokenizer() {
+    let (_kept, path) = TinyGguf::tiny().write();
+    let text = open(&path).unwrap().text;
+    let byte = |byte: u8| 3 + u32::from(byte);
+    assert_eq!(text.encode("ab").unwrap(), [259]);
+    assert_eq!(text.encode("x d<|im_end|>").unwrap(), [byte(b'x'), 260, 2]);
+    assert_eq!(text.decode(&[260, 2], true), " d");
+    assert_eq!(text.token_bytes(260), b" d");
+    // The digit split: GPT-2's alone would leave the blank to be merged with what follows.
+    let digits = TinyGguf::tiny().with("tokenizer.ggml.merges", strings(&["a b", "Ġ 7"])).with(
+        "tokenizer.ggml.tokens",
+        match &TinyGguf::tiny().metadata["tokenizer.ggml.tokens"] {
+            GgufValue::Array(tokens) => {
+                let mut tokens = tokens.clone();
+                tokens[260] = GgufValue::String("Ġ7".into());
+                GgufValue::Array(tokens)
+            }
+            _ => unreachable!(),
+        },
+    );
+    let (kept, path) = digits.write();
+    assert_eq!(open(&path).unwrap().text.encode("a 7").unwrap(), [byte(b'a'), byte(b' '), byte(b'7')]);
+    drop(kept);
+    for pre in ["gpt-2", "llama-bpe"] {
+        let gguf = TinyGguf { metadata: digits.metadata.clone(), tensors: TinyGguf::tiny().tensors };
+        let (_kept, path) = gguf.with("tokenizer.ggml.pre", GgufValue::String(pre.into())).write();
+        let expected =
+            if pre == "gpt-2" { vec![byte(b'a'), 260] } else { vec![byte(b'a'), byte(b' '), byte(b'7')] };
+        assert_eq!(open(&path).unwrap().text.encode("a 7").unwrap(), expected, "{pre}");
+    }
+}
+
+fn strings(texts: &[&str]) -> GgufValue {
+    GgufValue::Array(texts.iter().map(|text| GgufValue::String(text.to_string())).collect())
+}
+
+#[test]
+fn refuses_by_name_what_a_gguf_asks_for() {
+    let text = |text: &str| GgufValue::String(text.to_owned());
+    let unsupported = [
+        ("general.architecture", text("qwen2")),
+        ("llama.rope.scaling.type", text("yarn")),
+        ("llama.expert_count", GgufValue::U32(8)),
+        ("llama.attention.sliding_window", GgufValue::U32(1024)),
+        ("llama.rope.dimension_count", GgufValue::U32(4)),
+        ("llama.attention.value_length", GgufValue::U32(4)),
+        ("tokenizer.ggml.model", text("llama")),
+        ("tokenizer.ggml.pre", text("deepseek-llm")),
+        ("tokenizer.ggml.pre", text("default")),
+        ("tokenizer.ggml.add_space_prefix", GgufValue::Bool(true)),
+    ];
+    for (key, value) in unsupported {
+        let error = TinyGguf::tiny().with(key, value).refusal();
+        assert!(matches!(&error, ModelError::Unsupported { field, .. } if field == key), "{key}: {error}");
+    }
+    let error = TinyGguf::tiny().with("tokenizer.ggml.pre", text("qwen2")).refusal().to_string();
+    assert!(error.contains("smollm, gpt-2 and llama-bpe"), "{error}");
+    let invalid = [
+        ("llama.block_count", GgufValue::U32(0)),
+        ("llama.attention.head_count_kv", GgufValue::Array(vec![GgufValue::U32(2); 2])),
+        ("llama.embedding_length", text("32")),
+        ("llama.attention.head_count", GgufValue::U32(5)),
+        ("tokenizer.ggml.eos_token_id", GgufValue::U32(261)),
+        ("tokenizer.ggml.bos_token_id", GgufValue::U32(999)),
+        ("tokenizer.ggml.tokens", text("no list")),
+        ("tokenizer.ggml.token_type", GgufValue::Array(vec![GgufValue::I32(1)])),
+        ("tokenizer.ggml.merges", strings(&["ab"])),
+        ("general.alignment", GgufValue::U32(0)),
+        ("general.alignment", GgufValue::U32(24)),
+    ];
+    for (key, value) in invalid {
+        let error = TinyGguf::tiny().with(key, value).refusal();
+        assert!(matches!(&error, ModelError::InvalidField { field, .. } if field == key), "{key}: {error}");
+    }
+    for key in ["general.architecture", "llama.block_count", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"]
+    {
+        let error = TinyGguf::tiny().without(key).refusal();
+        assert!(matches!(&error, ModelError::InvalidField { field, .. } if field == key), "{key}: {error}");
+    }
+    let error = TinyGguf::tiny().with("tokenizer.ggml.merges", strings(&["a nonsense"])).refusal();
+    assert!(matches!(&error, ModelError::Tokenizer { .. }), "{error}");
+}
+
+#[test]
+fn names_the_tensor_that_is_wrong_in_a_gguf() {
+    let mut missing = TinyGguf::tiny();
+    missing.tensors.remove("blk.1.ffn_up.weight");
+    assert!(
+        matches!(missing.refusal(), ModelError::MissingTensor { tensor, .. } if tensor == "blk.1.ffn_up.weight")
+    );
+
+    let mut unexpected = TinyGguf::tiny();
+    let factors = Tensor::ones(4, candle_core::DType::F32, &Device::Cpu).unwrap();
+    unexpected
+        .tensors
+        .insert("rope_freqs.weight".into(), QTensor::quantize(&factors, GgmlDType::F32).unwrap());
+    assert!(
+        matches!(unexpected.refusal(), ModelError::UnexpectedTensor { tensor, .. } if tensor == "rope_freqs.weight")
+    );
+
+    let shape = TinyGguf::tiny().with("llama.feed_forward_length", GgufValue::U32(128));
+    assert!(matches!(shape.refusal(), ModelError::TensorShape { .. }));
+}
+
+#[test]
+fn no_prefix_of_a_gguf_passes_for_a_whole_one() {
+    let whole = TinyGguf::tiny().bytes();
+    // The writer pads behind the last tensor.
+    let needed = whole.len() - 32;
+    for length in (0..needed).step_by(97) {
+        let (_kept, path) = written(&whole[..length]);
+        let error = refusal(&path);
+        assert!(
+            matches!(error, ModelError::Malformed { .. } | ModelError::Unreadable { .. }),
+            "{length}: {error}"
+        );
+    }
+}
