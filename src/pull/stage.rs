@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use super::{PullError, at};
@@ -15,9 +16,11 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    /// `models/.partial-NAME-PID`, empty.
+    /// `models/.partial-NAME-PID-COUNT`, empty.
     pub fn new(models: &Path, name: &str) -> Result<Self, PullError> {
-        let path = models.join(format!(".partial-{name}-{}", std::process::id()));
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = models.join(format!(".partial-{name}-{}-{count}", std::process::id()));
         // Left behind by a process of the same number that was killed.
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(&path).map_err(at(&path))?;

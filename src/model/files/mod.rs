@@ -48,7 +48,12 @@ impl ModelFiles {
     /// Opens a Hugging Face directory or a GGUF file.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let metadata = fs::metadata(path).map_err(|error| ModelError::unreadable(path, &error))?;
-        if metadata.is_dir() { hugging_face::open(path) } else { gguf::open(path) }
+        match metadata.is_dir() {
+            true => hugging_face::open(path),
+            // Opening a pipe would wait for its writer.
+            false if !metadata.is_file() => Err(ModelError::malformed(path, "it is no file")),
+            false => gguf::open(path),
+        }
     }
 
     /// Reads the weights: seconds, and four bytes of memory a weight.

@@ -186,6 +186,7 @@ fn names_the_file_that_is_missing() {
         );
     }
     assert!(matches!(refusal(Path::new("no/such/model")), ModelError::Unreadable { .. }));
+    assert!(matches!(refusal(Path::new("/dev/null")), ModelError::Malformed { .. }), "no regular file");
 }
 
 #[test]

@@ -243,13 +243,13 @@ mod tests {
             ("{% for k, v in {'x': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "x1"),
             (
                 "{{ {'x': 1}.get('x') }} {{ {'x': 1}.get('y', 2) }} {{ {'x': 1}.get('y') is none }}",
-                "1 2 true",
+                "1 2 True",
             ),
             ("{{ {'a': [1, '<é>']} | tojson }}", r#"{"a": [1, "<é>"]}"#),
             ("{{ {'a': 1} | tojson(indent=2) }}", "{\n  \"a\": 1\n}"),
             (
                 "{{ tools is none }} {{ eos_token is defined }} {{ strftime_now is defined }}",
-                "true false false",
+                "True False False",
             ),
             (
                 "{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
