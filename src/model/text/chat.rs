@@ -98,7 +98,7 @@ fn python_method(state: &State, value: &Value, method: &str, args: &[Value]) -> 
             "endswith" => Value::from(text.ends_with(from_args::<(&str,)>(args)?.0)),
             "upper" => Value::from(text.to_uppercase()),
             "lower" => Value::from(text.to_lowercase()),
-            "title" | "capitalize" => state.apply_filter(method, &[value.clone()])?,
+            "title" | "capitalize" => state.apply_filter(method, std::slice::from_ref(value))?,
             "replace" => {
                 let (from, to): (&str, &str) = from_args(args)?;
                 Value::from(text.replace(from, to))
@@ -115,7 +115,7 @@ fn python_method(state: &State, value: &Value, method: &str, args: &[Value]) -> 
         });
     }
     match (value.kind(), method) {
-        (ValueKind::Map, "items") => state.apply_filter("items", &[value.clone()]),
+        (ValueKind::Map, "items") => state.apply_filter("items", std::slice::from_ref(value)),
         (ValueKind::Map, "keys") => value.try_iter().map(|keys| keys.collect()),
         (ValueKind::Map, "values") => {
             value.try_iter()?.map(|key| value.get_item(&key)).collect::<Result<Value, _>>()

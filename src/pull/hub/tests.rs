@@ -133,7 +133,7 @@ fn fetches_a_model_once() {
     let source = hub.fetch(models.path()).unwrap();
     assert_eq!(source, ModelSource::new("org/tiny", models.path().join("hf/org/tiny")));
     assert_eq!(source.check().unwrap(), tiny::config());
-    assert_eq!(installed(models.path()), [source.clone()]);
+    assert_eq!(installed(models.path()), std::slice::from_ref(&source));
     assert_eq!(hub.downloads_of("README.md"), [0; 0], "only what makes the model is fetched");
 
     let asked = hub.state.downloads.lock().unwrap().len();
