@@ -1,8 +1,11 @@
 //! Streams that the coordinator opens towards a node: one sample request each.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use actix::Addr;
@@ -19,6 +22,9 @@ use super::{
     state::{Event, Ticket},
 };
 
+/// How long a request may take to arrive on its stream, or an answer to be taken.
+const FRAME_DEADLINE: Duration = Duration::from_secs(30);
+
 /// Hands out tickets, over all connections of a node's life.
 #[derive(Clone, Default)]
 pub(super) struct Tickets(Arc<AtomicU64>);
@@ -33,9 +39,10 @@ pub(super) async fn accept(connection: Connection, node: Addr<NodeActor>, ticket
 }
 
 async fn serve(mut stream: Stream, node: Addr<NodeActor>, ticket: Ticket) {
-    let generate = match open(&mut stream).await {
-        Ok(generate) => generate,
-        Err(reason) => return tracing::warn!(%reason, "a stream of the coordinator is no request"),
+    let generate = match tokio::time::timeout(FRAME_DEADLINE, open(&mut stream)).await {
+        Ok(Ok(generate)) => generate,
+        Ok(Err(reason)) => return tracing::warn!(%reason, "a stream of the coordinator is no request"),
+        Err(_) => return tracing::warn!("the coordinator opened a stream and said nothing"),
     };
     let (reply, answer) = oneshot::channel();
     // Without an answer the replica is gone or never got it: the request may be tried elsewhere.
@@ -51,13 +58,16 @@ async fn serve(mut stream: Stream, node: Addr<NodeActor>, ticket: Ticket) {
         // Dropping the receiver cancels the request.
         () = reset(&mut stream) => None,
     };
-    let _ = node.send(Notice(Event::RequestDone { ticket })).await;
     if let Some(answer) = answer {
+        let sent = tokio::time::timeout(FRAME_DEADLINE, async {
+            stream.send.send_frame(&encode(&answer)).await?;
+            stream.send.finish().await
+        });
         // A coordinator that went away meanwhile asks again or not at all.
-        if stream.send.send_frame(&encode(&answer)).await.is_ok() {
-            let _ = stream.send.finish().await;
-        }
+        let _ = sent.await;
     }
+    // Last, so that a node that stops does not close the connection over an answer.
+    let _ = node.send(Notice(Event::RequestDone { ticket })).await;
 }
 
 async fn open(stream: &mut Stream) -> Result<Generate, String> {

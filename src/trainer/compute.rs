@@ -12,7 +12,7 @@ use bytes::Bytes;
 use crate::{
     collective::Collective,
     kernels::lower_thread_priority,
-    model::{BaseModel, LoraLayout, TrainState, Workspace},
+    model::{BaseModel, LoraLayout, ModelError, TrainState, Workspace},
     protocol::{OpToken, Operation, RankIndex, RunSpec},
     types::{ErrorKind, OperationError, RunId},
 };
@@ -142,7 +142,11 @@ impl Compute {
         let config = &self.tools.config;
         let spec = &formation.spec;
         let model = config.library.load(&spec.base_model).map_err(|e| {
-            OperationError::new(ErrorKind::Internal, format!("loading {:?}: {e}", spec.base_model))
+            let kind = match e {
+                ModelError::Unknown { .. } => ErrorKind::NotFound,
+                _ => ErrorKind::Internal,
+            };
+            OperationError::new(kind, format!("loading {:?}: {e}", spec.base_model))
         })?;
         let state = match formation.restore {
             Some(blob) => TrainState::from_bytes(&model.config, &config.blobs.get(blob)?).map_err(|e| {
