@@ -33,8 +33,6 @@ pub struct ModelNode {
     fences: BTreeMap<RunId, (Epoch, Generation)>,
     staged: BTreeSet<PolicyId>,
     active: BTreeSet<PolicyId>,
-    /// A rank that computes wrongly, for the test that sees it found out.
-    pub faulty: bool,
 }
 
 struct ModelRank {
@@ -62,15 +60,12 @@ impl ModelNode {
             fences: BTreeMap::new(),
             staged: BTreeSet::new(),
             active: BTreeSet::new(),
-            faulty: false,
         }
     }
 
     /// A process that has just started: nothing survives in it.
     pub fn restart(&mut self) {
-        let faulty = self.faulty;
         *self = Self::new(self.name.clone(), self.trainers, self.samplers);
-        self.faulty = faulty;
     }
 
     pub fn hello(&self) -> NodeHello {
@@ -195,7 +190,6 @@ impl ModelNode {
         dice: &mut Dice,
     ) -> Vec<NodeMessage> {
         let mut answers = Vec::new();
-        let faulty = self.faulty;
         for ((run, index), rank) in &mut self.ranks {
             if *run != token.run || rank.generation != token.generation {
                 continue;
@@ -215,7 +209,7 @@ impl ModelNode {
                     answers.push(NodeMessage::Prepared {
                         token,
                         rank: rank_index,
-                        state: if faulty { Digest::of(b"wrong") } else { state },
+                        state,
                         result: computed.result,
                         saved: computed.saved,
                         step: computed.next.step,

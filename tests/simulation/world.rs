@@ -79,6 +79,33 @@ struct Wire {
     up_ms: u64,
 }
 
+/// How often what the simulation is for has happened.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Tally {
+    pub crashes: u64,
+    pub nodes_lost: u64,
+    pub stalls: u64,
+    pub appends_refused: u64,
+    /// Operations executed again that have an outcome.
+    pub replayed: u64,
+    /// Rank sets that began from a snapshot.
+    pub restored: u64,
+    /// Sample requests tried on another replica.
+    pub tried_again: u64,
+}
+
+impl Tally {
+    pub fn add(&mut self, other: Self) {
+        self.crashes += other.crashes;
+        self.nodes_lost += other.nodes_lost;
+        self.stalls += other.stalls;
+        self.appends_refused += other.appends_refused;
+        self.replayed += other.replayed;
+        self.restored += other.restored;
+        self.tried_again += other.tried_again;
+    }
+}
+
 pub struct World {
     pub now_ms: u64,
     pub dice: Dice,
@@ -98,7 +125,7 @@ pub struct World {
     /// Policies that a node has confirmed in this life of the coordinator.
     confirmed: BTreeSet<PolicyId>,
     pub stopped: bool,
-    pub events: u64,
+    pub tally: Tally,
 }
 
 fn limits() -> Limits {
@@ -139,7 +166,7 @@ impl World {
             journal_ms: 0,
             confirmed: BTreeSet::new(),
             stopped: false,
-            events: 0,
+            tally: Tally::default(),
         };
         for (index, (trainers, samplers)) in nodes.iter().enumerate() {
             world.nodes.push(ModelNode::new(format!("node{index}"), *trainers, *samplers));
@@ -244,7 +271,6 @@ impl World {
         if self.stopped {
             return;
         }
-        self.events += 1;
         let effects = self.coordinator.handle(event, self.now_ms);
         self.coordinator.check_invariants();
         for effect in effects {
@@ -284,6 +310,7 @@ impl World {
                 self.at(after_ms, Action::Answer { life: self.life, waiter, response });
             }
             Effect::Generate { node, attempt, generate } => {
+                self.tally.tried_again += u64::from(attempt > 0);
                 let Some(index) = self.index_of(node) else { return };
                 let (life, link) = (self.life, self.wires[index].link);
                 let after_ms = self.dice.between(1, 50);
@@ -300,6 +327,7 @@ impl World {
     fn write_journal(&mut self) {
         let Some((append, records)) = self.journal.queue.pop_front() else { return };
         let result = if self.dice.fails(1) {
+            self.tally.appends_refused += 1;
             Err("no space left".to_owned())
         } else {
             self.journal.write(records, &mut self.blobs);
@@ -312,6 +340,14 @@ impl World {
     fn node_hears(&mut self, link: u64, index: usize, message: CoordinatorMessage) {
         if self.wires[index].link != link || self.nodes[index].hung {
             return;
+        }
+        match &message {
+            CoordinatorMessage::Execute { token, .. } => {
+                let again = self.journal.outcome(token.run, token.seq).is_some();
+                self.tally.replayed += u64::from(again);
+            }
+            CoordinatorMessage::FormRanks { restore: Some(_), .. } => self.tally.restored += 1,
+            _ => {}
         }
         let shutdown = matches!(message, CoordinatorMessage::Shutdown);
         let said = self.nodes[index].hear(message, &mut self.blobs, &self.journal, &mut self.dice);
@@ -363,7 +399,11 @@ impl World {
                 self.nodes[node].hung = self.nodes[node].id.is_some();
             }
             4..=5 => self.crash(),
-            6 => self.now_ms += self.dice.between(1_000, 30_000), // nobody ran, so nobody answered
+            6 => {
+                // Nobody ran, so nobody answered.
+                self.now_ms += self.dice.between(1_000, 30_000);
+                self.tally.stalls += 1;
+            }
             _ => {}
         }
     }
@@ -371,6 +411,7 @@ impl World {
     /// The process dies: its connection breaks, at once or when somebody notices.
     fn lose_node(&mut self, node: usize) {
         let Some(id) = self.nodes[node].id else { return };
+        self.tally.nodes_lost += 1;
         self.nodes[node].restart();
         self.join_later(node);
         self.happen_later(Event::NodeLost { node: id, reason: "connection reset".into() }, 1, 500);
@@ -384,6 +425,7 @@ impl World {
             let (_, records) = self.journal.queue.pop_front().expect("counted");
             self.journal.write(records, &mut self.blobs);
         }
+        self.tally.crashes += 1;
         self.life += 1;
         self.stopped = false;
         self.asked.clear();
