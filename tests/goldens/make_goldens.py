@@ -18,7 +18,7 @@ NAME is PEFT's, without `base_model.model.`. The model is transformers', the ada
 gradients autograd's; losses and Adam are written out below from their specification, because no
 library has them in this form. Every sequence runs alone, unpadded, in float32.
 
-Versions: requirements.txt. The values depend on them and on the CPU in their last bits only.
+Versions: tests/requirements.txt. The values depend on them and on the CPU in their last bits only.
 """
 
 import argparse

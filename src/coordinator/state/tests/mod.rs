@@ -1,5 +1,6 @@
 //! One rule a test; what many rules make of a history of accidents is `tests/simulation`.
 
 pub(in crate::coordinator) mod desk;
+mod recovery;
 mod runs;
 mod samplers;
