@@ -15,14 +15,15 @@ const LARGEST: f32 = 88.0;
 pub(super) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     // Adding 1.5·2^23 rounds to an integer and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts, the first with trailing zeros so that n times it is exact.
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     let bounded = s.max(s.splat(SMALLEST), s.min(s.splat(LARGEST), x));
     let shifted = s.fma(bounded, s.splat(std::f32::consts::LOG2_E), s.splat(ROUND));
     let n = s.sub(shifted, s.splat(ROUND));
-    // ln 2 in two parts, the first with trailing zeros so that n times it is exact.
-    let r = s.fma(n, s.splat(-0.693_359_375), bounded);
+    let r = s.fma(n, s.splat(-LN2_HIGH), bounded);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
     let mut p = s.splat(1.987_569_1e-4);
-    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = s.fma(p, r, s.splat(coefficient));
     }
     let e_r = s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0));

@@ -282,7 +282,7 @@ unsafe fn outer_products(
         // SAFETY: the caller's promise; `b` has whole vectors of columns.
         unsafe { block.compute() }
     };
-    if columns % LANES == 0 {
+    if columns.is_multiple_of(LANES) {
         return compute(values.as_ptr(), row_len);
     }
     // The last columns of the last row end before a whole vector: work on a padded copy.
