@@ -5,7 +5,7 @@ use std::ops::Range;
 /// fewer leaves than ranks.
 ///
 /// The heaviest rank decides how long an operation takes. So: the smallest possible heaviest load,
-/// plus [`ALIGNMENT_SLACK`] of it; and within that the cuts at the roundest leaf numbers.
+/// plus `ALIGNMENT_SLACK` of it; and within that the cuts at the roundest leaf numbers.
 pub fn assign_leaves(costs: &[u64], world_size: u32) -> Vec<Range<u32>> {
     let (leaves, ranks) = (costs.len(), world_size as usize);
     if leaves <= ranks {
