@@ -64,7 +64,7 @@ async fn main() -> anyhow::Result<()> {
     let mut sequences = Vec::new();
     for (input, outputs) in inputs.into_iter().zip(scored.loss_fn_outputs) {
         sequences.push(json!({
-            "tokens": input.to_ints(),
+            "tokens": input.to_ints()?,
             "sampler_logprobs": sampling.compute_logprobs(input).await?,
             "trainer_logprobs": outputs["logprobs"],
         }));
