@@ -36,9 +36,10 @@ impl Buffer {
 
     /// Sets the length. What the values are is not said: whoever asks writes before reading.
     pub(crate) fn resize(&mut self, len: usize) -> &mut [f32] {
-        let lines = len.div_ceil(LINE);
-        if lines > self.lines.len() {
-            self.lines.resize(lines, Line([0.0; LINE]));
+        if len.div_ceil(LINE) > self.lines.len() {
+            // Not grown in place, which would copy what nobody reads.
+            *self = Self::new();
+            *self = Self::zeroed(len);
         }
         self.len = len;
         self

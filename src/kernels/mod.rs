@@ -11,6 +11,8 @@ mod rows;
 mod simd;
 mod softmax;
 mod swiglu;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod tile;
 

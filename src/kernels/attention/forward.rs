@@ -91,50 +91,15 @@ impl Queries {
         maxima.fill(f32::NEG_INFINITY);
         totals.fill(0.0);
         sums.fill(0.0);
-        let last = self.positions.start / BLOCK;
         let layer = blocks.layer(layer);
+        let (keys_at, values_at) =
+            (self.heads.keys_at(layer, self.head), self.heads.values_at(layer, self.head));
+        let last = self.positions.start / BLOCK;
         for (index, block) in blocks.blocks[..=last].iter().enumerate() {
-            let scores_of_block = Block {
-                rows,
-                columns: BLOCK,
-                product: Factors {
-                    a: queries.as_ptr(),
-                    a_row: dim,
-                    a_step: 1,
-                    b: block.at(self.heads.keys_at(layer, self.head)),
-                    b_step: BLOCK,
-                    depth: dim,
-                },
-                second: None,
-                c: scores.as_mut_ptr(),
-                c_row: BLOCK,
-                start: Start::Zero,
-            };
-            // SAFETY: a block holds 32 keys of width d for this head; the scores are our own.
-            unsafe { scores_of_block.compute() };
+            self.score(queries, block.at(keys_at), scores);
             let own_block = (index == last).then_some(self.positions.start % BLOCK);
             run(OnlineSoftmax { scores, maxima, totals, sums, padded, own_block, group: self.heads.group() });
-            let keys = if index == last { (self.positions.end - 1) % BLOCK + 1 } else { BLOCK };
-            for column in (0..padded).step_by(2 * LANES) {
-                let weighted_values = Block {
-                    rows,
-                    columns: (padded - column).min(2 * LANES),
-                    product: Factors {
-                        a: scores.as_ptr(),
-                        a_row: BLOCK,
-                        a_step: 1,
-                        b: block.at(self.heads.values_at(layer, self.head) + column),
-                        b_step: padded,
-                        depth: keys,
-                    },
-                    second: None,
-                    c: sums[column..].as_mut_ptr(),
-                    c_row: padded,
-                    start: Start::Stored,
-                };
-                // SAFETY: a block holds 32 padded values for this head; the sums are our own.
-                unsafe { weighted_values.compute() };
-            }
+            self.weigh(scores, block.at(values_at), own_block, sums);
         }
         for row in 0..rows {
             let to = self.query(row);
@@ -146,6 +111,64 @@ impl Queries {
                 // SAFETY: as above.
                 let lse = unsafe { lse.part(to / dim..to / dim + 1) };
                 lse[0] = maxima[row] + totals[row].ln();
+            }
+        }
+    }
+
+    /// `scores = queries · keysᵀ`, `[rows, 32]`.
+    fn score(&self, queries: &[f32], keys: *const f32, scores: &mut [f32]) {
+        let dim = self.heads.dim;
+        let block = Block {
+            rows: self.rows(),
+            columns: BLOCK,
+            product: Factors {
+                a: queries.as_ptr(),
+                a_row: dim,
+                a_step: 1,
+                b: keys,
+                b_step: BLOCK,
+                depth: dim,
+            },
+            second: None,
+            c: scores.as_mut_ptr(),
+            c_row: BLOCK,
+            start: Start::Zero,
+        };
+        // SAFETY: a block holds 32 keys of width d for this head; the scores are our own.
+        unsafe { block.compute() };
+    }
+
+    /// `sums += weights · values`, `[rows, d padded]`.
+    ///
+    /// In the block of the queries' own positions each position takes its own past only. The later
+    /// keys have no weight, but no weight times an infinite value is not nothing.
+    fn weigh(&self, weights: &[f32], values: *const f32, own_block: Option<usize>, sums: &mut [f32]) {
+        let (group, padded) = (self.heads.group(), self.heads.padded());
+        let (parts, rows) = match own_block {
+            Some(_) => (self.positions.len(), group),
+            None => (1, self.rows()),
+        };
+        for part in 0..parts {
+            let keys = own_block.map_or(BLOCK, |first| first + part + 1);
+            for column in (0..padded).step_by(2 * LANES) {
+                let block = Block {
+                    rows,
+                    columns: (padded - column).min(2 * LANES),
+                    product: Factors {
+                        a: weights[part * rows * BLOCK..].as_ptr(),
+                        a_row: BLOCK,
+                        a_step: 1,
+                        b: values.wrapping_add(column),
+                        b_step: padded,
+                        depth: keys,
+                    },
+                    second: None,
+                    c: sums[part * rows * padded + column..].as_mut_ptr(),
+                    c_row: padded,
+                    start: Start::Stored,
+                };
+                // SAFETY: a block holds 32 padded values for this head; the sums are our own.
+                unsafe { block.compute() };
             }
         }
     }

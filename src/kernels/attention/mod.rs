@@ -11,8 +11,6 @@
 mod backward;
 mod blocks;
 mod forward;
-#[cfg(test)]
-mod tests;
 
 pub(crate) use backward::{AttentionGradients, attention_backward};
 pub(crate) use blocks::{KvBlocks, append};

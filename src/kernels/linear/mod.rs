@@ -7,8 +7,6 @@
 mod backward;
 mod forward;
 mod pack;
-#[cfg(test)]
-mod tests;
 
 use std::ops::Range;
 
@@ -29,7 +27,7 @@ pub(crate) struct LowRank<'a> {
 /// Rows of a task of the narrow products with A and B: enough that packing them costs little.
 const NARROW_ROWS: usize = 256;
 
-/// Cuts `rows` into ranges of at most `most`, nearly equal.
+/// One of the nearly equal parts of `rows`.
 fn part_of(rows: usize, parts: usize, part: usize) -> Range<usize> {
     rows * part / parts..rows * (part + 1) / parts
 }
