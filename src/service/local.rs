@@ -14,7 +14,7 @@ use crate::{
     transport::{Endpoint, MemoryNetwork, Role},
 };
 
-use super::ServiceError;
+use super::{ServiceError, share::Share};
 
 /// Longest that the nodes of an embedded cluster may take to join: they read the models'
 /// digests first.
@@ -156,16 +156,14 @@ async fn until(mut stopping: watch::Receiver<bool>) {
 }
 
 impl ClusterConfig {
-    /// Node `index`'s share of ranks, replicas and cores: dealt out one by one.
     fn node(&self, index: u32, coordinator: &str) -> NodeConfig {
-        let nodes = self.nodes.max(1);
-        let share = |total: u32| total / nodes + u32::from(index < total % nodes);
+        let share = Share::of(index, self.nodes, self.trainers, self.samplers, self.threads);
         NodeConfig {
             name: format!("node-{index}"),
             coordinator: coordinator.into(),
-            trainers: share(self.trainers),
-            samplers: share(self.samplers),
-            threads: share(self.threads as u32).max(1) as usize,
+            trainers: share.trainers,
+            samplers: share.samplers,
+            threads: share.threads,
             models: self.models.clone(),
         }
     }

@@ -14,6 +14,7 @@ mod error;
 mod layout;
 mod local;
 mod process;
+mod share;
 mod supervisor;
 mod up;
 

@@ -20,6 +20,7 @@ use crate::model::ModelSource;
 use super::{
     DataDirectory, ServiceError,
     process::{EXIT_REFUSED, LISTENING, PARENT_PIPE},
+    share::Share,
 };
 
 /// Pause before a part that died is started again: doubled each time, from the first to the
@@ -144,19 +145,18 @@ impl Part {
         Self { name: COORDINATOR.into(), config: config.clone(), arguments }
     }
 
-    /// Node `index` with its share of ranks, replicas and cores: dealt out one by one.
+    /// Node `index` with its share of ranks, replicas and cores.
     fn node(config: &SupervisorConfig, index: u32, coordinator: &str) -> Self {
-        let nodes = config.nodes.max(1);
-        let share = |total: u32| total / nodes + u32::from(index < total % nodes);
+        let share = Share::of(index, config.nodes, config.trainers, config.samplers, config.threads);
         let name = format!("node-{index}");
         let mut arguments: Vec<String> = vec!["node".into()];
         let mut flag = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
         flag("--name", name.clone());
         flag("--coordinator", coordinator.into());
         flag("--listen", SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).to_string());
-        flag("--trainers", share(config.trainers).to_string());
-        flag("--samplers", share(config.samplers).to_string());
-        flag("--threads", share(config.threads as u32).max(1).to_string());
+        flag("--trainers", share.trainers.to_string());
+        flag("--samplers", share.samplers.to_string());
+        flag("--threads", share.threads.to_string());
         for model in &config.models {
             flag("--model", format!("{}={}", model.name, model.path.display()));
         }

@@ -1,4 +1,4 @@
-use std::ops::Range;
+use std::{ops::Range, sync::OnceLock};
 
 use crate::{
     kernels::{
@@ -142,23 +142,21 @@ impl Chunk {
     ) -> Vec<f32> {
         let vocab = logits_cv.len() / self.rows.len();
         let mut lse = vec![0.0; self.rows.len()];
-        let mut likeliest = vec![Vec::new(); self.rows.len()];
-        let (shared_lse, shared_likeliest) = (Shared::new(&mut lse), SharedRows(likeliest.as_mut_ptr()));
+        let likeliest: Vec<OnceLock<Vec<(u32, f32)>>> = vec![OnceLock::new(); self.rows.len()];
+        let shared_lse = Shared::new(&mut lse);
         team.run(self.rows.len(), |row| {
             let logits = &logits_cv[row * vocab..][..vocab];
             let row_lse = log_sum_exp(logits);
             // SAFETY: each task has a row of its own.
-            unsafe {
-                shared_lse.part(row..row + 1)[0] = row_lse;
-                if top_k > 0 {
-                    *shared_likeliest.at(row) = likeliest_tokens(logits, row_lse, top_k);
-                }
+            unsafe { shared_lse.part(row..row + 1)[0] = row_lse };
+            if top_k > 0 {
+                likeliest[row].get_or_init(|| likeliest_tokens(logits, row_lse, top_k));
             }
         });
         for (i, &row) in self.targets.clone().zip(&self.row_of) {
             logprobs.push(logits_cv[row * vocab + targets[i].1 as usize] - lse[row]);
             if top_k > 0 {
-                alternatives.push(likeliest[row].clone());
+                alternatives.push(likeliest[row].get().cloned().unwrap_or_default());
             }
         }
         lse
@@ -223,24 +221,4 @@ fn likeliest_tokens(logits: &[f32], lse: f32, top_k: usize) -> Vec<(u32, f32)> {
     }
     best.iter_mut().for_each(|(_, logit)| *logit -= lse);
     best
-}
-
-/// One result for each row, written by different tasks.
-#[derive(Clone, Copy)]
-struct SharedRows(*mut Vec<(u32, f32)>);
-
-// SAFETY: `at` is unsafe; its callers answer for races.
-unsafe impl Send for SharedRows {}
-// SAFETY: as above.
-unsafe impl Sync for SharedRows {}
-
-impl SharedRows {
-    /// # Safety
-    ///
-    /// The row must exist and be used by nobody else.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn at(&self, row: usize) -> &mut Vec<(u32, f32)> {
-        // SAFETY: the caller's promise.
-        unsafe { &mut *self.0.add(row) }
-    }
 }
