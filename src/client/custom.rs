@@ -33,18 +33,21 @@ pub struct CustomLoss {
 pub type CustomLossFn = Box<dyn FnOnce(&[Datum], &[Tensor]) -> candle_core::Result<CustomLoss> + Send>;
 
 /// Cuts a call's data, in order, into parts of about [`PART_BYTES`]; at least one datum each.
-pub fn split(data: Vec<Datum>) -> Vec<Vec<Datum>> {
+/// `together` consecutive datums are never parted ([`LossFn::datums_together`]).
+pub fn split(data: Vec<Datum>, together: usize) -> Vec<Vec<Datum>> {
     let mut parts: Vec<Vec<Datum>> = Vec::new();
     let mut filled = usize::MAX;
-    for datum in data {
-        let bytes = size(&datum);
+    let mut data = data.into_iter().peekable();
+    while data.peek().is_some() {
+        let group: Vec<Datum> = data.by_ref().take(together).collect();
+        let bytes: usize = group.iter().map(size).sum();
         if filled.saturating_add(bytes) > PART_BYTES {
             parts.push(Vec::new());
             filled = 0;
         }
         filled += bytes;
         if let Some(part) = parts.last_mut() {
-            part.push(datum);
+            part.extend(group);
         }
     }
     parts
@@ -62,9 +65,11 @@ fn size(datum: &Datum) -> usize {
 }
 
 /// One output of a call that was cut: outputs in order, sums added, means weighted by the
-/// active tokens of each part, maxima kept.
+/// active tokens (or pairs) of each part, maxima kept.
 pub fn join_parts(parts: Vec<ForwardBackwardOutput>, summed: bool) -> ForwardBackwardOutput {
-    let weights: Vec<f64> = parts.iter().map(|p| p.metrics.get("tokens").copied().unwrap_or(0.0)).collect();
+    let counted =
+        |p: &ForwardBackwardOutput| p.metrics.get("tokens").or_else(|| p.metrics.get("pairs")).copied();
+    let weights: Vec<f64> = parts.iter().map(|p| counted(p).unwrap_or(0.0)).collect();
     let total: f64 = weights.iter().sum();
     let mean = |value: &dyn Fn(&ForwardBackwardOutput) -> f64| match total > 0.0 {
         true => parts.iter().zip(&weights).map(|(p, w)| value(p) * w).sum::<f64>() / total,
@@ -79,7 +84,7 @@ pub fn join_parts(parts: Vec<ForwardBackwardOutput>, summed: bool) -> ForwardBac
         let joined = match name.as_str() {
             "loss" => loss,
             "skip_token_normalization" => 1.0,
-            "tokens" => sum(&of),
+            "tokens" | "pairs" => sum(&of),
             name if name.starts_with("max_") => parts.iter().map(of).fold(f64::NEG_INFINITY, f64::max),
             _ => mean(&of),
         };
@@ -248,9 +253,11 @@ mod tests {
     fn large_calls_are_cut_between_datums_and_joined_by_tokens() {
         // 12 bytes a token: 4 of the input, 8 of the targets.
         let half = PART_BYTES / 12 / 2;
-        let parts = split(vec![datum(half), datum(half), datum(half), datum(1)]);
+        let parts = split(vec![datum(half), datum(half), datum(half), datum(1)], 1);
         assert_eq!(parts.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2]);
-        assert_eq!(split(vec![datum(3 * half), datum(1)]).len(), 2);
+        assert_eq!(split(vec![datum(3 * half), datum(1)], 1).len(), 2);
+        let pairs = split(vec![datum(1), datum(half), datum(1), datum(half), datum(1), datum(1)], 2);
+        assert_eq!(pairs.iter().map(Vec::len).collect::<Vec<_>>(), [2, 4]);
 
         let part = |loss: f64, tokens: f64| ForwardBackwardOutput {
             loss,

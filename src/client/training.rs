@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use crate::{
     protocol::{ClientRequest, ClientResponse, Operation, OperationResult, RunInfo, SampleTarget},
     types::{
-        AdamParams, Datum, ErrorKind, ForwardBackwardFuture, InitTrainerServerResponse, InvalidInput,
+        AdamParams, DataLimits, Datum, ErrorKind, ForwardBackwardFuture, InitTrainerServerResponse,
         LoadWeightsResponse, LoraConfig, LossSpec, OperationCompleter, OperationError, OperationFuture,
         OptimStepResponse, PolicyId, RunId, SaveWeightsForSamplerResponse, SaveWeightsResponse, WandbConfig,
     },
@@ -82,11 +82,15 @@ impl TrainingClient {
     }
 
     fn pass(&self, data: Vec<Datum>, loss: LossSpec, pass: custom::Pass) -> ForwardBackwardFuture {
-        if data.is_empty() {
-            let empty = InvalidInput::new("data", "no datum is given; at least 1 is needed");
-            return OperationFuture::ready(Err(empty.into()));
+        // Before anything is cut off and sent: a call is refused whole, or taken whole. The size
+        // of the vocabulary is the service's to know.
+        let limits =
+            DataLimits { vocab_size: u32::MAX as usize, max_seq_len: self.info.max_seq_len as usize };
+        if let Err(invalid) = loss.check_data(limits, &data) {
+            return OperationFuture::ready(Err(invalid.into()));
         }
-        let mut parts: Vec<_> = split(data)
+        let together = loss.loss_fn.datums_together();
+        let mut parts: Vec<_> = split(data, together)
             .into_iter()
             .map(|part| {
                 let (completer, future) = OperationFuture::pair();

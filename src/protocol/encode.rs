@@ -118,7 +118,10 @@ wire_enum!(LoraTarget {
     0 => QProj, 1 => KProj, 2 => VProj, 3 => OProj, 4 => GateProj, 5 => UpProj, 6 => DownProj
 });
 wire_struct!(LoraConfig { rank, alpha, seed, targets });
-wire_enum!(LossFn { 0 => CrossEntropy, 1 => ImportanceSampling });
+wire_enum!(LossFn {
+    0 => CrossEntropy, 1 => ImportanceSampling, 2 => Ppo, 3 => Cispo, 4 => Dro, 5 => Dppo, 6 => Dpo, 7 => Gspo,
+    8 => StableReinforce
+});
 wire_struct!(LossSpec { loss_fn, config, skip_token_normalization, top_k_logprobs });
 wire_enum!(Stop { 0 => Text(text), 1 => Texts(texts), 2 => Tokens(tokens) });
 wire_struct!(SamplingParams { temperature, top_p, top_k, max_tokens, seed, stop });

@@ -34,7 +34,7 @@ pub use future::{ForwardBackwardFuture, OperationCompleter, OperationFuture, Res
 pub use ids::{CheckpointId, PolicyId, RunId, SessionId};
 pub use input::{Datum, EncodedTextChunk, ImageChunk, ImageFormat, ModelInput, ModelInputChunk};
 pub use lora::{LoraConfig, LoraTarget};
-pub use loss::{LossFn, LossSpec};
+pub use loss::{CheckedDatum, CheckedTarget, DataLimits, LossFn, LossInputs, LossSetting, LossSpec};
 pub use output::{
     DatumOutput, ForwardBackwardOutput, InitTrainerServerResponse, LoadWeightsResponse, OptimStepResponse,
     SaveWeightsForSamplerResponse, SaveWeightsResponse,

@@ -80,6 +80,10 @@ STEPS = [
     ([], {}),
     (["importance_sampling"], {"grad_clip_norm": 0.01}),
     (["cross_entropy_k", "cross_entropy_sum"], {"grad_clip_norm": 0.0, "eps": 1e-8}),
+    (["ppo", "cispo", "dro"], {}),
+    (["dppo", "gspo", "stable_reinforce"], {"beta1": 0.8, "beta2": 0.99}),
+    (["dpo"], {"weight_decay": 0.01}),
+    (["dpo_sum", "stable_reinforce_plain"], {"grad_clip_norm": 0.5}),
 ]
 
 
@@ -201,17 +205,42 @@ def make_calls(model, vocab, random):
     weights_k[3] = 0
     weights_k[4, 0] = 0
 
-    def sampled(n, advantages, **inputs):
-        """Targets with the log-probabilities of a policy near the model's."""
-        sequence, target = tokens(n, vocab, random), targets(n)
+    def near(sequence, target, distance):
+        """The log-probabilities of a policy near the model's."""
         with torch.no_grad():
             logits = model(torch.tensor([sequence])).logits[0]
-        scores = logits.log_softmax(-1)[torch.arange(n), target] + 0.3 * normal((n,), random)
+        n = len(sequence)
+        return logits.log_softmax(-1)[torch.arange(n), target] + distance * normal((n,), random)
+
+    def sampled(n, advantages, distance=0.3, **inputs):
+        sequence, target = tokens(n, vocab, random), targets(n)
+        scores = near(sequence, target, distance)
         return datum(sequence, target_tokens=target, logprobs=scores, advantages=advantages, **inputs)
+
+    def sampled_batch(distance=0.3, **inputs):
+        """Advantages of both signs and zero; mask; weights; one advantage for all."""
+        some = normal((13,), random)
+        some[[0, 5]] = 0
+        return [
+            sampled(13, some, distance, **{name: make(13) for name, make in inputs.items()}),
+            sampled(8, normal((8,), random), distance, mask=(torch.rand(8, generator=random) > 0.4).float()),
+            sampled(6, torch.tensor([1.25]), distance, weights=torch.tensor([1, 0, 0.5, 1, -1, 1.0])),
+        ]
+
+    def preference(n, **inputs):
+        sequence, target = tokens(n, vocab, random), targets(n)
+        return datum(sequence, target_tokens=target, ref_logprobs=near(sequence, target, 0.3), **inputs)
+
+    def continuation(n):
+        """Targets are the next tokens; the reference's score of the last one is never read."""
+        sequence = tokens(n, vocab, random)
+        scores = near(sequence, torch.tensor(sequence[1:] + [0]), 0.3)
+        scores[-1] = torch.nan
+        return datum(sequence, ref_logprobs=scores)
 
     some_zero = normal((12,), random)
     some_zero[[1, 2, 7]] = 0
-    return {
+    calls = {
         # No inputs: targets are the next tokens. One sequence has a single token.
         "cross_entropy": call(
             "cross_entropy", [text(5), text(1), text(23), text(1, target_tokens=targets(1))], top_k_logprobs=3
@@ -249,10 +278,47 @@ def make_calls(model, vocab, random):
             skip_token_normalization=True,
         ),
     }
+    # Below, the data are drawn in this order: a new call goes to the end, and leaves the others as
+    # they are.
+    low, high = (lambda n: torch.full((n,), 0.9)), (lambda n: 1.1 + torch.rand(n, generator=random))
+    calls["ppo"] = call("ppo", sampled_batch(clip_low_threshold=low, clip_high_threshold=high))
+    calls["cispo"] = call(
+        "cispo", sampled_batch(), config={"clip_low_threshold": 0.7, "clip_high_threshold": 1.1}
+    )
+    calls["dro"] = call("dro", sampled_batch(), config={"beta": 0.4, "score_inactive": 1})
+    # Probabilities are near 0.01 here, and move less.
+    calls["dppo"] = call(
+        "dppo",
+        sampled_batch(),
+        config={"dppo_mask_high": 0.001, "dppo_mask_low": 0.002, "adv_tau": 0.5, "kl_tau": 0.05},
+    )
+    counted = lambda n: (torch.rand(n, generator=random) > 0.5).float()
+    calls["gspo"] = call(
+        "gspo",
+        sampled_batch(sequence_ratio_mask=counted) + [sampled(4, torch.ones(4), sequence_ratio_mask=torch.zeros(4))],
+        config={"clip_low_threshold": 0.95, "clip_high_threshold": 1.02},
+    )
+    calls["stable_reinforce"] = call("stable_reinforce", sampled_batch(0.8), config={"kl_coeff": 0.1})
+    calls["stable_reinforce_plain"] = call("stable_reinforce", sampled_batch(0.8), skip_token_normalization=True)
+    # Weights; next tokens as targets; a pair of which nothing is active.
+    calls["dpo"] = call(
+        "dpo",
+        [
+            preference(12, weights=(torch.arange(12) > 4).float()),
+            preference(9, weights=normal((9,), random)),
+            continuation(7),
+            continuation(15),
+            preference(3, weights=torch.zeros(3)),
+            preference(5, weights=torch.zeros(5)),
+        ],
+        config={"beta": 0.5, "label_smoothing": 0.1},
+    )
+    calls["dpo_sum"] = call("dpo", [preference(6), preference(11)], skip_token_normalization=True)
+    return calls
 
 
-def call(loss_fn, data, skip_token_normalization=False, top_k_logprobs=0):
-    loss = {"loss_fn": loss_fn, "config": {}}
+def call(loss_fn, data, skip_token_normalization=False, top_k_logprobs=0, config=None):
+    loss = {"loss_fn": loss_fn, "config": config or {}}
     loss |= {"skip_token_normalization": skip_token_normalization, "top_k_logprobs": top_k_logprobs}
     return {"loss": loss, "data": data}
 
@@ -260,7 +326,8 @@ def call(loss_fn, data, skip_token_normalization=False, top_k_logprobs=0):
 def datum(sequence, **inputs):
     wire = {
         name: {
-            "data": tensor.flatten().tolist(),
+            # NaN travels as null, as from the Python clients.
+            "data": [None if value != value else value for value in tensor.flatten().tolist()],
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
         }
@@ -270,27 +337,46 @@ def datum(sequence, **inputs):
     return {"model_input": {"chunks": chunks}, "loss_fn_inputs": wire}
 
 
+DEFAULTS = {
+    "ppo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+    "cispo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+    "gspo": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+    "dro": {"beta": 0.05},
+    "dppo": {"dppo_mask_high": 0.2, "dppo_mask_low": 0.2, "adv_tau": 1.0, "kl_tau": 1e-3},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0},
+    "stable_reinforce": {"kl_coeff": 0.0},
+}
+
+
 def evaluate(model, parameters, call):
-    """Loss, outputs and the gradient of S = Σ ℓ over active positions."""
-    total = torch.zeros((), dtype=torch.float64)
-    size, active, outputs, gaps = 0.0, 0, {}, []
+    """Loss, outputs and the gradient of S = Σ ℓ over active positions (of dpo: pairs)."""
+    loss_fn = call["loss"]["loss_fn"]
+    config = DEFAULTS.get(loss_fn, {}) | call["loss"]["config"]
+    read, outputs = [], {}
     for i, example in enumerate(call["data"]):
         sequence = example["model_input"]["chunks"][0]["tokens"]
-        inputs = {
-            name: torch.tensor(tensor["data"], dtype=getattr(torch, tensor["dtype"])).reshape(tensor["shape"])
-            for name, tensor in example["loss_fn_inputs"].items()
-        }
+        inputs = {name: read_tensor(tensor) for name, tensor in example["loss_fn_inputs"].items()}
         log_probabilities = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
-        one = evaluate_datum(call["loss"]["loss_fn"], log_probabilities, sequence, inputs)
-        total = total + one["loss"]
-        size += one["loss_size"]
-        active += one["active"]
-        gaps.append(one["gap"])
-        outputs[f"logprobs.{i}"] = one["logprobs"]
+        read.append(read_datum(loss_fn, config, log_probabilities, sequence, inputs))
+        outputs[f"logprobs.{i}"] = read[-1]["reported"]
         if k := call["loss"]["top_k_logprobs"]:
             best = log_probabilities.detach().topk(k)
             outputs[f"top_k_token_ids.{i}"] = best.indices
             outputs[f"top_k_logprobs.{i}"] = best.values
+    if loss_fn == "dpo":
+        terms, active, metrics = preferences(config, read)
+    else:
+        parts = [position_losses(loss_fn, config, datum) for datum in read]
+        terms = torch.cat([losses[datum["is_active"]] for datum, (losses, _) in zip(read, parts)])
+        active = sum(int(datum["is_active"].any(1).sum()) for datum in read)
+        metrics = {}
+        if loss_fn != "cross_entropy":
+            metrics = policy_gap(torch.cat([d["difference"][d["is_active"]] for d in read]).detach().double())
+        for side in ("low", "high"):
+            if all(side in sides for _, sides in parts):
+                clipped = sum(int((sides[side] & d["is_active"]).sum()) for d, (_, sides) in zip(read, parts))
+                metrics[f"clip_{side}_fraction"] = clipped / max(active, 1)
+    total = terms.double().sum()
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     gradients = {
         name: torch.zeros_like(parameter) if gradient is None else gradient
@@ -300,16 +386,23 @@ def evaluate(model, parameters, call):
     divisor = 1 if is_sum else max(active, 1)
     return {
         "loss": total.item() / divisor,
-        "loss_size": size / divisor,
+        # Σ|ℓ|: what rounding errors are in proportion to. Terms of both signs cancel in Σℓ.
+        "loss_size": terms.detach().double().abs().sum().item() / divisor,
         "active": active,
-        "metrics": policy_gap(torch.cat(gaps)) if call["loss"]["loss_fn"] == "importance_sampling" else {},
+        "metrics": metrics,
         "outputs": outputs,
         "gradients": gradients,
         "is_sum": is_sum,
     }
 
 
-def evaluate_datum(loss_fn, log_probabilities, sequence, inputs):
+def read_tensor(tensor):
+    data = [float("nan") if value is None else value for value in tensor["data"]]
+    return torch.tensor(data, dtype=getattr(torch, tensor["dtype"])).reshape(tensor["shape"])
+
+
+def read_datum(loss_fn, config, log_probabilities, sequence, inputs):
+    """What the losses are functions of; [N, K], K = 1 except for cross_entropy."""
     n = len(sequence)
     if "target_tokens" in inputs:
         target = inputs["target_tokens"].reshape(n, -1)
@@ -319,31 +412,92 @@ def evaluate_datum(loss_fn, log_probabilities, sequence, inputs):
         target = torch.tensor(sequence[1:] + [0]).reshape(n, 1)
         has_target = torch.tensor([True] * (n - 1) + [False]).reshape(n, 1)
         shape = (n,)
-    lp = log_probabilities.gather(1, target.clamp(min=0))
-    weights = inputs.get("weights", torch.ones(shape)).reshape(target.shape)
-    is_active = has_target & (weights != 0)
-    gap = torch.zeros(0)
-    if loss_fn == "cross_entropy":
-        terms = -weights * lp
-        scored = has_target
-    else:
-        q = inputs["logprobs"].reshape(n, 1)
-        advantages = inputs["advantages"].expand(n).reshape(n, 1)
-        is_active = is_active & (advantages != 0) & (inputs.get("mask", torch.ones(n)).reshape(n, 1) > 0)
-        terms = -weights * torch.exp(lp - q) * advantages
-        scored = is_active
-        gap = (lp - q)[is_active].detach().double()
+    datum = {name: inputs[name].reshape(n, 1) for name in ("clip_low_threshold", "clip_high_threshold") if name in inputs}
+    datum["lp"] = log_probabilities.gather(1, target.clamp(min=0))
+    datum["weights"] = inputs.get("weights", torch.ones(shape)).reshape(target.shape)
+    datum["is_active"] = has_target & (datum["weights"] != 0)
+    q = inputs.get("ref_logprobs" if loss_fn == "dpo" else "logprobs", torch.zeros(n)).reshape(n, 1)
+    # What is not read must not poison anything; torch would multiply it by zero.
+    datum["q"] = torch.where(has_target, q, 0.0)
+    datum["difference"] = datum["lp"] - datum["q"]
+    scored = has_target
+    if loss_fn not in ("cross_entropy", "dpo"):
+        datum["advantages"] = inputs["advantages"].expand(n).reshape(n, 1)
+        mask = inputs.get("mask", torch.ones(n)).reshape(n, 1)
+        datum["is_active"] &= (datum["advantages"] != 0) & (mask > 0)
+    if loss_fn == "gspo":
+        counted = inputs["sequence_ratio_mask"].reshape(n, 1) != 0 if "sequence_ratio_mask" in inputs else datum["is_active"]
+        datum["is_counted"] = has_target & counted
+        scored = datum["is_active"] | datum["is_counted"]
+    elif loss_fn != "cross_entropy" and not config.get("score_inactive"):
+        scored = datum["is_active"]
     # −100: no target, NaN. No target at the end, or not scored: 0.
     is_ignored = (target == -100) & ("target_tokens" in inputs)
-    reported = torch.where(scored, lp.detach(), torch.where(is_ignored, torch.nan, 0.0))
-    return {
-        "loss": terms[is_active].double().sum(),
-        # Σ|ℓ|: what rounding errors are in proportion to. Terms of both signs cancel in Σℓ.
-        "loss_size": terms[is_active].detach().double().abs().sum().item(),
-        "active": int(is_active.any(1).sum()),
-        "logprobs": reported.reshape(shape),
-        "gap": gap,
+    reported = torch.where(scored, datum["lp"].detach(), torch.where(is_ignored, torch.nan, 0.0))
+    datum["reported"] = reported.reshape(shape)
+    return datum
+
+
+def position_losses(loss_fn, config, datum):
+    """ℓ of every position, and where a bound on the ratio took effect."""
+    lp, q, w, difference = (datum[name] for name in ("lp", "q", "weights", "difference"))
+    if loss_fn == "cross_entropy":
+        return -w * lp, {}
+    a, r = datum["advantages"], difference.exp()
+    low = datum.get("clip_low_threshold", config.get("clip_low_threshold"))
+    high = datum.get("clip_high_threshold", config.get("clip_high_threshold"))
+    if loss_fn == "importance_sampling":
+        return -w * r * a, {}
+    if loss_fn == "dro":
+        return -w * (lp * a - config["beta"] / 2 * difference**2), {}
+    if loss_fn in ("ppo", "gspo"):
+        if loss_fn == "gspo":
+            counted = difference[datum["is_counted"]]
+            ratio = counted.mean().exp().detach() if len(counted) else torch.ones(())
+            # The value of the sequence's ratio, the gradient of each position's own.
+            r = ratio * (lp - lp.detach()).exp()
+        clipped = torch.clamp(r, min=torch.as_tensor(low), max=torch.as_tensor(high))
+        binds = r * a > clipped * a
+        sides = {"low": binds & (r < low), "high": binds & (r > high)}
+        return -w * torch.where(binds, (clipped * a).detach(), r * a), sides
+    if loss_fn == "cispo":
+        clipped = torch.clamp(r, min=torch.as_tensor(low), max=torch.as_tensor(high)).detach()
+        return -w * clipped * lp * a, {"low": r < low, "high": r > high}
+    if loss_fn == "dppo":
+        moved = (lp.exp() - q.exp()).detach()
+        sides = {
+            "low": (a <= 0) & (moved < -config["dppo_mask_low"]),
+            "high": (a > 0) & (moved > config["dppo_mask_high"]),
+        }
+        k = (~(sides["low"] | sides["high"])).float()
+        return w * (-k * config["adv_tau"] * a * r + config["kl_tau"] * difference**2), sides
+    assert loss_fn == "stable_reinforce"
+    clipped = torch.clamp(r, max=2).detach()
+    penalty = config["kl_coeff"] / 2 * difference**2
+    return w * (penalty - clipped * lp * a), {"low": torch.zeros_like(r) > 0, "high": r > 2}
+
+
+def preferences(config, read):
+    """ℓ of every pair, their number, and metrics."""
+    terms, rewards = [], []
+    for chosen, rejected in zip(read[::2], read[1::2], strict=True):
+        if not (chosen["is_active"].any() or rejected["is_active"].any()):
+            continue
+        pair = [(d["weights"] * d["difference"])[d["is_active"]].sum() for d in (chosen, rejected)]
+        x = config["beta"] * (pair[0] - pair[1])
+        smoothing = config["label_smoothing"]
+        log_sigmoid = torch.nn.functional.logsigmoid
+        terms.append(-(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x))
+        rewards.append([config["beta"] * float(p.detach()) for p in pair])
+    rewards = torch.tensor(rewards)
+    margins = rewards[:, 0] - rewards[:, 1]
+    metrics = {
+        "reward_chosen": float(rewards[:, 0].mean()),
+        "reward_rejected": float(rewards[:, 1].mean()),
+        "reward_margin": float(margins.mean()),
+        "reward_accuracy": float((margins > 0).float().mean()),
     }
+    return torch.stack(terms), len(terms), metrics
 
 
 def policy_gap(difference):

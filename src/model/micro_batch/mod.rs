@@ -18,7 +18,7 @@ mod run;
 
 use std::ops::Range;
 
-use super::loss::LossInputs;
+use crate::types::LossInputs;
 
 pub use output::MicroBatchOutput;
 pub use prepare::prepare;
@@ -29,6 +29,8 @@ pub use run::run_micro_batch;
 pub struct Example {
     /// Which datum of the call it is: errors name it.
     datum: usize,
+    /// Whether it has its loss together with the example before it, as the second of a pair.
+    continues: bool,
     /// The sequence of N positions.
     tokens: Vec<u32>,
     /// What to score, by row. Empty: nothing of this example need be computed.
@@ -38,7 +40,7 @@ pub struct Example {
     logprobs: Vec<f32>,
     /// `[N]` or `[N, K]`.
     logprobs_shape: Vec<usize>,
-    /// Positions that count for the token mean.
+    /// Positions that count for the token mean; at the first of a pair, pairs.
     active: u64,
 }
 
@@ -53,6 +55,8 @@ struct Target {
     slot: Option<usize>,
     /// Absent: inactive, it adds nothing to loss and gradient.
     loss: Option<LossInputs>,
+    /// The sampler's log-probability, where the position counts in its sequence's ratio.
+    ratio_logprob: Option<f32>,
 }
 
 impl Example {
@@ -64,21 +68,28 @@ impl Example {
 }
 
 /// Cuts examples into micro-batches: consecutive, at most `budget` tokens each; one over the
-/// budget is alone. A pure function of its arguments.
+/// budget is alone. A pair counts as one example. A pure function of its arguments.
 pub fn cut_micro_batches(examples: &[Example], budget: usize) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
-    let (mut start, mut tokens) = (0, 0);
-    for (i, example) in examples.iter().enumerate() {
-        if i > start && tokens + example.tokens() > budget {
-            ranges.push(start..i);
-            (start, tokens) = (i, 0);
+    let (mut start, mut end, mut tokens) = (0, 0, 0);
+    for group in groups(examples) {
+        let more: usize = group.iter().map(Example::tokens).sum();
+        if end > start && tokens + more > budget {
+            ranges.push(start..end);
+            (start, tokens) = (end, 0);
         }
-        tokens += example.tokens();
+        end += group.len();
+        tokens += more;
     }
-    if start < examples.len() {
-        ranges.push(start..examples.len());
+    if start < end {
+        ranges.push(start..end);
     }
     ranges
+}
+
+/// Examples that have a loss between them: pairs, or each by itself.
+fn groups(examples: &[Example]) -> impl Iterator<Item = &[Example]> {
+    examples.chunk_by(|_, next| next.continues)
 }
 
 #[cfg(test)]
@@ -88,8 +99,9 @@ mod tests {
     fn examples(lengths: &[usize]) -> Vec<Example> {
         let example = |(datum, &n): (usize, &usize)| Example {
             datum,
+            continues: false,
             tokens: vec![0; n],
-            targets: vec![Target { row: 0, token: 0, slot: Some(0), loss: None }],
+            targets: vec![Target { row: 0, token: 0, slot: Some(0), loss: None, ratio_logprob: None }],
             logprobs: vec![0.0; n],
             logprobs_shape: vec![n],
             active: 0,
@@ -116,6 +128,14 @@ mod tests {
     #[test]
     fn no_examples_make_no_micro_batches() {
         assert!(cut_micro_batches(&[], 10).is_empty());
+    }
+
+    #[test]
+    fn a_pair_is_never_cut() {
+        let mut examples = examples(&[4, 4, 1, 1, 9, 9, 1, 1]);
+        examples.iter_mut().skip(1).step_by(2).for_each(|rejected| rejected.continues = true);
+        assert_eq!(cut_micro_batches(&examples, 10), [0..4, 4..6, 6..8]);
+        assert_eq!(cut_micro_batches(&examples, 0), [0..2, 2..4, 4..6, 6..8]);
     }
 
     proptest::proptest! {

@@ -1,13 +1,13 @@
 use std::collections::BTreeMap;
 
-use crate::types::{DatumOutput, ForwardBackwardOutput, LossSpec};
+use crate::types::{DatumOutput, ForwardBackwardOutput, LossFn, LossSpec};
 
 /// What one micro-batch contributes, or several consecutive ones together.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct MicroBatchOutput {
     /// Σ over active positions, in f64, in a fixed order.
     pub loss_sum: f64,
-    /// Active positions.
+    /// Active positions; pairs of `dpo`.
     pub active: u64,
     /// One per example, in order.
     pub outputs: Vec<DatumOutput>,
@@ -37,7 +37,7 @@ impl MicroBatchOutput {
     ///
     /// `loss` is the mean over active positions, or the plain sum under
     /// `skip_token_normalization`; 0 if nothing is active. Metrics: `loss`, `tokens` (active
-    /// positions), each of `sums` as a mean, `maxima` as they are; for sampled data also
+    /// positions; `pairs` for `dpo`), each of `sums` as a mean, `maxima` as they are; for sampled data also
     /// `ess_fraction`, the effective sample size `(Σr)² / Σr²` over the number of tokens
     /// (Kong, 1992). Only finite figures are reported.
     pub fn finish(self, loss: &LossSpec) -> ForwardBackwardOutput {
@@ -49,7 +49,8 @@ impl MicroBatchOutput {
         }
         metrics.extend(self.sums.into_iter().map(|(name, sum)| (name, sum / count)));
         metrics.insert("loss".to_owned(), value);
-        metrics.insert("tokens".to_owned(), self.active as f64);
+        let counted = if loss.loss_fn == LossFn::Dpo { "pairs" } else { "tokens" };
+        metrics.insert(counted.to_owned(), self.active as f64);
         if loss.skip_token_normalization {
             metrics.insert("skip_token_normalization".to_owned(), 1.0);
         }
@@ -66,7 +67,6 @@ impl MicroBatchOutput {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::LossFn;
 
     fn part(loss_sum: f64, active: u64, ratio: f64, gap: f64) -> MicroBatchOutput {
         MicroBatchOutput {
@@ -108,6 +108,13 @@ mod tests {
         let output = part(3.0, 4, 2.0, 0.5).finish(&loss);
         assert_eq!(output.loss, 3.0);
         assert_eq!(output.metrics["skip_token_normalization"], 1.0);
+    }
+
+    #[test]
+    fn preferences_are_counted_in_pairs() {
+        let output = part(3.0, 4, 2.0, 0.5).finish(&LossSpec::new(LossFn::Dpo));
+        assert_eq!((output.loss, output.metrics["pairs"]), (0.75, 4.0));
+        assert!(!output.metrics.contains_key("tokens"));
     }
 
     #[test]

@@ -5,12 +5,12 @@ use crate::{
     model::{
         AdapterRows, BaseModel, Batch, BatchSequence, Tape, Workspace,
         decoder::{backward, forward, head_logprobs},
-        loss::{Loss, LossAt, PolicyGap},
+        loss::{Loss, LossAt, PolicyGap, Scored, Side},
     },
     types::{DatumOutput, Dtype, ErrorKind, LossSpec, OperationError, TensorData, TensorValues},
 };
 
-use super::{Example, MicroBatchOutput, Target};
+use super::{Example, MicroBatchOutput, Target, groups};
 
 /// Loss and log-probabilities of one micro-batch; with `gradient` (`layout.len()` zeroed
 /// values) also the gradient of the loss's sum.
@@ -28,7 +28,11 @@ pub fn run_micro_batch(
     workspace: &mut Workspace,
     team: &Team,
 ) -> Result<MicroBatchOutput, OperationError> {
-    let scorer = Scorer { loss: Loss::new(loss.loss_fn), top_k: loss.top_k_logprobs as usize };
+    let scorer = Scorer {
+        loss: Loss::new(loss),
+        is_of_sampled_data: loss.loss_fn.is_of_sampled_data(),
+        top_k: loss.top_k_logprobs as usize,
+    };
     let packed = Packed::new(examples);
     let scores = if packed.targets.is_empty() {
         Scores::default()
@@ -40,6 +44,7 @@ pub fn run_micro_batch(
 
 /// Examples end to end, without those of which nothing is wanted.
 struct Packed<'a> {
+    all: &'a [Example],
     examples: Vec<&'a Example>,
     /// Every target with its row in the packed batch, by row.
     targets: Vec<(usize, &'a Target)>,
@@ -48,8 +53,8 @@ struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
-    fn new(examples: &'a [Example]) -> Self {
-        let examples: Vec<&Example> = examples.iter().filter(|example| !example.targets.is_empty()).collect();
+    fn new(all: &'a [Example]) -> Self {
+        let examples: Vec<&Example> = all.iter().filter(|example| !example.targets.is_empty()).collect();
         let (mut targets, mut datums) = (Vec::new(), Vec::new());
         let mut first_row = 0;
         for example in &examples {
@@ -57,7 +62,7 @@ impl<'a> Packed<'a> {
             datums.resize(targets.len(), example.datum);
             first_row += example.tokens.len();
         }
-        Self { examples, targets, datums }
+        Self { all, examples, targets, datums }
     }
 }
 
@@ -67,10 +72,13 @@ struct Scores {
     logprobs: Vec<f32>,
     alternatives: Vec<Vec<(u32, f32)>>,
     losses: Vec<Option<LossAt>>,
+    /// Further sums, over pairs.
+    sums: BTreeMap<String, f64>,
 }
 
 struct Scorer {
     loss: Loss,
+    is_of_sampled_data: bool,
     top_k: usize,
 }
 
@@ -96,30 +104,10 @@ impl Scorer {
         let mut tape = gradient.is_some().then(Tape::default);
         let hidden = forward(model, &mut batch, tape.as_mut(), workspace, team);
 
-        let targets: Vec<(usize, u32)> = packed.targets.iter().map(|(row, t)| (*row, t.token)).collect();
         let mut d_hidden = gradient.is_some().then(|| vec![0.0; rows * model.config.hidden_size]);
-        let mut is_flat = true;
-        let mut factor = |i: usize, logprob: f32| {
-            let derivative = self.at(packed.targets[i].1, logprob).map_or(0.0, |at| at.derivative as f32);
-            is_flat &= derivative == 0.0;
-            derivative
-        };
-        let mut scores = Scores::default();
-        head_logprobs(
-            model,
-            &hidden,
-            &targets,
-            &mut factor,
-            &mut scores.logprobs,
-            d_hidden.as_deref_mut(),
-            self.top_k,
-            &mut scores.alternatives,
-            workspace,
-            team,
-        );
-        let losses = packed.targets.iter().zip(&scores.logprobs);
-        scores.losses = losses.map(|((_, target), logprob)| self.at(target, *logprob)).collect();
+        let scores = self.head(model, packed, &hidden, d_hidden.as_deref_mut(), workspace, team);
         refuse_infinite(packed, &scores)?;
+        let is_flat = scores.losses.iter().flatten().all(|at| at.derivative as f32 == 0.0);
         if let (Some(gradient), Some(tape), Some(d_hidden), false) = (gradient, &mut tape, d_hidden, is_flat)
         {
             backward(model, adapter, tape, &d_hidden, gradient, workspace, team);
@@ -127,20 +115,100 @@ impl Scorer {
         Ok(scores)
     }
 
-    /// The loss of an active target.
-    fn at(&self, target: &Target, logprob: f32) -> Option<LossAt> {
-        target.loss.as_ref().map(|inputs| self.loss.at(logprob, inputs))
+    /// Log-probabilities and losses of the targets, and the gradient of the hidden state.
+    fn head(
+        &self,
+        model: &BaseModel,
+        packed: &Packed<'_>,
+        hidden: &[f32],
+        d_hidden: Option<&mut [f32]>,
+        workspace: &mut Workspace,
+        team: &Team,
+    ) -> Scores {
+        let targets: Vec<(usize, u32)> = packed.targets.iter().map(|(row, t)| (*row, t.token)).collect();
+        let mut scores = Scores::default();
+        let mut head = |factor: &mut dyn FnMut(usize, f32) -> f32,
+                        logprobs: &mut Vec<f32>,
+                        d_hidden: Option<&mut [f32]>,
+                        top_k: usize,
+                        alternatives: &mut Vec<Vec<(u32, f32)>>| {
+            head_logprobs(
+                model,
+                hidden,
+                &targets,
+                factor,
+                logprobs,
+                d_hidden,
+                top_k,
+                alternatives,
+                workspace,
+                team,
+            );
+        };
+        let at = |i: usize, logprob: f32| match (self.loss, &packed.targets[i].1.loss) {
+            (Loss::Position(loss), Some(inputs)) => Some(loss.at(logprob, inputs)),
+            _ => None,
+        };
+        if let Loss::Position(_) = self.loss {
+            let mut factor = |i, logprob| at(i, logprob).map_or(0.0, |at| at.derivative as f32);
+            head(&mut factor, &mut scores.logprobs, d_hidden, self.top_k, &mut scores.alternatives);
+            scores.losses = (0..).zip(&scores.logprobs).map(|(i, logprob)| at(i, *logprob)).collect();
+            return scores;
+        }
+        // No derivative is known before a whole sequence, or pair, is scored; keeping its logits
+        // meanwhile would take more memory than all else, so they are computed a second time.
+        head(&mut |_, _| 0.0, &mut scores.logprobs, None, self.top_k, &mut scores.alternatives);
+        self.coupled_losses(packed, &mut scores);
+        if d_hidden.is_some() {
+            let mut factor = |i: usize, _| scores.losses[i].map_or(0.0, |at| at.derivative as f32);
+            head(&mut factor, &mut Vec::new(), d_hidden, 0, &mut Vec::new());
+        }
+        scores
+    }
+
+    /// The losses of sequences or pairs, from the log-probabilities of all their targets.
+    fn coupled_losses(&self, packed: &Packed<'_>, scores: &mut Scores) {
+        let mut scored = packed.targets.iter().zip(&scores.logprobs).map(|((_, target), logprob)| Scored {
+            logprob: *logprob,
+            loss: target.loss,
+            ratio_logprob: target.ratio_logprob,
+        });
+        for group in groups(packed.all) {
+            let mut of =
+                |example: &Example| -> Vec<Scored> { scored.by_ref().take(example.targets.len()).collect() };
+            match (self.loss, group) {
+                (Loss::Pair(preference), [chosen, rejected]) => {
+                    let (chosen, rejected) = (of(chosen), of(rejected));
+                    let Some(pair) = preference.of_pair(&chosen, &rejected) else {
+                        scores.losses.resize(scores.losses.len() + chosen.len() + rejected.len(), None);
+                        continue;
+                    };
+                    add_rewards(pair.rewards, &mut scores.sums);
+                    scores.losses.extend(pair.at);
+                }
+                (Loss::Sequence(clip), [example]) => scores.losses.extend(clip.of_sequence(&of(example))),
+                // `cut_micro_batches` never parts what `prepare` made a pair.
+                _ => unreachable!("a micro-batch has whole pairs, and single examples"),
+            }
+        }
     }
 
     /// Sums in the order of the targets, outputs in that of the examples.
-    fn output(&self, examples: &[Example], packed: &Packed<'_>, scores: Scores) -> MicroBatchOutput {
+    fn output(&self, examples: &[Example], packed: &Packed<'_>, mut scores: Scores) -> MicroBatchOutput {
         let mut output = MicroBatchOutput {
             loss_sum: scores.losses.iter().flatten().map(|at| at.value).sum(),
             active: examples.iter().map(|example| example.active).sum(),
+            sums: std::mem::take(&mut scores.sums),
             ..MicroBatchOutput::default()
         };
-        if self.loss.is_of_sampled_data() {
+        if self.is_of_sampled_data {
             add_policy_gap(packed, &scores, &mut output);
+        }
+        if self.loss.has_bounds() {
+            for (name, side) in [("clip_low_fraction", Side::Low), ("clip_high_fraction", Side::High)] {
+                let clipped = scores.losses.iter().flatten().filter(|at| at.clipped == Some(side));
+                output.sums.insert(name.to_owned(), clipped.count() as f64);
+            }
         }
         let mut scored = 0;
         for example in examples {
@@ -195,7 +263,7 @@ fn refuse_infinite(packed: &Packed<'_>, scores: &Scores) -> Result<(), Operation
         None => Ok(()),
         Some(i) => {
             let (target, logprob) = (packed.targets[i].1, scores.logprobs[i]);
-            let q = target.loss.map_or(0.0, |inputs| inputs.sampler_logprob);
+            let q = target.loss.map_or(0.0, |inputs| inputs.logprob);
             Err(OperationError::new(
                 ErrorKind::NotFinite,
                 format!(
@@ -213,14 +281,30 @@ fn add_policy_gap(packed: &Packed<'_>, scores: &Scores, output: &mut MicroBatchO
     let (mut sums, mut largest) = ([0.0; 5], 0.0f64);
     for ((_, target), logprob) in packed.targets.iter().zip(&scores.logprobs) {
         let Some(inputs) = target.loss else { continue };
-        let at = PolicyGap::at(*logprob, inputs.sampler_logprob);
+        let at = PolicyGap::at(*logprob, inputs.logprob);
         let terms = [at.k1, at.k2, at.k3, at.ratio, at.ratio * at.ratio];
         sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
         largest = largest.max(at.gap);
     }
     let names = ["kl_k1", "kl_k2", "kl_k3", "ratio", "ratio_squared"];
-    output.sums = names.map(str::to_owned).into_iter().zip(sums).collect();
+    output.sums.extend(names.map(str::to_owned).into_iter().zip(sums));
     output.maxima.insert("max_token_gap".to_owned(), largest);
+}
+
+/// How much the trainer prefers either sequence of a pair, relative to the reference: sums over
+/// pairs of `reward_chosen`, `reward_rejected`, their `reward_margin`, and `reward_accuracy`, 1
+/// where the chosen one is preferred.
+fn add_rewards([chosen, rejected]: [f64; 2], sums: &mut BTreeMap<String, f64>) {
+    let margin = chosen - rejected;
+    let terms = [
+        ("reward_chosen", chosen),
+        ("reward_rejected", rejected),
+        ("reward_margin", margin),
+        ("reward_accuracy", f64::from(u8::from(margin > 0.0))),
+    ];
+    for (name, term) in terms {
+        *sums.entry(name.to_owned()).or_default() += term;
+    }
 }
 
 fn float_tensor(values: Vec<f32>, shape: Vec<usize>) -> TensorData {

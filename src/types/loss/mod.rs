@@ -1,8 +1,16 @@
+//! Losses by name, their settings, and the data that they are given.
+
+mod data;
+mod settings;
+
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
 use super::InvalidInput;
+
+pub use data::{CheckedDatum, CheckedTarget, DataLimits, LossInputs};
+pub use settings::LossSetting;
 
 /// A loss function by its wire name. Formulas stand with their implementation in
 /// `model::loss`.
@@ -13,25 +21,100 @@ pub enum LossFn {
     CrossEntropy,
     /// REINFORCE with an importance ratio between the trainer's and the sampler's policy.
     ImportanceSampling,
+    /// The clipped surrogate of Schulman et al. (2017).
+    Ppo,
+    /// The log-likelihood weighted by a clipped ratio that takes no gradient (MiniMax, 2025).
+    Cispo,
+    /// The advantage with a quadratic penalty on the log-ratio (Richemond et al., 2024).
+    Dro,
+    /// The importance-weighted advantage, masked where probabilities moved too far, with a
+    /// quadratic penalty on the log-ratio.
+    Dppo,
+    /// Preferences between pairs of sequences (Rafailov et al., 2023).
+    Dpo,
+    /// The clipped surrogate with one ratio a sequence (Zheng et al., 2025).
+    Gspo,
+    /// The log-likelihood weighted by a ratio of at most 2, with an optional penalty.
+    StableReinforce,
 }
 
 impl LossFn {
     /// Every loss.
-    pub const ALL: [Self; 2] = [Self::CrossEntropy, Self::ImportanceSampling];
+    pub const ALL: [Self; 9] = [
+        Self::CrossEntropy,
+        Self::ImportanceSampling,
+        Self::Ppo,
+        Self::Cispo,
+        Self::Dro,
+        Self::Dppo,
+        Self::Dpo,
+        Self::Gspo,
+        Self::StableReinforce,
+    ];
 
     /// The name on the wire: `cross_entropy`, ….
     pub fn name(self) -> &'static str {
         match self {
             Self::CrossEntropy => "cross_entropy",
             Self::ImportanceSampling => "importance_sampling",
+            Self::Ppo => "ppo",
+            Self::Cispo => "cispo",
+            Self::Dro => "dro",
+            Self::Dppo => "dppo",
+            Self::Dpo => "dpo",
+            Self::Gspo => "gspo",
+            Self::StableReinforce => "stable_reinforce",
         }
     }
 
-    /// Names of the settings that `LossSpec::config` may hold.
-    fn settings(self) -> &'static [&'static str] {
+    /// Consecutive datums that only together have a loss: 2 for `dpo`, whose data alternate
+    /// between chosen and rejected. Whoever cuts a call's data cuts between such groups.
+    pub fn datums_together(self) -> usize {
         match self {
-            Self::CrossEntropy | Self::ImportanceSampling => &[],
+            Self::Dpo => 2,
+            _ => 1,
         }
+    }
+
+    /// Names of the inputs that a datum must bring.
+    pub fn required_inputs(self) -> &'static [&'static str] {
+        match self {
+            Self::CrossEntropy => &[],
+            Self::Dpo => &["ref_logprobs"],
+            Self::ImportanceSampling
+            | Self::Ppo
+            | Self::Cispo
+            | Self::Dro
+            | Self::Dppo
+            | Self::Gspo
+            | Self::StableReinforce => &["logprobs", "advantages"],
+        }
+    }
+
+    /// Names of the inputs that a datum may bring.
+    pub fn optional_inputs(self) -> &'static [&'static str] {
+        match self {
+            Self::CrossEntropy | Self::Dpo => &["target_tokens", "weights"],
+            Self::ImportanceSampling | Self::Dro | Self::Dppo | Self::StableReinforce => {
+                &["target_tokens", "mask", "weights"]
+            }
+            Self::Ppo | Self::Cispo => {
+                &["target_tokens", "mask", "weights", "clip_low_threshold", "clip_high_threshold"]
+            }
+            Self::Gspo => &[
+                "target_tokens",
+                "mask",
+                "weights",
+                "clip_low_threshold",
+                "clip_high_threshold",
+                "sequence_ratio_mask",
+            ],
+        }
+    }
+
+    /// Whether it compares the trainer's policy with the one that sampled the data.
+    pub fn is_of_sampled_data(self) -> bool {
+        !matches!(self, Self::CrossEntropy | Self::Dpo)
     }
 }
 
@@ -57,7 +140,8 @@ impl FromStr for LossFn {
 pub struct LossSpec {
     /// Which loss.
     pub loss_fn: LossFn,
-    /// Settings by name; unknown names and non-finite values are refused.
+    /// Settings by name ([`LossFn::settings`]); what is absent takes its default, unknown
+    /// names and non-finite values are refused.
     #[serde(default)]
     pub config: BTreeMap<String, f64>,
     /// Gradients are added unscaled and not counted: `optim_step` does not divide them by
@@ -78,24 +162,10 @@ impl LossSpec {
         Self { loss_fn, config: BTreeMap::new(), skip_token_normalization: false, top_k_logprobs: 0 }
     }
 
-    /// Refuses settings that the loss does not know, settings that are not finite, and more
-    /// than 20 alternatives.
+    /// Refuses settings that the loss does not know, that are not finite or out of their range,
+    /// and more than 20 alternatives.
     pub fn validate(&self) -> Result<(), InvalidInput> {
-        let settings = self.loss_fn.settings();
-        for (name, value) in &self.config {
-            let field = format!("loss_fn_config.{name}");
-            if !settings.contains(&name.as_str()) {
-                let known = match settings {
-                    [] => "none".to_owned(),
-                    some => some.join(", "),
-                };
-                let problem = format!("`{}` has no such setting; it knows {known}", self.loss_fn);
-                return Err(InvalidInput::new(field, problem));
-            }
-            if !value.is_finite() {
-                return Err(InvalidInput::new(field, format!("must be a finite number, got {value}")));
-            }
-        }
+        self.validate_settings()?;
         if self.top_k_logprobs > MAX_TOP_K_LOGPROBS {
             let problem = format!("must be at most {MAX_TOP_K_LOGPROBS}, got {}", self.top_k_logprobs);
             return Err(InvalidInput::new("top_k_logprobs", problem));
@@ -121,17 +191,8 @@ mod tests {
         let error = "cross_entrpy".parse::<LossFn>().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "`loss_fn`: must be one of cross_entropy, importance_sampling, got \"cross_entrpy\""
-        );
-    }
-
-    #[test]
-    fn refuses_an_unknown_setting() {
-        let mut loss = LossSpec::new(LossFn::ImportanceSampling);
-        loss.config.insert("beta".into(), 0.1);
-        assert_eq!(
-            loss.validate().unwrap_err().to_string(),
-            "`loss_fn_config.beta`: `importance_sampling` has no such setting; it knows none"
+            "`loss_fn`: must be one of cross_entropy, importance_sampling, ppo, cispo, dro, dppo, dpo, gspo, \
+             stable_reinforce, got \"cross_entrpy\""
         );
     }
 
