@@ -9,8 +9,9 @@ use std::{hint::black_box, sync::Arc, time::Instant};
 use lockstep::{
     kernels::{CoreBudget, Matrix, Priority, Team, path},
     model::{
-        Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, KvCache, LayerWeights,
-        LoraLayout, ModelConfig, Tape, TextCodec, Workspace, backward, forward, head_logits, head_logprobs,
+        Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, Family, KvCache, LayerWeights,
+        LoraLayout, ModelConfig, RopeScaling, Tape, TextCodec, Workspace, backward, forward, head_logits,
+        head_logprobs,
     },
     types::{Digest, LoraConfig},
 };
@@ -187,6 +188,7 @@ fn cpu_seconds() -> f64 {
 /// SmolLM2-135M's shape, random weights.
 fn model() -> BaseModel {
     let config = ModelConfig {
+        family: Family::Llama,
         vocab_size: 49_152,
         hidden_size: 576,
         intermediate_size: 1536,
@@ -195,6 +197,7 @@ fn model() -> BaseModel {
         num_kv_heads: 3,
         head_dim: 64,
         rope_theta: 100_000.0,
+        rope_scaling: RopeScaling::None,
         rms_norm_eps: 1e-5,
         max_position_embeddings: 8192,
         tie_word_embeddings: true,
@@ -208,6 +211,8 @@ fn model() -> BaseModel {
         k: matrix(keys, hidden),
         v: matrix(keys, hidden),
         o: matrix(hidden, hidden),
+        qkv_bias: None,
+        qk_norm: None,
         mlp_norm: vec![1.0; hidden],
         gate: matrix(wide, hidden),
         up: matrix(wide, hidden),

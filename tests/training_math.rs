@@ -1,5 +1,6 @@
-//! The training mathematics against PyTorch, transformers and PEFT: logits, losses,
-//! log-probabilities, gradients, and weights after several optimiser steps.
+//! The training mathematics against PyTorch, transformers and PEFT, for every model family:
+//! logits, greedy generation, losses, log-probabilities, gradients, and weights after several
+//! optimiser steps.
 //!
 //! `tests/goldens/make_goldens.py` made the reference values (float32, one sequence at a time);
 //! here the same sequences run packed. `LOCKSTEP_GOLDENS=DIR` compares with the families in DIR
@@ -19,8 +20,9 @@ use std::{
 use lockstep::{
     kernels::Team,
     model::{
-        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, LoraLayout, MicroBatchOutput,
-        TrainState, Workspace, cut_micro_batches, forward, head_logits, prepare, run_micro_batch,
+        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, KvCache, LoraLayout,
+        MicroBatchOutput, ModelConfig, RopeScaling, TrainState, Workspace, cut_micro_batches, forward,
+        head_logits, head_logprobs, prepare, run_micro_batch,
     },
     types::{
         AdamParams, Datum, ErrorKind, ForwardBackwardOutput, LoraConfig, LossSpec, TensorData, TensorValues,
@@ -62,6 +64,64 @@ fn logits_agree() {
             let (found, after) = rest.split_at(tokens.len() * golden.model.config.vocab_size);
             golden.assert_near(&format!("logits.{i}"), found, LOGPROB_TOLERANCE);
             rest = after;
+        }
+    }
+}
+
+/// Greedy generation through the cache, token by token. The script has made sure that no token
+/// is near a tie: its smallest margin is a thousand times what two engines' logits differ by.
+#[test]
+fn generation_agrees() {
+    for golden in goldens() {
+        let state = golden.initial_state();
+        let Generation { prompt, tokens: expected, margin } = &golden.file.generation;
+        assert!(*margin > 1e-3 && expected.len() == 30, "{}", golden.family);
+        let adapter = AdapterRows { layout: &state.layout, values: &state.weights };
+        let mut cache = KvCache::new(&golden.model.config);
+        let (mut workspace, team) = (Workspace::default(), Team::solo());
+        let (mut rows, mut generated, mut logits) = (prompt.clone(), Vec::new(), Vec::new());
+        while generated.len() < expected.len() {
+            let sequence =
+                BatchSequence { tokens: &rows, kv_cache: Some(&mut cache), adapter: Some(adapter) };
+            let mut batch = Batch { sequences: vec![sequence] };
+            let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
+            head_logits(&golden.model, &hidden, &[rows.len() - 1], &mut logits, &mut workspace, &team);
+            let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+            generated.push(best.unwrap().0 as u32);
+            rows = generated[generated.len() - 1..].to_vec();
+        }
+        assert_eq!(generated, *expected, "{}", golden.family);
+    }
+}
+
+/// The same model out of a GGUF file whose names and metadata are those of llama.cpp's own
+/// Python package: the same configuration, and the same hidden states to the bit.
+#[test]
+fn a_gguf_is_the_same_model() {
+    for golden in goldens() {
+        let path = Path::new(&golden.family).join("model.gguf");
+        let model = BaseModel::load("golden", &path).unwrap_or_else(|e| panic!("{e}"));
+        let [ours, theirs] = [&model.config, &golden.model.config].map(|config| ModelConfig {
+            // Llama 3.1's scaling stands in a GGUF as its effect on each frequency.
+            rope_scaling: RopeScaling::None,
+            ..config.clone()
+        });
+        assert_eq!(ours, theirs, "{}", golden.family);
+        let frequencies = [&model, &golden.model].map(|model| model.config.rope_frequencies());
+        // The divisors were rounded to f32, and so was each result.
+        assert_near(&golden.family, &frequencies[0], &frequencies[1], None, 2e-7);
+
+        let hidden = [&model, &golden.model].map(|model| {
+            let tokens = &golden.file.sequences[2];
+            let mut batch =
+                Batch { sequences: vec![BatchSequence { tokens, kv_cache: None, adapter: None }] };
+            forward(model, &mut batch, None, &mut Workspace::default(), &Team::solo())
+        });
+        match golden.model.config.rope_scaling {
+            RopeScaling::Llama3 { .. } => {
+                assert_near(&golden.family, &hidden[0], &hidden[1], None, LOGPROB_TOLERANCE)
+            }
+            _ => assert_eq!(hidden[0], hidden[1], "{}", golden.family),
         }
     }
 }
@@ -177,6 +237,53 @@ fn weights_after_optimiser_steps_agree() {
     }
 }
 
+/// Writes each family's adapter in PEFT's layout with the log-probabilities that it gives, for
+/// tests/python/test_peft_families.py, below `LOCKSTEP_PEFT_FAMILIES` or nowhere that stays.
+#[test]
+fn adapters_survive_their_export() {
+    let temporary = tempfile::tempdir().unwrap();
+    let kept = std::env::var_os("LOCKSTEP_PEFT_FAMILIES").map(PathBuf::from);
+    let root = kept.unwrap_or_else(|| temporary.path().to_owned());
+    for golden in goldens() {
+        let TrainState { layout, weights, .. } = golden.initial_state();
+        let adapter = Adapter { layout, values: weights };
+        let tokens = &golden.file.sequences[2];
+        let logprobs = |adapter: &Adapter| -> Vec<f32> {
+            let sequence = BatchSequence { tokens, kv_cache: None, adapter: Some(adapter.into()) };
+            let mut batch = Batch { sequences: vec![sequence] };
+            let (mut workspace, team) = (Workspace::default(), Team::solo());
+            let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
+            let targets: Vec<(usize, u32)> = tokens[1..].iter().copied().enumerate().collect();
+            let (mut logprobs, mut factor) = (Vec::new(), |_: usize, _: f32| 0.0);
+            head_logprobs(
+                &golden.model,
+                &hidden,
+                &targets,
+                &mut factor,
+                &mut logprobs,
+                None,
+                0,
+                &mut Vec::new(),
+                &mut workspace,
+                &team,
+            );
+            logprobs
+        };
+        let family = Path::new(&golden.family).file_name().unwrap();
+        let directory = root.join(family).join("adapter");
+        std::fs::create_dir_all(&directory).unwrap();
+        for (file, bytes) in adapter.to_peft(&golden.family) {
+            std::fs::write(directory.join(file), bytes).unwrap();
+        }
+        let bytes = std::fs::read(directory.join("adapter_model.safetensors")).unwrap();
+        let back = Adapter::from_bytes(&golden.model.config, &bytes).unwrap();
+        assert_eq!(logprobs(&back), logprobs(&adapter), "{}", golden.family);
+        let report =
+            serde_json::json!({ "model": golden.family, "tokens": tokens, "logprobs": logprobs(&back) });
+        std::fs::write(root.join(family).join("logprobs.json"), report.to_string()).unwrap();
+    }
+}
+
 /// exp(lp − q) beyond f32: refused by the datum's name, before anything is accumulated.
 #[test]
 fn refuses_a_loss_that_is_not_finite() {
@@ -215,8 +322,16 @@ struct Golden {
 struct GoldenFile {
     lora: LoraConfig,
     sequences: Vec<Vec<u32>>,
+    generation: Generation,
     calls: BTreeMap<String, Call>,
     steps: Vec<Step>,
+}
+
+#[derive(serde::Deserialize)]
+struct Generation {
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    margin: f64,
 }
 
 #[derive(serde::Deserialize)]

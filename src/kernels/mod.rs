@@ -30,4 +30,4 @@ pub(crate) use norm::{rms_norm, rms_norm_backward};
 pub(crate) use rotary::{RotaryTable, Turn};
 pub(crate) use rows::for_rows;
 pub(crate) use softmax::{log_sum_exp, softmax_gradient};
-pub(crate) use swiglu::{add, swiglu, swiglu_backward};
+pub(crate) use swiglu::{add, add_bias, swiglu, swiglu_backward};

@@ -1,7 +1,7 @@
 //! Rotary position embedding, with halves split as in Hugging Face's Llama.
 //!
 //! In a head of width d, the pair (x[i], x[i + d/2]) at position p turns by the angle
-//! `p · theta^(-2i/d)`.
+//! `p · frequency[i]`.
 
 use super::{
     Team,
@@ -13,8 +13,8 @@ use super::{
 /// Sines and cosines of the positions seen so far.
 #[derive(Default)]
 pub(crate) struct RotaryTable {
-    theta: f32,
-    head_dim: usize,
+    /// Radians a position, `[head_dim / 2]`.
+    frequencies: Vec<f32>,
     /// `[positions, head_dim / 2]`
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -30,18 +30,15 @@ pub(crate) enum Turn {
 }
 
 impl RotaryTable {
-    /// Makes the table hold `positions` positions of this geometry.
+    /// Makes the table hold `positions` positions of a head that turns with these frequencies.
     ///
-    /// Frequencies and angles are rounded to f32 as the models' own training code does.
-    pub(crate) fn prepare(&mut self, theta: f32, head_dim: usize, positions: usize) {
-        if (theta, head_dim) != (self.theta, self.head_dim) {
-            *self = Self { theta, head_dim, ..Self::default() };
+    /// Angles are rounded to f32 as the models' own training code does.
+    pub(crate) fn prepare(&mut self, frequencies: &[f32], positions: usize) {
+        if frequencies != self.frequencies {
+            *self = Self { frequencies: frequencies.to_vec(), ..Self::default() };
         }
-        let half = head_dim / 2;
-        for position in self.cos.len() / half.max(1)..positions {
-            for i in 0..half {
-                let exponent = (2 * i) as f64 / head_dim as f64;
-                let frequency = (1.0 / f64::from(theta).powf(exponent)) as f32;
+        for position in self.cos.len() / frequencies.len().max(1)..positions {
+            for frequency in frequencies {
                 let angle = f64::from(position as f32 * frequency);
                 self.cos.push(angle.cos() as f32);
                 self.sin.push(angle.sin() as f32);
@@ -75,12 +72,12 @@ impl Kernel for TurnRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { table, x, row_len, positions, turn } = self;
-        let half = table.head_dim / 2;
+        let half = table.frequencies.len();
         let sign = s.splat(if turn == Turn::Forward { 1.0 } else { -1.0 });
         for (row, position) in x.chunks_exact_mut(row_len).zip(positions) {
             let cos = &table.cos[position * half..][..half];
             let sin = &table.sin[position * half..][..half];
-            for head in row.chunks_exact_mut(table.head_dim) {
+            for head in row.chunks_exact_mut(2 * half) {
                 let (low, high) = head.split_at_mut(half);
                 let pairs = low.chunks_mut(LANES).zip(high.chunks_mut(LANES));
                 for ((low, high), (cos, sin)) in pairs.zip(cos.chunks(LANES).zip(sin.chunks(LANES))) {

@@ -50,6 +50,20 @@ pub(crate) fn add(a: &[f32], b: &[f32], sum: &mut [f32], team: &Team) {
     });
 }
 
+/// Adds `bias` to every row of `y`, `[rows, bias.len()]`.
+pub(crate) fn add_bias(bias: &[f32], y: &mut [f32], team: &Team) {
+    let width = bias.len();
+    let rows = y.len() / width;
+    let y = Shared::new(y);
+    for_rows(team, rows, width, |rows| {
+        // SAFETY: tasks have distinct rows.
+        let y = unsafe { y.part(rows.start * width..rows.end * width) };
+        for y in y.chunks_exact_mut(width) {
+            y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+        }
+    });
+}
+
 struct Forward<'a> {
     gate: &'a [f32],
     up: &'a [f32],

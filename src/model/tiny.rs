@@ -11,9 +11,12 @@ use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Map, Value, json};
 
 use super::{
-    ModelConfig,
+    Family, ModelConfig, RopeScaling,
     text::byte_level,
-    weights::{Weight, hugging_face_name},
+    weights::{
+        LayerWeight::{KBias, KNorm, QBias, QNorm, VBias},
+        Weight, hugging_face_name,
+    },
 };
 
 /// Special tokens, ids 0, 1, 2: end of text, and ChatML's two.
@@ -27,6 +30,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + me
 /// Two layers of width 32, four heads that share two key/value heads, one token a byte.
 pub fn config() -> ModelConfig {
     ModelConfig {
+        family: Family::Llama,
         vocab_size: SPECIAL_TOKENS.len() + 256,
         hidden_size: 32,
         intermediate_size: 64,
@@ -35,6 +39,7 @@ pub fn config() -> ModelConfig {
         num_kv_heads: 2,
         head_dim: 8,
         rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
         rms_norm_eps: 1e-5,
         max_position_embeddings: 512,
         tie_word_embeddings: true,
@@ -45,12 +50,13 @@ pub fn config() -> ModelConfig {
 /// Writes a model of `config` into `directory` (made if absent): config.json, tokenizer.json,
 /// tokenizer_config.json and model.safetensors, in f32.
 ///
-/// Linear weights are uniform in ±sqrt(3/in), norms one; the same seed gives the same bytes.
-/// The vocabulary must hold at least the 259 tokens of the tokenizer.
+/// Linear weights are uniform in ±sqrt(3/in), biases in ±0.5, the norms of heads between 0.5
+/// and 1.5, other norms one; the same seed gives the same bytes. The vocabulary must hold at
+/// least the 259 tokens of the tokenizer.
 pub fn write(directory: &Path, config: &ModelConfig, seed: u64) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let write_json = |file: &str, value: Value| fs::write(directory.join(file), value.to_string());
-    write_json("config.json", config_json(config))?;
+    write_json("config.json", config_json(config)?)?;
     write_json("tokenizer.json", tokenizer_json())?;
     write_json(
         "tokenizer_config.json",
@@ -70,10 +76,10 @@ pub fn write(directory: &Path, config: &ModelConfig, seed: u64) -> io::Result<()
         .map_err(io::Error::other)
 }
 
-fn config_json(config: &ModelConfig) -> Value {
-    json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+fn config_json(config: &ModelConfig) -> io::Result<Value> {
+    let mut json = json!({
+        "architectures": [config.family.architecture()],
+        "model_type": config.family.model_type(),
         "dtype": "float32",
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
@@ -88,7 +94,24 @@ fn config_json(config: &ModelConfig) -> Value {
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "eos_token_id": config.eos_token_ids,
-    })
+    });
+    let scaling = match &config.rope_scaling {
+        RopeScaling::None => return Ok(json),
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_positions,
+        }),
+        RopeScaling::Divisors(_) => {
+            let problem = "a config.json has no place for the divisors of rotary frequencies";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        }
+    };
+    json["rope_scaling"] = scaling;
+    Ok(json)
 }
 
 pub(super) fn tokenizer_json() -> Value {
@@ -119,18 +142,18 @@ pub(super) fn tokenizer_json() -> Value {
 
 fn random_tensors(config: &ModelConfig, seed: u64) -> Vec<(String, Vec<usize>, Vec<u8>)> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
+    // Uniform in ±1; 24 bits, because every value of that grid is an f32.
+    let mut uniform = || (random.next_u32() >> 8) as f32 / (1 << 23) as f32 - 1.0;
     let tensor = |weight: Weight| {
         let shape = weight.shape(config);
-        let count = shape.iter().product();
-        let values: Vec<f32> = match shape[..] {
-            [_, in_features] => {
-                let bound = (3.0 / in_features as f32).sqrt();
-                // 24 bits: every value of the unit interval's grid is an f32.
-                let uniform = |word: u32| (word >> 8) as f32 / (1 << 23) as f32 - 1.0;
-                (0..count).map(|_| bound * uniform(random.next_u32())).collect()
-            }
-            _ => vec![1.0; count],
-        };
+        let values: Vec<f32> = (0..shape.iter().product())
+            .map(|_| match (weight, &shape[..]) {
+                (_, [_, in_features]) => (3.0 / *in_features as f32).sqrt() * uniform(),
+                (Weight::Layer(_, QBias | KBias | VBias), _) => 0.5 * uniform(),
+                (Weight::Layer(_, QNorm | KNorm), _) => 1.0 + 0.5 * uniform(),
+                _ => 1.0,
+            })
+            .collect();
         (hugging_face_name(weight), shape, values.into_iter().flat_map(f32::to_le_bytes).collect())
     };
     Weight::all(config).map(tensor).collect()

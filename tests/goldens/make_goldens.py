@@ -3,9 +3,10 @@
     python make_goldens.py                      the committed files, beside this script
     python make_goldens.py --seed N --out DIR   the same from another seed
 
-For each model family it writes one directory: a small random model as Hugging Face saves it
-(config.json, model.safetensors, tokenizer.json), `golden.json` with the calls, their data in
-the form of the HTTP dialect and their scalar results, and `golden.safetensors` with the tensors:
+For each model family (families.py) it writes one directory: a small random model as Hugging Face
+saves it (config.json, model.safetensors, tokenizer.json) and in GGUF (model.gguf), `golden.json`
+with the calls, their data in the form of the HTTP dialect and their scalar results and what the
+adapted model generates greedily, and `golden.safetensors` with the tensors:
 
     adapter.NAME              LoRA weights before the first step, B not zero
     logits.I                  of sequence I of `golden.json`, [N, vocab]
@@ -28,41 +29,11 @@ import pathlib
 import peft
 import torch
 import transformers
+from families import FAMILIES, generate, make_model, write_gguf
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 COMMITTED_SEED = 20261124
-
-FAMILIES = {
-    "llama_tied": {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": True,
-        "lora": {"rank": 4, "alpha": 8.0, "targets": "q k v o gate up down"},
-    },
-    # Three query heads a key/value head, heads wider than the hidden state, another frequency
-    # and epsilon, an adapter on some layers only.
-    "llama_untied": {
-        "vocab_size": 80,
-        "hidden_size": 36,
-        "intermediate_size": 56,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "tie_word_embeddings": False,
-        "lora": {"rank": 3, "alpha": 6.0, "targets": "q v o down"},
-    },
-}
 
 ADAM = {
     "learning_rate": 2e-3,
@@ -103,11 +74,13 @@ def main():
 
 def make_family(directory, shape, seed):
     random = torch.Generator().manual_seed(seed)
-    lora = shape.pop("lora")
+    lora, kept = shape.pop("lora"), shape.pop("calls", None)
     base = make_model(shape, random)
     base.save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    make_tokenizer(shape["vocab_size"]).save(str(directory / "tokenizer.json"), pretty=False)
+    characters = [chr(code) for code in range(ord("!"), ord("!") + shape["vocab_size"] - 1)] + ["Ġ"]
+    make_tokenizer(characters).save(str(directory / "tokenizer.json"), pretty=False)
+    write_gguf(directory / "model.gguf", base, characters)
 
     model, parameters = make_adapter(base, lora, random)
     tensors = {f"adapter.{name}": parameter.detach().clone() for name, parameter in parameters.items()}
@@ -120,7 +93,10 @@ def make_family(directory, shape, seed):
     for i, sequence in enumerate(golden["sequences"]):
         tensors[f"logits.{i}"] = model(torch.tensor([sequence])).logits[0].detach().clone()
 
+    golden["generation"] = generate(model, shape["vocab_size"], torch.Generator().manual_seed(seed))
+
     calls = make_calls(model, shape["vocab_size"], random)
+    calls = {name: call for name, call in calls.items() if kept is None or name in kept}
     for name, call in calls.items():
         result = evaluate(model, parameters, call)
         call["expected"] = {key: result[key] for key in ("loss", "loss_size", "active", "metrics")}
@@ -130,7 +106,8 @@ def make_family(directory, shape, seed):
 
     golden["steps"] = []
     optimizer = Adam(parameters)
-    for number, (names, changes) in enumerate(STEPS, 1):
+    steps = [(names, changes) for names, changes in STEPS if all(name in calls for name in names)]
+    for number, (names, changes) in enumerate(steps, 1):
         adam = ADAM | changes
         results = [evaluate(model, parameters, calls[name]) for name in names]
         norm = optimizer.step(results, adam)
@@ -141,23 +118,8 @@ def make_family(directory, shape, seed):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "golden.safetensors")
 
 
-def make_model(shape, random):
-    config = transformers.LlamaConfig(
-        **shape, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, attn_implementation="eager"
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms: near one, so that a missing one shows
-                parameter.copy_(1 + 0.3 * normal(parameter.shape, random))
-            else:
-                parameter.copy_(normal(parameter.shape, random) / parameter.shape[1] ** 0.5)
-    return model
-
-
-def make_tokenizer(vocab_size):
+def make_tokenizer(characters):
     """A tokenizer that only has to load: single characters, as a byte-level model spells them."""
-    characters = [chr(code) for code in range(ord("!"), ord("!") + vocab_size - 1)] + ["Ġ"]
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

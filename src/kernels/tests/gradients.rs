@@ -72,7 +72,7 @@ fn swiglu_has_its_gradients() {
 fn turning_back_is_the_gradient_of_turning() {
     let (dim, heads, positions) = (10, 2, [0, 3, 11]);
     let mut table = RotaryTable::default();
-    table.prepare(100.0, dim, 12);
+    table.prepare(&[1.0, 0.4, 0.16, 0.06, 0.03], 12);
     let x = noise(1, positions.len() * heads * dim);
     let turned = |x: &[f32], turn| {
         let mut x = x.to_vec();

@@ -3,12 +3,18 @@
 //! Nothing here approximates: a field that changes the mathematics and that the decoder
 //! doesn't compute is refused by its name ([`ModelError::Unsupported`]).
 
+mod family;
+mod rope;
+
 mod gguf;
 mod hugging_face;
 
-use std::path::Path;
+use std::{borrow::Cow, path::Path};
 
 use super::ModelError;
+
+pub use family::Family;
+pub use rope::RopeScaling;
 
 /// Most elements one weight may have, and most a whole model (2^40, a trillion): products of
 /// two dimensions then stay far inside u64 whatever a hostile file says.
@@ -20,9 +26,10 @@ const MAX_DIMENSION: usize = 1 << 24;
 /// Largest number of decoder blocks.
 const MAX_LAYERS: usize = 4096;
 
-/// Shape and constants of a Llama-family decoder.
+/// Shape and constants of a decoder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
+    pub family: Family,
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -30,7 +37,9 @@ pub struct ModelConfig {
     pub num_heads: usize,
     pub num_kv_heads: usize,
     pub head_dim: usize,
+    /// Base of the rotary embedding's frequencies.
     pub rope_theta: f32,
+    pub rope_scaling: RopeScaling,
     pub rms_norm_eps: f32,
     pub max_position_embeddings: usize,
     pub tie_word_embeddings: bool,
@@ -43,14 +52,14 @@ impl ModelConfig {
     pub(super) fn check(&self, path: &Path, names: &FieldNames) -> Result<(), ModelError> {
         let invalid = |field: &str, problem: String| Err(ModelError::invalid_field(path, field, problem));
         let sizes = [
-            (names.vocab_size, self.vocab_size, MAX_DIMENSION),
-            (names.hidden_size, self.hidden_size, MAX_DIMENSION),
-            (names.intermediate_size, self.intermediate_size, MAX_DIMENSION),
-            (names.num_layers, self.num_layers, MAX_LAYERS),
-            (names.num_heads, self.num_heads, MAX_DIMENSION),
-            (names.num_kv_heads, self.num_kv_heads, MAX_DIMENSION),
-            (names.head_dim, self.head_dim, MAX_DIMENSION),
-            (names.max_position_embeddings, self.max_position_embeddings, u32::MAX as usize),
+            (&names.vocab_size, self.vocab_size, MAX_DIMENSION),
+            (&names.hidden_size, self.hidden_size, MAX_DIMENSION),
+            (&names.intermediate_size, self.intermediate_size, MAX_DIMENSION),
+            (&names.num_layers, self.num_layers, MAX_LAYERS),
+            (&names.num_heads, self.num_heads, MAX_DIMENSION),
+            (&names.num_kv_heads, self.num_kv_heads, MAX_DIMENSION),
+            (&names.head_dim, self.head_dim, MAX_DIMENSION),
+            (&names.max_position_embeddings, self.max_position_embeddings, u32::MAX as usize),
         ];
         for (field, size, limit) in sizes {
             if size == 0 || size > limit {
@@ -59,29 +68,32 @@ impl ModelConfig {
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             let (heads, kv_heads) = (self.num_heads, self.num_kv_heads);
-            return invalid(names.num_kv_heads, format!("is {kv_heads}, which doesn't divide {heads} heads"));
+            return invalid(
+                &names.num_kv_heads,
+                format!("is {kv_heads}, which doesn't divide {heads} heads"),
+            );
         }
         if !self.head_dim.is_multiple_of(2) {
             let problem = format!("is {}; rotary embedding needs an even number", self.head_dim);
-            return invalid(names.head_dim, problem);
+            return invalid(&names.head_dim, problem);
         }
         let parameters = self.parameters();
         if parameters.is_none_or(|parameters| parameters > MAX_PARAMETERS) {
             return invalid(
-                names.hidden_size,
+                &names.hidden_size,
                 format!("makes a model of more than {MAX_PARAMETERS} weights"),
             );
         }
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
-            return invalid(names.rope_theta, format!("is {}; it must be above 0", self.rope_theta));
+            return invalid(&names.rope_theta, format!("is {}; it must be above 0", self.rope_theta));
         }
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
             let problem = format!("is {}; it must lie between 0 and 1", self.rms_norm_eps);
-            return invalid(names.rms_norm_eps, problem);
+            return invalid(&names.rms_norm_eps, problem);
         }
         if let Some(token) = self.eos_token_ids.iter().find(|&&token| token as usize >= self.vocab_size) {
             let problem = format!("is {token}, outside the vocabulary of {}", self.vocab_size);
-            return invalid(names.eos_token_id, problem);
+            return invalid(&names.eos_token_id, problem);
         }
         Ok(())
     }
@@ -103,15 +115,15 @@ impl ModelConfig {
 
 /// What a file format calls the fields, for error messages.
 pub(super) struct FieldNames {
-    pub vocab_size: &'static str,
-    pub hidden_size: &'static str,
-    pub intermediate_size: &'static str,
-    pub num_layers: &'static str,
-    pub num_heads: &'static str,
-    pub num_kv_heads: &'static str,
-    pub head_dim: &'static str,
-    pub max_position_embeddings: &'static str,
-    pub rope_theta: &'static str,
-    pub rms_norm_eps: &'static str,
-    pub eos_token_id: &'static str,
+    pub vocab_size: Cow<'static, str>,
+    pub hidden_size: Cow<'static, str>,
+    pub intermediate_size: Cow<'static, str>,
+    pub num_layers: Cow<'static, str>,
+    pub num_heads: Cow<'static, str>,
+    pub num_kv_heads: Cow<'static, str>,
+    pub head_dim: Cow<'static, str>,
+    pub max_position_embeddings: Cow<'static, str>,
+    pub rope_theta: Cow<'static, str>,
+    pub rms_norm_eps: Cow<'static, str>,
+    pub eos_token_id: Cow<'static, str>,
 }

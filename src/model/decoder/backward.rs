@@ -119,7 +119,8 @@ impl BackwardLayer<'_> {
     fn attention(&self, workspace: &mut Workspace) {
         let Workspace { gradients, normed_rd, change_rd, rotary, .. } = workspace;
         let LayerGradients { residual_rd, attended_rq: d_attended, low, .. } = gradients;
-        let Activations { input_rd, q_rq, k_rk, v_rk, attended_rq, lse, .. } = self.activations;
+        let Activations { input_rd, q_raw_rq, k_raw_rk, q_rq, k_rk, v_rk, attended_rq, lse, .. } =
+            self.activations;
         let eps = self.model.config.rms_norm_eps;
 
         let needed = self.is_needed(&[QProj, KProj, VProj]);
@@ -147,6 +148,14 @@ impl BackwardLayer<'_> {
         attention_backward(self.model.config.heads(), &self.tape.spans, grads, self.team);
         rotary.turn(dq, &self.tape.positions, Turn::Back, self.team);
         rotary.turn(dk, &self.tape.positions, Turn::Back, self.team);
+        // Attention's shares are used up; their memory takes the gradients below the norms.
+        let (dq, dk) = match &self.weights.qk_norm {
+            None => (dq, dk),
+            Some(norm) => {
+                let LayerGradients { k_shares_rq: dq_raw, v_shares_rq: dk_raw, .. } = gradients;
+                (self.head_norm(q_raw_rq, &norm.q, dq, dq_raw), self.head_norm(k_raw_rk, &norm.k, dk, dk_raw))
+            }
+        };
 
         let normed = normed_rd.resize(input_rd.len());
         rms_norm(input_rd, &self.weights.attn_norm, eps, normed, self.team);
@@ -157,6 +166,14 @@ impl BackwardLayer<'_> {
         if !self.is_lowest {
             rms_norm_backward(input_rd, &self.weights.attn_norm, eps, change_rd, residual_rd, self.team);
         }
+    }
+
+    /// The gradient of what the norm of the heads read, given that of its result.
+    fn head_norm<'b>(&self, raw: &[f32], weight: &[f32], dy: &[f32], dx: &'b mut Buffer) -> &'b mut [f32] {
+        let dx = dx.resize(raw.len());
+        dx.fill(0.0);
+        rms_norm_backward(raw, weight, self.model.config.rms_norm_eps, dy, dx, self.team);
+        dx
     }
 
     /// Linear layers that read the same `x`, given the gradients of their results.

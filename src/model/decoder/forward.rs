@@ -1,6 +1,7 @@
 use crate::{
     kernels::{
-        self, KvBlocks, Layer, Matrix, Shared, Team, Turn, add, append, attention, for_rows, rms_norm, swiglu,
+        self, KvBlocks, Layer, Matrix, Shared, Team, Turn, add, add_bias, append, attention, for_rows,
+        rms_norm, swiglu,
     },
     model::{BaseModel, Batch, KvCache, LayerWeights},
     types::LoraTarget,
@@ -35,7 +36,7 @@ pub fn forward(
         tape.begin(&plan, model.config.num_layers, workspace);
     }
     let longest = plan.spans.iter().map(|span| span.start + span.rows).max().unwrap_or(0);
-    workspace.rotary.prepare(model.config.rope_theta, model.config.head_dim, longest);
+    workspace.rotary.prepare(&model.config.rope_frequencies(), longest);
 
     let mut own_caches = std::mem::take(&mut workspace.own_caches);
     let heads = model.config.heads();
@@ -143,20 +144,47 @@ impl ForwardLayer<'_> {
     fn attend(&self, activations: &mut Activations, workspace: &mut Workspace) {
         let (rows, heads) = (self.plan.rows, self.model.config.heads());
         let (len_q, len_k) = (rows * heads.queries * heads.dim, rows * heads.keys * heads.dim);
-        let Activations { q_rq, k_rk, v_rk, attended_rq, lse, low, .. } = activations;
-        let (q, k, v) = (q_rq.resize(len_q), k_rk.resize(len_k), v_rk.resize(len_k));
-        let layers = [
-            (LoraTarget::QProj, &self.weights.q, &mut *q),
-            (LoraTarget::KProj, &self.weights.k, &mut *k),
-            (LoraTarget::VProj, &self.weights.v, &mut *v),
-        ];
-        self.linear(&workspace.normed_rd, layers, low);
+        self.queries_keys_values(len_q, len_k, activations, &workspace.normed_rd);
+        let Activations { q_rq: q, k_rk: k, v_rk: v, attended_rq, lse, .. } = activations;
         workspace.rotary.turn(q, &self.plan.positions, Turn::Forward, self.team);
         workspace.rotary.turn(k, &self.plan.positions, Turn::Forward, self.team);
         let spans = &self.plan.spans;
         append(heads, self.index, spans, k, v, self.blocks, self.team);
         let (out, lse) = (attended_rq.resize(len_q), lse.resize(rows * heads.queries));
         attention(heads, self.index, spans, q, self.blocks, out, Some(lse), self.team);
+    }
+
+    /// From the normed input to queries, keys and values, not yet turned.
+    fn queries_keys_values(
+        &self,
+        len_q: usize,
+        len_k: usize,
+        activations: &mut Activations,
+        normed_rd: &[f32],
+    ) {
+        let Activations { q_raw_rq, k_raw_rk, q_rq, k_rk, v_rk, low, .. } = activations;
+        let (q, k, v) = (q_rq.resize(len_q), k_rk.resize(len_k), v_rk.resize(len_k));
+        let (q_raw, k_raw) = match &self.weights.qk_norm {
+            Some(_) => (q_raw_rq.resize(len_q), k_raw_rk.resize(len_k)),
+            None => (&mut *q, &mut *k),
+        };
+        let layers = [
+            (LoraTarget::QProj, &self.weights.q, &mut *q_raw),
+            (LoraTarget::KProj, &self.weights.k, &mut *k_raw),
+            (LoraTarget::VProj, &self.weights.v, &mut *v),
+        ];
+        self.linear(normed_rd, layers, low);
+        if let Some(bias) = &self.weights.qkv_bias {
+            add_bias(&bias.q, q_raw, self.team);
+            add_bias(&bias.k, k_raw, self.team);
+            add_bias(&bias.v, v, self.team);
+        }
+        if let Some(norm) = &self.weights.qk_norm {
+            // Each head is a row of its own.
+            let eps = self.model.config.rms_norm_eps;
+            rms_norm(q_raw_rq, &norm.q, eps, q, self.team);
+            rms_norm(k_raw_rk, &norm.k, eps, k, self.team);
+        }
     }
 
     /// From the normed middle to the change of the residual stream.

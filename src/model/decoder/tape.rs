@@ -42,7 +42,10 @@ pub struct Workspace {
 pub(super) struct Activations {
     /// The residual stream that enters the layer.
     pub input_rd: Buffer,
-    /// Queries and keys, turned.
+    /// Queries and keys as their norms read them; empty where they have none.
+    pub q_raw_rq: Buffer,
+    pub k_raw_rk: Buffer,
+    /// Queries and keys, normed if they have norms, turned.
     pub q_rq: Buffer,
     pub k_rk: Buffer,
     pub v_rk: Buffer,

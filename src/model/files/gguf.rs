@@ -10,7 +10,7 @@ use crate::model::{
 
 pub(super) fn open(path: &Path) -> Result<ModelFiles, ModelError> {
     let gguf = Gguf::open(path)?;
-    let config = ModelConfig::from_gguf(path, &gguf.header)?;
+    let config = ModelConfig::from_gguf(path, &gguf.header, gguf.rope_divisors()?)?;
     weights::check(&config, &gguf)?;
     let text = TextCodec::from_gguf(path, &gguf.header)?;
     text.check_vocabulary(config.vocab_size)?;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::ModelFiles;
 use crate::{
     kernels::Matrix,
-    model::{BaseWeights, ChatMessage, ModelConfig, TextCodec},
+    model::{BaseWeights, ChatMessage, Family, ModelConfig, RopeScaling, TextCodec},
 };
 
 /// Texts that a pre-tokenizer gets wrong first: digits, blanks, other scripts, code, emoji.
@@ -44,6 +44,7 @@ fn reads_smollm2() {
     let Some(path) = path("LOCKSTEP_SMOLLM2") else { return };
     let files = ModelFiles::open(&path).unwrap();
     let expected = ModelConfig {
+        family: Family::Llama,
         vocab_size: 49_152,
         hidden_size: 576,
         intermediate_size: 1536,
@@ -52,6 +53,7 @@ fn reads_smollm2() {
         num_kv_heads: 3,
         head_dim: 64,
         rope_theta: 1e5,
+        rope_scaling: RopeScaling::None,
         rms_norm_eps: 1e-5,
         max_position_embeddings: 8192,
         tie_word_embeddings: true,

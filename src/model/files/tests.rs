@@ -76,6 +76,8 @@ fn flat(weights: &BaseWeights) -> Vec<f32> {
     let mut matrices = vec![&weights.embed, &weights.head];
     for l in &weights.layers {
         flat.extend(l.attn_norm.iter().chain(&l.mlp_norm));
+        flat.extend(l.qkv_bias.iter().flat_map(|bias| [&bias.q, &bias.k, &bias.v]).flatten());
+        flat.extend(l.qk_norm.iter().flat_map(|norm| [&norm.q, &norm.k]).flatten());
         matrices.extend([&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
     }
     for matrix in matrices {

@@ -112,10 +112,12 @@ impl LoraEntry {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::model::{Family, RopeScaling};
 
     /// Two layers, 4 query heads over 2 key/value heads of width 4.
     pub(crate) fn tiny_model() -> ModelConfig {
         ModelConfig {
+            family: Family::Llama,
             vocab_size: 32,
             hidden_size: 12,
             intermediate_size: 20,
@@ -124,6 +126,7 @@ pub(crate) mod tests {
             num_kv_heads: 2,
             head_dim: 4,
             rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::None,
             rms_norm_eps: 1e-5,
             max_position_embeddings: 64,
             tie_word_embeddings: true,

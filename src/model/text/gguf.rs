@@ -28,6 +28,9 @@ const USER_DEFINED: i64 = 4;
 /// Llama 3's split, from its tokenizer.json.
 const LLAMA_3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Qwen2's split, from its tokenizer.json: Llama 3's, but each digit by itself.
+const QWEN_2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 /// The pre-tokenizers whose meaning is known.
 #[derive(Clone, Copy)]
 enum PreTokenizer {
@@ -35,6 +38,8 @@ enum PreTokenizer {
     SmolLm,
     Gpt2,
     Llama3,
+    /// Of Qwen2, 2.5 and 3, whose texts are brought to Unicode's form C first.
+    Qwen2,
 }
 
 impl TextCodec {
@@ -69,7 +74,7 @@ fn tokenizer_json(metadata: &Metadata, tokens: &[String]) -> Result<Json, ModelE
         "truncation": null,
         "padding": null,
         "added_tokens": added_tokens(metadata, tokens)?,
-        "normalizer": null,
+        "normalizer": pre.normalizer(),
         "pre_tokenizer": pre.json(),
         "post_processor": post_processor(metadata, tokens)?,
         "decoder": byte_level,
@@ -90,20 +95,32 @@ fn tokenizer_json(metadata: &Metadata, tokens: &[String]) -> Result<Json, ModelE
 }
 
 impl PreTokenizer {
+    /// llama.cpp leaves texts as they are; the reference is the tokenizer that trained the model.
+    fn normalizer(self) -> Json {
+        match self {
+            Self::Qwen2 => json!({ "type": "NFC" }),
+            Self::SmolLm | Self::Gpt2 | Self::Llama3 => Json::Null,
+        }
+    }
+
     fn json(self) -> Json {
         let byte_level = |split: bool| {
             json!({
                 "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": split,
             })
         };
+        let split = |regex: &str| {
+            json!({
+                "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false,
+            })
+        };
         let first = match self {
             Self::Gpt2 => return byte_level(true),
             Self::SmolLm => json!({ "type": "Digits", "individual_digits": true }),
-            Self::Llama3 => json!({
-                "type": "Split", "pattern": { "Regex": LLAMA_3_SPLIT }, "behavior": "Isolated", "invert": false,
-            }),
+            Self::Llama3 => split(LLAMA_3_SPLIT),
+            Self::Qwen2 => split(QWEN_2_SPLIT),
         };
-        // Llama 3's own split stands in the place of GPT-2's.
+        // A split of the model's own stands in the place of GPT-2's.
         let second = byte_level(matches!(self, Self::SmolLm));
         json!({ "type": "Sequence", "pretokenizers": [first, second] })
     }
@@ -211,12 +228,13 @@ impl Metadata<'_> {
     }
 
     fn pre_tokenizer(&self) -> Result<PreTokenizer, ModelError> {
-        const SUPPORTED: &str = "smollm, gpt-2 and llama-bpe";
+        const SUPPORTED: &str = "smollm, gpt-2, llama-bpe and qwen2";
         match self.get(PRE) {
             Some(Value::Text(name)) => match name.as_str() {
                 "smollm" => Ok(PreTokenizer::SmolLm),
                 "gpt-2" => Ok(PreTokenizer::Gpt2),
                 "llama-bpe" | "llama3" | "llama-v3" => Ok(PreTokenizer::Llama3),
+                "qwen2" => Ok(PreTokenizer::Qwen2),
                 other => {
                     let problem = format!("is \"{other}\"; Lockstep knows {SUPPORTED}");
                     Err(ModelError::unsupported(self.path, PRE, problem))

@@ -8,10 +8,10 @@ mod safetensors;
 
 use std::{collections::HashSet, path::Path, sync::Arc};
 
-use super::{ModelConfig, ModelError, TextCodec, files::ModelFiles};
+use super::{Family, ModelConfig, ModelError, TextCodec, files::ModelFiles};
 use crate::{kernels::Matrix, types::Digest};
 
-pub(super) use self::gguf::{Gguf, Header, Value};
+pub(super) use self::gguf::{Gguf, Header, ROPE_DIVISORS, Value};
 pub(crate) use self::safetensors::shards_of_index;
 pub(super) use self::safetensors::{Shards, hugging_face_name};
 
@@ -43,10 +43,27 @@ pub struct LayerWeights {
     pub k: Matrix,
     pub v: Matrix,
     pub o: Matrix,
+    /// Of families with [`has_qkv_bias`](super::Family::has_qkv_bias).
+    pub qkv_bias: Option<QkvBias>,
+    /// Of families with [`has_qk_norm`](super::Family::has_qk_norm).
+    pub qk_norm: Option<QkNorm>,
     pub mlp_norm: Vec<f32>,
     pub gate: Matrix,
     pub up: Matrix,
     pub down: Matrix,
+}
+
+/// What queries, keys and values add to their products, one value an output.
+pub struct QkvBias {
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+}
+
+/// Weights of the norms of queries and keys, `[head_dim]`, shared by all heads.
+pub struct QkNorm {
+    pub q: Vec<f32>,
+    pub k: Vec<f32>,
 }
 
 impl BaseModel {
@@ -83,15 +100,25 @@ pub(super) enum LayerWeight {
     Gate,
     Up,
     Down,
+    QBias,
+    KBias,
+    VBias,
+    QNorm,
+    KNorm,
 }
 
-const LAYER_WEIGHTS: [LayerWeight; 9] = {
-    use LayerWeight::*;
-    [AttnNorm, Q, K, V, O, MlpNorm, Gate, Up, Down]
-};
+impl LayerWeight {
+    /// Those of a decoder block of this family.
+    fn all(family: Family) -> impl Iterator<Item = Self> {
+        use LayerWeight::*;
+        let bias: &[_] = if family.has_qkv_bias() { &[QBias, KBias, VBias] } else { &[] };
+        let norm: &[_] = if family.has_qk_norm() { &[QNorm, KNorm] } else { &[] };
+        [AttnNorm, Q, K, V, O, MlpNorm, Gate, Up, Down].iter().chain(bias).chain(norm).copied()
+    }
+}
 
 impl Weight {
-    /// Its shape: `[out, in]` of a linear layer, `[width]` of a norm.
+    /// Its shape: `[out, in]` of a linear layer, `[width]` of a bias or norm.
     pub fn shape(self, config: &ModelConfig) -> Vec<usize> {
         let hidden = config.hidden_size;
         let queries = config.num_heads * config.head_dim;
@@ -106,14 +133,18 @@ impl Weight {
                 LayerWeight::O => vec![hidden, queries],
                 LayerWeight::Gate | LayerWeight::Up => vec![config.intermediate_size, hidden],
                 LayerWeight::Down => vec![hidden, config.intermediate_size],
+                LayerWeight::QBias => vec![queries],
+                LayerWeight::KBias | LayerWeight::VBias => vec![keys],
+                LayerWeight::QNorm | LayerWeight::KNorm => vec![config.head_dim],
             },
         }
     }
 
     /// Every weight that `config` calls for.
     pub fn all(config: &ModelConfig) -> impl Iterator<Item = Self> {
-        let layers =
-            (0..config.num_layers).flat_map(|layer| LAYER_WEIGHTS.map(|weight| Self::Layer(layer, weight)));
+        let of_layer = |layer| move |weight| Self::Layer(layer, weight);
+        let layers = (0..config.num_layers)
+            .flat_map(move |layer| LayerWeight::all(config.family).map(of_layer(layer)));
         let head = (!config.tie_word_embeddings).then_some(Self::Head);
         [Self::Embed, Self::FinalNorm].into_iter().chain(head).chain(layers)
     }
@@ -193,6 +224,18 @@ pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<B
             k: matrix(LayerWeight::K)?,
             v: matrix(LayerWeight::V)?,
             o: matrix(LayerWeight::O)?,
+            qkv_bias: match config.family.has_qkv_bias() {
+                true => Some(QkvBias {
+                    q: values(LayerWeight::QBias)?,
+                    k: values(LayerWeight::KBias)?,
+                    v: values(LayerWeight::VBias)?,
+                }),
+                false => None,
+            },
+            qk_norm: match config.family.has_qk_norm() {
+                true => Some(QkNorm { q: values(LayerWeight::QNorm)?, k: values(LayerWeight::KNorm)? }),
+                false => None,
+            },
             mlp_norm: values(LayerWeight::MlpNorm)?,
             gate: matrix(LayerWeight::Gate)?,
             up: matrix(LayerWeight::Up)?,

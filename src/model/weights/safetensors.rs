@@ -211,17 +211,22 @@ pub(in crate::model) fn hugging_face_name(weight: Weight) -> String {
         Weight::Head => "lm_head.weight".to_owned(),
         Weight::Layer(layer, weight) => {
             let part = match weight {
-                LayerWeight::AttnNorm => "input_layernorm",
-                LayerWeight::Q => "self_attn.q_proj",
-                LayerWeight::K => "self_attn.k_proj",
-                LayerWeight::V => "self_attn.v_proj",
-                LayerWeight::O => "self_attn.o_proj",
-                LayerWeight::MlpNorm => "post_attention_layernorm",
-                LayerWeight::Gate => "mlp.gate_proj",
-                LayerWeight::Up => "mlp.up_proj",
-                LayerWeight::Down => "mlp.down_proj",
+                LayerWeight::AttnNorm => "input_layernorm.weight",
+                LayerWeight::Q => "self_attn.q_proj.weight",
+                LayerWeight::K => "self_attn.k_proj.weight",
+                LayerWeight::V => "self_attn.v_proj.weight",
+                LayerWeight::O => "self_attn.o_proj.weight",
+                LayerWeight::MlpNorm => "post_attention_layernorm.weight",
+                LayerWeight::Gate => "mlp.gate_proj.weight",
+                LayerWeight::Up => "mlp.up_proj.weight",
+                LayerWeight::Down => "mlp.down_proj.weight",
+                LayerWeight::QBias => "self_attn.q_proj.bias",
+                LayerWeight::KBias => "self_attn.k_proj.bias",
+                LayerWeight::VBias => "self_attn.v_proj.bias",
+                LayerWeight::QNorm => "self_attn.q_norm.weight",
+                LayerWeight::KNorm => "self_attn.k_norm.weight",
             };
-            format!("model.layers.{layer}.{part}.weight")
+            format!("model.layers.{layer}.{part}")
         }
     }
 }

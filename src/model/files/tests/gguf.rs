@@ -12,11 +12,11 @@ use candle_core::{
 use tempfile::TempDir;
 
 use super::{flat, floats, load, open, read_tensors, refusal};
-use crate::model::{ModelConfig, ModelError, text::byte_level, tiny};
+use crate::model::{Family, ModelConfig, ModelError, RopeScaling, text::byte_level, tiny};
 
 /// What a GGUF of the tiny model says and holds, for a test to change before it is written.
 struct TinyGguf {
-    metadata: BTreeMap<&'static str, GgufValue>,
+    metadata: BTreeMap<String, GgufValue>,
     tensors: BTreeMap<String, QTensor>,
 }
 
@@ -29,34 +29,51 @@ impl TinyGguf {
         let tokens: Vec<String> =
             special.into_iter().chain(bytes).chain(["ab", " d"].map(|t| t.replace(' ', "Ġ"))).collect();
         let types = (0..tokens.len()).map(|id| GgufValue::I32(if id < 3 { 3 } else { 1 })).collect();
-        let metadata = BTreeMap::from([
-            ("general.architecture", GgufValue::String("llama".into())),
-            ("llama.vocab_size", u32(config.vocab_size)),
-            ("llama.embedding_length", u32(config.hidden_size)),
-            ("llama.feed_forward_length", u32(config.intermediate_size)),
-            ("llama.block_count", u32(config.num_layers)),
-            ("llama.attention.head_count", u32(config.num_heads)),
-            ("llama.attention.head_count_kv", u32(config.num_kv_heads)),
-            ("llama.attention.layer_norm_rms_epsilon", GgufValue::F32(config.rms_norm_eps)),
-            ("llama.rope.freq_base", GgufValue::F32(config.rope_theta)),
-            ("llama.rope.dimension_count", u32(config.head_dim)),
-            ("llama.context_length", u32(config.max_position_embeddings)),
-            ("tokenizer.ggml.model", GgufValue::String("gpt2".into())),
-            ("tokenizer.ggml.pre", GgufValue::String("smollm".into())),
-            ("tokenizer.ggml.tokens", GgufValue::Array(tokens.into_iter().map(GgufValue::String).collect())),
-            ("tokenizer.ggml.token_type", GgufValue::Array(types)),
-            (
-                "tokenizer.ggml.merges",
-                GgufValue::Array(["a b", "Ġ d"].map(|m| GgufValue::String(m.into())).to_vec()),
-            ),
-            ("tokenizer.ggml.eos_token_id", u32(2)),
-        ]);
+        let architecture = config.family.gguf_architecture();
+        let mut metadata = BTreeMap::from(
+            [
+                ("vocab_size", u32(config.vocab_size)),
+                ("embedding_length", u32(config.hidden_size)),
+                ("feed_forward_length", u32(config.intermediate_size)),
+                ("block_count", u32(config.num_layers)),
+                ("attention.head_count", u32(config.num_heads)),
+                ("attention.head_count_kv", u32(config.num_kv_heads)),
+                ("attention.layer_norm_rms_epsilon", GgufValue::F32(config.rms_norm_eps)),
+                ("rope.freq_base", GgufValue::F32(config.rope_theta)),
+                ("rope.dimension_count", u32(config.head_dim)),
+                ("context_length", u32(config.max_position_embeddings)),
+            ]
+            .map(|(key, value)| (format!("{architecture}.{key}"), value)),
+        );
+        if let RopeScaling::Linear { factor } = config.rope_scaling {
+            metadata.insert(format!("{architecture}.rope.scaling.type"), GgufValue::String("linear".into()));
+            metadata.insert(format!("{architecture}.rope.scaling.factor"), GgufValue::F32(factor));
+        }
+        metadata.extend(
+            [
+                ("general.architecture", GgufValue::String(architecture.into())),
+                ("tokenizer.ggml.model", GgufValue::String("gpt2".into())),
+                ("tokenizer.ggml.pre", GgufValue::String("smollm".into())),
+                (
+                    "tokenizer.ggml.tokens",
+                    GgufValue::Array(tokens.into_iter().map(GgufValue::String).collect()),
+                ),
+                ("tokenizer.ggml.token_type", GgufValue::Array(types)),
+                (
+                    "tokenizer.ggml.merges",
+                    GgufValue::Array(["a b", "Ġ d"].map(|m| GgufValue::String(m.into())).to_vec()),
+                ),
+                ("tokenizer.ggml.eos_token_id", u32(2)),
+            ]
+            .map(|(key, value)| (key.to_owned(), value)),
+        );
         let tensors = read_tensors(&directory.join("model.safetensors"));
         let tensors = tensors.into_iter().map(|(name, (_, shape, bytes))| {
             let tensor = Tensor::from_vec(floats(&bytes), shape.clone(), &Device::Cpu).unwrap();
+            // Of Llama alone: the others' rotary embedding turns halves in llama.cpp, too.
             let heads = match name.rsplit('.').nth(1) {
-                Some("q_proj") => Some(config.num_heads),
-                Some("k_proj") => Some(config.num_kv_heads),
+                Some("q_proj") if config.family == Family::Llama => Some(config.num_heads),
+                Some("k_proj") if config.family == Family::Llama => Some(config.num_kv_heads),
                 _ => None,
             };
             let tensor = heads.map_or_else(|| tensor.clone(), |heads| permuted(&tensor, heads));
@@ -67,8 +84,12 @@ impl TinyGguf {
     }
 
     fn tiny() -> Self {
+        Self::of_family(Family::Llama)
+    }
+
+    fn of_family(family: Family) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let config = Self::config();
+        let config = ModelConfig { family, ..Self::config() };
         tiny::write(directory.path(), &config, 1).unwrap();
         Self::of(&config, directory.path(), GgmlDType::F32)
     }
@@ -78,7 +99,7 @@ impl TinyGguf {
     }
 
     fn with(mut self, key: &'static str, value: GgufValue) -> Self {
-        self.metadata.insert(key, value);
+        self.metadata.insert(key.to_owned(), value);
         self
     }
 
@@ -88,7 +109,7 @@ impl TinyGguf {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (*key, value)).collect();
+        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
         let tensors: Vec<_> = self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let mut bytes = std::io::Cursor::new(Vec::new());
         gguf_file::write(&mut bytes, &metadata, &tensors).unwrap();
@@ -121,6 +142,8 @@ fn permuted(weight: &Tensor, heads: usize) -> Tensor {
 
 fn gguf_name(name: &str) -> String {
     let renamed = [
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("model.layers.", "blk."),
         ("model.embed_tokens", "token_embd"),
         ("model.norm", "output_norm"),
@@ -140,9 +163,16 @@ fn gguf_name(name: &str) -> String {
 
 #[test]
 fn a_gguf_holds_the_same_model() {
-    for tied in [true, false] {
+    let plain = TinyGguf::config();
+    let kinds = [
+        plain.clone(),
+        ModelConfig { tie_word_embeddings: false, ..plain.clone() },
+        ModelConfig { rope_scaling: RopeScaling::Linear { factor: 2.5 }, ..plain.clone() },
+        ModelConfig { family: Family::Qwen2, ..plain.clone() },
+        ModelConfig { family: Family::Qwen3, tie_word_embeddings: false, ..plain },
+    ];
+    for config in kinds {
         let directory = tempfile::tempdir().unwrap();
-        let config = ModelConfig { tie_word_embeddings: tied, ..TinyGguf::config() };
         tiny::write(directory.path(), &config, 1).unwrap();
         let (_kept, path) = TinyGguf::of(&config, directory.path(), GgmlDType::F32).write();
         let files = open(&path).unwrap();
@@ -150,6 +180,40 @@ fn a_gguf_holds_the_same_model() {
         assert_eq!(flat(&files.load_weights().unwrap()), flat(&load(directory.path()).unwrap()));
         assert_eq!(files.digest().unwrap(), crate::types::Digest::of(&fs::read(&path).unwrap()));
     }
+}
+
+fn rope_divisors(values: &[f32]) -> QTensor {
+    let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap();
+    QTensor::quantize(&tensor, GgmlDType::F32).unwrap()
+}
+
+#[test]
+fn reads_the_divisors_of_rotary_frequencies() {
+    let with = |divisors: &[f32], gguf: TinyGguf| {
+        let mut gguf = gguf;
+        gguf.tensors.insert("rope_freqs.weight".into(), rope_divisors(divisors));
+        gguf
+    };
+    let (_kept, path) = with(&[1.0, 1.0, 2.5, 8.0], TinyGguf::tiny()).write();
+    let files = open(&path).unwrap();
+    let plain = TinyGguf::config().rope_frequencies();
+    let expected = [plain[0], plain[1], plain[2] / 2.5, plain[3] / 8.0];
+    for (found, expected) in files.config.rope_frequencies().iter().zip(expected) {
+        // One division more or less in f64, then one rounding to f32.
+        assert!((found - expected).abs() <= f32::EPSILON * expected, "{found} and {expected}");
+    }
+    files.load_weights().unwrap();
+
+    let named = |error: ModelError| match error {
+        ModelError::InvalidField { field, .. } | ModelError::Unsupported { field, .. } => field,
+        other => panic!("{other}"),
+    };
+    assert_eq!(named(with(&[1.0; 5], TinyGguf::tiny()).refusal()), "rope_freqs.weight");
+    assert_eq!(named(with(&[1.0, 1.0, 0.0, 1.0], TinyGguf::tiny()).refusal()), "rope_freqs.weight");
+    let linear = TinyGguf::tiny().with("llama.rope.scaling.factor", GgufValue::F32(2.0));
+    assert_eq!(named(with(&[1.0; 4], linear).refusal()), "llama.rope.scaling.type");
+    let qwen = TinyGguf::of_family(Family::Qwen2);
+    assert_eq!(named(with(&[1.0; 4], qwen).refusal()), "rope_freqs.weight");
 }
 
 #[test]
@@ -214,7 +278,7 @@ fn a_gguf_brings_its_tokenizer() {
     let (kept, path) = digits.write();
     assert_eq!(open(&path).unwrap().text.encode("a 7").unwrap(), [byte(b'a'), byte(b' '), byte(b'7')]);
     drop(kept);
-    for pre in ["gpt-2", "llama-bpe"] {
+    for pre in ["gpt-2", "llama-bpe", "qwen2"] {
         let gguf = TinyGguf { metadata: digits.metadata.clone(), tensors: TinyGguf::tiny().tensors };
         let (_kept, path) = gguf.with("tokenizer.ggml.pre", GgufValue::String(pre.into())).write();
         let expected =
@@ -231,7 +295,7 @@ fn strings(texts: &[&str]) -> GgufValue {
 fn refuses_by_name_what_a_gguf_asks_for() {
     let text = |text: &str| GgufValue::String(text.to_owned());
     let unsupported = [
-        ("general.architecture", text("qwen2")),
+        ("general.architecture", text("qwen2moe")),
         ("llama.rope.scaling.type", text("yarn")),
         ("llama.expert_count", GgufValue::U32(8)),
         ("llama.attention.sliding_window", GgufValue::U32(1024)),
@@ -246,8 +310,8 @@ fn refuses_by_name_what_a_gguf_asks_for() {
         let error = TinyGguf::tiny().with(key, value).refusal();
         assert!(matches!(&error, ModelError::Unsupported { field, .. } if field == key), "{key}: {error}");
     }
-    let error = TinyGguf::tiny().with("tokenizer.ggml.pre", text("qwen2")).refusal().to_string();
-    assert!(error.contains("smollm, gpt-2 and llama-bpe"), "{error}");
+    let error = TinyGguf::tiny().with("tokenizer.ggml.pre", text("qwen")).refusal().to_string();
+    assert!(error.contains("smollm, gpt-2, llama-bpe and qwen2"), "{error}");
     let invalid = [
         ("llama.block_count", GgufValue::U32(0)),
         ("llama.attention.head_count_kv", GgufValue::Array(vec![GgufValue::U32(2); 2])),
@@ -282,14 +346,14 @@ fn names_the_tensor_that_is_wrong_in_a_gguf() {
         matches!(missing.refusal(), ModelError::MissingTensor { tensor, .. } if tensor == "blk.1.ffn_up.weight")
     );
 
-    let mut unexpected = TinyGguf::tiny();
-    let factors = Tensor::ones(4, candle_core::DType::F32, &Device::Cpu).unwrap();
-    unexpected
-        .tensors
-        .insert("rope_freqs.weight".into(), QTensor::quantize(&factors, GgmlDType::F32).unwrap());
-    assert!(
-        matches!(unexpected.refusal(), ModelError::UnexpectedTensor { tensor, .. } if tensor == "rope_freqs.weight")
-    );
+    for (family, tensor) in [(Family::Llama, "blk.0.attn_q.bias"), (Family::Qwen2, "blk.1.attn_output.bias")]
+    {
+        let mut unexpected = TinyGguf::of_family(family);
+        unexpected.tensors.insert(tensor.into(), rope_divisors(&[1.0; 32]));
+        assert!(
+            matches!(unexpected.refusal(), ModelError::UnexpectedTensor { tensor: named, .. } if named == tensor)
+        );
+    }
 
     let shape = TinyGguf::tiny().with("llama.feed_forward_length", GgufValue::U32(128));
     assert!(matches!(shape.refusal(), ModelError::TensorShape { .. }));

@@ -8,9 +8,13 @@ use candle_core::{Device, quantized::ggml_file::qtensor_from_ggml};
 use memmap2::Mmap;
 
 use super::{LayerWeight, TensorSource, Weight};
-use crate::model::{ModelConfig, ModelError, files::map_file};
+use crate::model::{Family, ModelConfig, ModelError, files::map_file};
 
 pub(in crate::model) use header::{Header, Value};
+
+/// Tensor of the rotary frequencies' divisors, by which llama.cpp's converter writes Llama 3.1's
+/// scaling (`LlamaModel.generate_extra_tensors`).
+pub(in crate::model) const ROPE_DIVISORS: &str = "rope_freqs.weight";
 
 /// A mapped GGUF file.
 pub(in crate::model) struct Gguf {
@@ -25,6 +29,11 @@ impl Gguf {
         let map = map_file(path)?;
         let header = Header::parse(path, &map)?;
         Ok(Self { path: path.to_owned(), map, header })
+    }
+
+    /// [`ROPE_DIVISORS`], if the file holds them: part of the configuration, not a weight.
+    pub fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError> {
+        self.header.tensors.contains_key(ROPE_DIVISORS).then(|| self.dequantise(ROPE_DIVISORS)).transpose()
     }
 
     fn dequantise(&self, name: &str) -> Result<Vec<f32>, ModelError> {
@@ -54,17 +63,22 @@ impl TensorSource for Gguf {
             Weight::Head => "output.weight".to_owned(),
             Weight::Layer(layer, weight) => {
                 let part = match weight {
-                    LayerWeight::AttnNorm => "attn_norm",
-                    LayerWeight::Q => "attn_q",
-                    LayerWeight::K => "attn_k",
-                    LayerWeight::V => "attn_v",
-                    LayerWeight::O => "attn_output",
-                    LayerWeight::MlpNorm => "ffn_norm",
-                    LayerWeight::Gate => "ffn_gate",
-                    LayerWeight::Up => "ffn_up",
-                    LayerWeight::Down => "ffn_down",
+                    LayerWeight::AttnNorm => "attn_norm.weight",
+                    LayerWeight::Q => "attn_q.weight",
+                    LayerWeight::K => "attn_k.weight",
+                    LayerWeight::V => "attn_v.weight",
+                    LayerWeight::O => "attn_output.weight",
+                    LayerWeight::MlpNorm => "ffn_norm.weight",
+                    LayerWeight::Gate => "ffn_gate.weight",
+                    LayerWeight::Up => "ffn_up.weight",
+                    LayerWeight::Down => "ffn_down.weight",
+                    LayerWeight::QBias => "attn_q.bias",
+                    LayerWeight::KBias => "attn_k.bias",
+                    LayerWeight::VBias => "attn_v.bias",
+                    LayerWeight::QNorm => "attn_q_norm.weight",
+                    LayerWeight::KNorm => "attn_k_norm.weight",
                 };
-                format!("blk.{layer}.{part}.weight")
+                format!("blk.{layer}.{part}")
             }
         }
     }
@@ -81,7 +95,7 @@ impl TensorSource for Gguf {
     fn values(&self, weight: Weight, config: &ModelConfig) -> Result<Vec<f32>, ModelError> {
         let values = self.dequantise(&self.name(weight))?;
         Ok(match weight {
-            Weight::Layer(_, LayerWeight::Q | LayerWeight::K) => {
+            Weight::Layer(_, LayerWeight::Q | LayerWeight::K) if config.family == Family::Llama => {
                 unpermute(&values, config.head_dim, config.hidden_size)
             }
             _ => values,
@@ -92,12 +106,12 @@ impl TensorSource for Gguf {
         &self.path
     }
 
-    fn is_ignored(&self, _: &str) -> bool {
-        false
+    fn is_ignored(&self, name: &str) -> bool {
+        name == ROPE_DIVISORS
     }
 }
 
-/// Undoes what llama.cpp's converter does to the rows of q and k of this family.
+/// Undoes what llama.cpp's converter does to the rows of q and k of Llama, and of no other family.
 ///
 /// Its rotary embedding turns neighbours, rows 2i and 2i + 1 of a head; ours, as transformers',
 /// turns row i with row i + head_dim / 2. (`LlamaModel.permute` in convert_hf_to_gguf.py.)
