@@ -57,8 +57,10 @@ impl Look {
 }
 
 fn line(run: &RunInfo) -> String {
-    let live =
-        run.live.map_or("nothing published".into(), |policy| format!("serves version {}", policy.step));
+    let live = run
+        .live
+        .or(run.initial)
+        .map_or("nothing published".into(), |policy| format!("serves version {}", policy.step));
     format!(
         "{}  {}  rank {}  {} replicas  step {}  {live}  {} queued  {}",
         run.run, run.name, run.lora.rank, run.replicas, run.step, run.queued, run.phase

@@ -3,6 +3,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use lockstep::{
+    gateway::GatewayConfig,
     model::ModelSource,
     pull,
     service::{DataDirectory, SupervisorConfig, UpConfig, up},
@@ -22,6 +23,9 @@ pub struct Up {
     /// Serve HTTP without keys on an address that others reach.
     #[arg(long)]
     insecure: bool,
+    /// Where clients reach the HTTP server, if not under the host that their requests name.
+    #[arg(long, value_name = "URL", env = "LOCKSTEP_PUBLIC_URL")]
+    public_url: Option<String>,
     #[command(flatten)]
     cluster: LocalCluster,
 }
@@ -57,7 +61,11 @@ impl Up {
         let config = UpConfig {
             supervisor: self.cluster.supervisor(self.listen, false)?,
             http: self.http,
-            insecure: self.insecure,
+            gateway: GatewayConfig {
+                insecure: self.insecure,
+                public_url: self.public_url,
+                presign_key: None,
+            },
         };
         Ok(up(config)?)
     }

@@ -230,7 +230,7 @@ impl Link {
         match exchange {
             Exchange::Request(request) => {
                 stream.send.send_frame(&encode(&StreamOpen::Request(request.clone()))).await?;
-                stream.send.finish().await?;
+                // The sending half stays open: a reset of it says that nobody waits any more.
                 let frame = answer_frame(&mut stream).await?;
                 let response = decode("response", &frame, MAX_MESSAGE).map_err(ClientError::from)?;
                 Ok(Answer::Response(Box::new(response)))

@@ -35,16 +35,25 @@ impl ClientRuntime {
         self.runtime().spawn(task)
     }
 
-    /// Runs `task` on these threads and waits for it from any executor.
+    /// Runs `task` on these threads and waits for it from any executor. Who stops waiting ends
+    /// the task.
     pub async fn run<T, F>(&self, task: F) -> Result<T, ClientError>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, ClientError>> + Send + 'static,
     {
         // A JoinHandle may be polled by any executor; it needs no runtime around it.
-        self.spawn(task)
-            .await
-            .unwrap_or_else(|e| Err(ClientError::Protocol(format!("a client task died: {e}"))))
+        let mut task = AbortOnDrop(self.spawn(task));
+        (&mut task.0).await.unwrap_or_else(|e| Err(ClientError::Protocol(format!("a client task died: {e}"))))
+    }
+}
+
+/// A task that lives no longer than its handle.
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

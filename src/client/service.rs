@@ -1,5 +1,6 @@
 use std::{path::Path, sync::Arc};
 
+use bytes::Bytes;
 use tokenizers::Tokenizer;
 
 use crate::{
@@ -303,12 +304,26 @@ impl ServiceClient {
         }
     }
 
-    async fn request(&self, request: ClientRequest) -> Result<ClientResponse, ClientError> {
+    /// The session of this connection.
+    pub fn session(&self) -> SessionId {
+        self.shared.session
+    }
+
+    /// A message of the protocol as it is, for the gateway; one that may be repeated. While the
+    /// service is away it waits; dropping the future calls the request off.
+    pub(crate) async fn request(&self, request: ClientRequest) -> Result<ClientResponse, ClientError> {
         let link = self.shared.link.clone();
         self.shared.runtime.run(async move { link.request(request).await }).await
     }
 
-    async fn blob(&self, blob: BlobRef) -> Result<Vec<u8>, ClientError> {
+    /// Stores bytes in the service and returns their name.
+    pub(crate) async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, ClientError> {
+        let link = self.shared.link.clone();
+        self.shared.runtime.run(async move { link.put_blob(bytes).await }).await
+    }
+
+    /// Reads a blob and checks that it is what its name says.
+    pub(crate) async fn blob(&self, blob: BlobRef) -> Result<Vec<u8>, ClientError> {
         let link = self.shared.link.clone();
         self.shared.runtime.run(async move { link.get_blob(blob).await }).await
     }

@@ -190,8 +190,8 @@ impl TrainingClient {
         self.then(async move {
             let version = saved.await?.version;
             let info = this.refresh_on_link().await?;
-            let live = info.live.filter(|policy| policy.step >= version);
-            let Some(policy) = live else {
+            let live = if version == 0 { info.initial } else { info.live };
+            let Some(policy) = live.filter(|policy| policy.step >= version) else {
                 let message = format!("version {version} of {} was published but is not live", info.run);
                 return Err(OperationError::new(ErrorKind::Internal, message));
             };

@@ -52,6 +52,8 @@ pub enum Refusal {
     UnknownSession(SessionId),
     #[error("{0} does not exist")]
     UnknownRun(RunId),
+    #[error("no run is called {0:?}")]
+    NoRunNamed(String),
     #[error("{run} has no operation {seq}, or its result is no longer kept")]
     UnknownOperation { run: RunId, seq: u64 },
     #[error("`base_model`: {name:?} is not offered; offered: {offered}")]
@@ -99,6 +101,7 @@ impl Refusal {
                 ErrorKind::InvalidInput
             }
             Self::UnknownRun(_)
+            | Self::NoRunNamed(_)
             | Self::UnknownOperation { .. }
             | Self::UnknownModel { .. }
             | Self::UnknownCheckpoint(_)

@@ -181,7 +181,7 @@ fn runs_train_publish_and_sample_and_are_there_after_a_restart() {
         let ClientResponse::Run(info) = ask(&client, ClientRequest::RunInfo { run }).await else {
             panic!("no run")
         };
-        assert_eq!((info.base_model.as_str(), info.live), (MODEL, policy));
+        assert_eq!((info.base_model.as_str(), info.live.or(info.initial)), (MODEL, policy));
         let again = SubmitOperation { run, key: OperationKey([1; 16]), operation: init() };
         let accepted = ask(&client, ClientRequest::Submit(again)).await;
         assert_eq!(accepted, ClientResponse::Accepted { seq: OperationSeq(1) });

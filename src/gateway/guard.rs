@@ -1,6 +1,6 @@
-//! Which requests are let in when there are no keys.
+//! Around every request: which are let in when there are no keys, and what a panic becomes.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, panic::AssertUnwindSafe};
 
 use actix_web::{
     Error,
@@ -10,6 +10,9 @@ use actix_web::{
     middleware::Next,
     web,
 };
+use futures::FutureExt;
+
+use super::refusal::Refused;
 
 /// How requests are checked.
 pub struct Guard {
@@ -24,9 +27,25 @@ pub async fn check(
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let guarded = request.app_data::<web::Data<Guard>>().is_none_or(|guard| guard.loopback_only);
     if guarded && let Err(problem) = loopback(request.headers()) {
-        return Ok(request.into_response(super::failure(403, "FOREIGN_REQUEST", &problem)));
+        return Ok(request.into_response(Refused::forbidden("FOREIGN_REQUEST", problem).response()));
     }
     Ok(next.call(request).await?.map_into_boxed_body())
+}
+
+/// A handler that panics costs its own request. The other parts of the service end with a
+/// panic, because they hold state; a request holds none.
+pub async fn catch_panics(
+    request: ServiceRequest,
+    next: Next<impl MessageBody + 'static>,
+) -> Result<ServiceResponse<BoxBody>, Error> {
+    let (method, path) = (request.method().clone(), request.path().to_owned());
+    match AssertUnwindSafe(next.call(request)).catch_unwind().await {
+        Ok(response) => Ok(response?.map_into_boxed_body()),
+        Err(_) => {
+            tracing::error!("a handler panicked at {method} {path}");
+            Err(Refused::fault("a fault of the gateway; its log says more").into())
+        }
+    }
 }
 
 fn loopback(headers: &HeaderMap) -> Result<(), String> {

@@ -2,20 +2,33 @@
 //! decides nothing about a run.
 //!
 //! ```text
-//!   GET /health                  200 while the coordinator answers
-//!   GET /v1/loops/capabilities   models, as the Loops dialect lists them
+//!   GET /health     200 while the coordinator answers
+//!   /v1/loops/…     the Loops dialect (`loops`)
 //! ```
+//!
+//! It keeps no state that anybody would miss: whatever it is asked, it asks the coordinator, and
+//! while that is away it holds the request.
 //!
 //! Without keys it serves loopback only, and only requests that name a loopback host and come
 //! from no foreign page: a web page that the user visits must not reach the service through a
 //! name that it has pointed at this machine (DNS rebinding).
 
 mod guard;
+mod refusal;
+
+mod body;
+mod presign;
+mod range;
+mod replays;
+mod upstream;
+
 mod loops;
 
 use std::{
     io,
     net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    time::Duration,
 };
 
 use actix_web::{App, HttpResponse, HttpServer, dev::Server, middleware::from_fn, web};
@@ -23,9 +36,22 @@ use serde_json::json;
 
 use crate::client::ServiceClient;
 
-/// Connections that wait to be accepted, and that are open at a time.
+use self::{
+    body::Bodies, presign::PresignKey, range::Downloads, refusal::Refused, replays::Replays,
+    upstream::Upstream,
+};
+
+/// Connections that wait to be accepted, and that are open at a time: the Python client holds
+/// up to 200 to a trainer and 2,048 to a sampler.
 const BACKLOG: u32 = 1024;
-const MAX_CONNECTIONS: usize = 4096;
+const MAX_CONNECTIONS: usize = 8192;
+
+/// How long an idle connection stays open. The Python client keeps one for up to 120 s and
+/// takes a closed one for an error.
+const KEEP_ALIVE: Duration = Duration::from_secs(150);
+
+/// How long the coordinator may take to answer a health check.
+const HEALTH_DEADLINE: Duration = Duration::from_secs(8);
 
 /// Why HTTP can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -39,29 +65,55 @@ pub enum GatewayError {
          the network itself is trusted"
     )]
     Open { address: SocketAddr },
+    /// It can't be read, or made.
+    #[error("the key that file URLs are signed with ({file}): {source}")]
+    PresignKey { file: String, source: io::Error },
     /// The server ended.
     #[error("the HTTP server ended: {0}")]
     Serve(io::Error),
+}
+
+/// How a gateway serves.
+#[derive(Debug, Clone, Default)]
+pub struct GatewayConfig {
+    /// Serve without keys on an address that others reach.
+    pub insecure: bool,
+    /// Where clients reach it, `http://HOST[:PORT]`; absent: the host that each request names.
+    pub public_url: Option<String>,
+    /// File of the key that URLs of checkpoint files are signed with, made if it is missing;
+    /// absent: a key that is gone with this process.
+    pub presign_key: Option<PathBuf>,
 }
 
 /// A bound socket that doesn't serve yet.
 pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
-    /// Requests are held to the loopback rules.
-    loopback_only: bool,
+    config: GatewayConfig,
+}
+
+/// What all handlers share.
+struct Gateway {
+    upstream: Upstream,
+    bodies: Bodies,
+    downloads: Downloads,
+    replays: Replays,
+    presign: PresignKey,
+    public_url: Option<String>,
+    /// Held while a local run is looked for and made.
+    creating: tokio::sync::Mutex<()>,
 }
 
 impl Listener {
     /// Binds `address` (port 0: any). Refuses one that others reach, unless `insecure`.
-    pub fn bind(address: SocketAddr, insecure: bool) -> Result<Self, GatewayError> {
-        if !address.ip().is_loopback() && !insecure {
+    pub fn bind(address: SocketAddr, config: GatewayConfig) -> Result<Self, GatewayError> {
+        if !address.ip().is_loopback() && !config.insecure {
             return Err(GatewayError::Open { address });
         }
         let bind = |source| GatewayError::Bind { address, source };
         let socket = TcpListener::bind(address).map_err(bind)?;
         let bound = socket.local_addr().map_err(bind)?;
-        Ok(Self { socket, address: bound, loopback_only: !insecure })
+        Ok(Self { socket, address: bound, config })
     }
 
     /// Where it is bound.
@@ -71,20 +123,39 @@ impl Listener {
 
     /// A server, to be awaited in a tokio runtime; it ends when it is dropped.
     pub fn serve(self, client: ServiceClient) -> Result<Server, GatewayError> {
-        let client = web::Data::new(client);
-        let guard = web::Data::new(guard::Guard { loopback_only: self.loopback_only });
+        let gateway = web::Data::new(Gateway {
+            upstream: Upstream::new(client),
+            bodies: Bodies::default(),
+            downloads: Downloads::default(),
+            replays: Replays::default(),
+            presign: presign_key(self.config.presign_key)?,
+            public_url: self.config.public_url.map(|url| url.trim_end_matches('/').to_owned()),
+            creating: tokio::sync::Mutex::new(()),
+        });
+        let loopback_only = !self.config.insecure;
+        let guard = web::Data::new(guard::Guard { loopback_only });
         let server = HttpServer::new(move || {
             App::new()
-                .app_data(client.clone())
+                .app_data(gateway.clone())
                 .app_data(guard.clone())
+                .app_data(web::QueryConfig::default().error_handler(|error, _| {
+                    Refused::invalid(format!("the query of this URL: {error}")).into()
+                }))
                 .wrap(from_fn(guard::check))
+                .wrap(from_fn(guard::catch_panics))
                 .route("/health", web::get().to(health))
                 .configure(loops::routes)
+                .configure(|app| {
+                    if loopback_only {
+                        loops::local_routes(app);
+                    }
+                })
                 .default_service(web::to(not_found))
         })
         .workers(1)
         .backlog(BACKLOG)
         .max_connections(MAX_CONNECTIONS)
+        .keep_alive(KEEP_ALIVE)
         // The supervisor has the signals: it drains the cluster behind this first.
         .disable_signals()
         .listen(self.socket)
@@ -93,30 +164,22 @@ impl Listener {
     }
 }
 
-async fn health(client: web::Data<ServiceClient>) -> HttpResponse {
-    match client.cluster_status().await {
-        Ok(status) => HttpResponse::Ok().json(json!({
-            "status": "ok",
-            "nodes": status.nodes.len(),
-            "runs": status.runs.len(),
-        })),
-        Err(error) => failure(502, "COORDINATOR_UNREACHABLE", &error.to_string()),
-    }
+fn presign_key(file: Option<PathBuf>) -> Result<PresignKey, GatewayError> {
+    let key = file.as_deref().map_or_else(PresignKey::random, PresignKey::open_or_create);
+    let file = || file.as_deref().map_or("in memory".to_owned(), |file| file.display().to_string());
+    key.map_err(|source| GatewayError::PresignKey { file: file(), source })
+}
+
+async fn health(gateway: web::Data<Gateway>) -> Result<HttpResponse, Refused> {
+    let status = gateway.upstream.cluster(HEALTH_DEADLINE).await?;
+    Ok(HttpResponse::Ok().json(json!({
+        "status": "ok",
+        "nodes": status.nodes.len(),
+        "runs": status.runs.len(),
+    })))
 }
 
 async fn not_found(request: actix_web::HttpRequest) -> HttpResponse {
-    failure(404, "UNKNOWN_ROUTE", &format!("nothing is served at {} {}", request.method(), request.path()))
-}
-
-/// The error body of the Loops dialect. On a final refusal (4xx) the header keeps its client
-/// from retrying for an hour.
-fn failure(status: u16, reason: &str, message: &str) -> HttpResponse {
-    let status = actix_web::http::StatusCode::from_u16(status).expect("only constants are passed");
-    let mut response = HttpResponse::build(status);
-    if status.is_client_error() {
-        response
-            .insert_header(("X-Baseten-Error-Source", "06"))
-            .insert_header(("X-Baseten-Error-Code", reason.to_ascii_lowercase()));
-    }
-    response.json(json!({ "error": message, "detail": message, "details": { "reason": reason } }))
+    let message = format!("nothing is served at {} {}", request.method(), request.path());
+    Refused::not_found(message).response()
 }

@@ -18,7 +18,7 @@ use super::{
 const FILE: &str = "journal.sqlite";
 
 /// Version of schema.sql and of the payloads in it.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 /// "LkSt": marks an SQLite file as ours, beside its version.
 const APPLICATION_ID: i64 = 0x4c6b_5374;

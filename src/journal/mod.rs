@@ -24,7 +24,7 @@
 //! | `outcome` | it ended, and how; without one it is run (again) after a restart | `Prune` |
 //! | `snapshot` | this blob is the run's state after that operation | `Prune` |
 //! | `checkpoint` | this name means these files; one row, so replacing it is atomic | a later save of the name |
-//! | `slot` | this policy is the run's live one | a later publish of the run |
+//! | `slot` | this policy is the run's live one, or that of version 0 | a later publish; `DropSlots` |
 //! | `blob_ref` | this row needs that blob | with its row |
 //!
 //! A row names a blob only after the blob is durable in `store/`; a crash between the two leaves

@@ -27,12 +27,15 @@ pub enum Record {
     /// a later one replaces the earlier. `policy`: identity of a sampler checkpoint's weights, by
     /// which replicas verify them.
     Checkpoint { checkpoint: Checkpoint, files: Vec<SavedFile>, policy: Option<PolicyId> },
-    /// The live policy of a run; replaces the one before.
+    /// A published policy of a run. Version 0 has a slot of its own; one of a later version
+    /// replaces the one before.
     Slot { policy: PolicyId, base_model: String, adapter: BlobRef },
     /// Forgets what replay no longer needs: a run's operations and outcomes up to and including
     /// `upto`, and its snapshots before it. There is a snapshot at `upto`. Idempotency keys are
     /// forgotten with their operations, so prune only what nobody submits again.
     Prune { run: RunId, upto: OperationSeq },
+    /// Both slots of a run are empty: it begins anew.
+    DropSlots { run: RunId },
 }
 
 /// The end of an operation, as it was journaled.
@@ -66,7 +69,8 @@ pub struct RecoveredRun {
     pub snapshot: Option<(OperationSeq, BlobRef)>,
     /// In order. Without those that were pruned.
     pub operations: Vec<RecoveredOperation>,
-    pub slot: Option<(PolicyId, BlobRef)>,
+    /// Published policies: of version 0, then the live one.
+    pub slots: Vec<(PolicyId, BlobRef)>,
 }
 
 /// Everything that a starting coordinator needs.
@@ -96,6 +100,7 @@ impl fmt::Display for Record {
             Self::Snapshot { run, seq, .. } => write!(f, "the snapshot after operation {} of {run}", seq.0),
             Self::Checkpoint { checkpoint, .. } => write!(f, "{}", checkpoint.id),
             Self::Slot { policy, .. } => write!(f, "the slot of {policy}"),
+            Self::DropSlots { run } => write!(f, "dropping the slots of {run}"),
             Self::Prune { run, upto } => write!(f, "pruning {run} up to operation {}", upto.0),
         }
     }

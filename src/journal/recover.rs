@@ -47,9 +47,12 @@ fn read_run(db: &Connection, row: &Row) -> Result<RecoveredRun, Fault> {
             [id],
             read_operation,
         )?,
-        slot: one(db, "SELECT policy, digest, size FROM slot WHERE run = ?", id, |row| {
-            Ok((decode("slot's policy", bytes(row, 0)?, MAX_MESSAGE)?, blob(row, 1)?))
-        })?,
+        slots: all(
+            db,
+            "SELECT policy, digest, size FROM slot WHERE run = ? ORDER BY version_zero DESC",
+            [id],
+            |row| Ok((decode("slot's policy", bytes(row, 0)?, MAX_MESSAGE)?, blob(row, 1)?)),
+        )?,
     })
 }
 

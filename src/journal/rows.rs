@@ -46,13 +46,26 @@ pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
             write_checkpoint(db, checkpoint, files, policy.as_ref())
         }
         Record::Slot { policy, base_model, adapter } => {
-            let run = signed(policy.run.0)?;
+            let (run, version_zero) = (signed(policy.run.0)?, i64::from(policy.step == 0));
             insert(
                 db,
-                "INSERT OR REPLACE INTO slot (run, base_model, policy, digest, size) VALUES (?, ?, ?, ?, ?)",
-                params![run, base_model, encode(policy), adapter.digest.0, signed(adapter.size)?],
+                "INSERT OR REPLACE INTO slot (run, version_zero, base_model, policy, digest, size)
+                 VALUES (?, ?, ?, ?, ?, ?)",
+                params![
+                    run,
+                    version_zero,
+                    base_model,
+                    encode(policy),
+                    adapter.digest.0,
+                    signed(adapter.size)?
+                ],
             )?;
-            hold(db, Owner { run, kind: "slot", seq: 0 }, &[*adapter])
+            hold(db, Owner { run, kind: "slot", seq: version_zero }, &[*adapter])
+        }
+        Record::DropSlots { run } => {
+            let run = signed(run.0)?;
+            insert(db, "DELETE FROM slot WHERE run = ?", params![run])?;
+            insert(db, "DELETE FROM blob_ref WHERE run = ? AND owner = 'slot'", params![run])
         }
         Record::Prune { run, upto } => prune(db, signed(run.0)?, signed(upto.0)?),
     }

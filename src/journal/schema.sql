@@ -63,15 +63,17 @@ CREATE TABLE checkpoint (
 ) STRICT;
 
 CREATE TABLE slot (
-    run        INTEGER PRIMARY KEY REFERENCES run (id),
-    base_model TEXT NOT NULL,
-    policy     BLOB NOT NULL, -- PolicyId
-    digest     BLOB NOT NULL, -- of the adapter's blob
-    size       INTEGER NOT NULL
+    run          INTEGER NOT NULL REFERENCES run (id),
+    version_zero INTEGER NOT NULL, -- 1: published before the first step; 0: the live policy
+    base_model   TEXT NOT NULL,
+    policy       BLOB NOT NULL, -- PolicyId
+    digest       BLOB NOT NULL, -- of the adapter's blob
+    size         INTEGER NOT NULL,
+    PRIMARY KEY (run, version_zero)
 ) STRICT;
 
 -- Which row holds which blob; what is named here may not leave the store.
--- seq: an operation's, an outcome's or a snapshot's; a checkpoint's id; 0 for a slot.
+-- seq: an operation's, an outcome's or a snapshot's; a checkpoint's id; a slot's version_zero.
 CREATE TABLE blob_ref (
     run    INTEGER NOT NULL,
     owner  TEXT NOT NULL,

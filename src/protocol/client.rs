@@ -36,6 +36,8 @@ pub enum ClientRequest {
     Tokenizer { base_model: String },
     /// → `Cluster`.
     ClusterStatus,
+    /// → `Run`: the newest of this display name.
+    FindRun { name: String },
 }
 
 /// A run to create.
@@ -67,12 +69,18 @@ pub struct SubmitOperation {
 pub enum SampleTarget {
     /// A base model without adapter.
     Base { base_model: String },
-    /// The live policy of a run; held until its version is at least `min_version`.
+    /// The live policy of a run; held until its version is at least `min_version`. With 0 also
+    /// what it published at version 0.
     Live { run: RunId, min_version: u64 },
     /// Exactly these weights.
     Policy(PolicyId),
     /// A sampler checkpoint, `bt://loops:<run>/sampler_weights/<name>`.
     Checkpoint { path: String },
+    /// What a run published at version 0, or else its base model: never anything later.
+    Initial { run: RunId },
+    /// The live policy of a run if its version is at least `min_version`, or else, without
+    /// waiting, a sampler checkpoint.
+    LiveOrCheckpoint { run: RunId, min_version: u64, path: String },
 }
 
 /// One `sample` call.
@@ -134,12 +142,18 @@ pub struct RunInfo {
     pub lora: LoraConfig,
     pub replicas: u32,
     pub max_seq_len: u32,
+    /// Token ids of the base model are below it; absent while no node offers the model.
+    pub vocab_size: Option<u32>,
     pub micro_batch_tokens: u32,
     pub incarnation: u32,
     /// Optimiser steps applied: the trainer's policy version.
     pub step: u64,
-    /// The policy that samplers serve, if one was published.
+    /// The policy that samplers serve, if one was published after the first step.
     pub live: Option<PolicyId>,
+    /// Since when, in milliseconds since the Unix epoch; 0 without one.
+    pub live_since_ms: u64,
+    /// What was published at step 0. It stays beside later ones, as a reference for them.
+    pub initial: Option<PolicyId>,
     /// Operations accepted and not finished.
     pub queued: u32,
     /// `forming`, `ready`, `executing`, `waiting for nodes` …, for people.

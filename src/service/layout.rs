@@ -20,6 +20,7 @@ use super::ServiceError;
 ///   DATA/identity/         certificates of the parts and of local clients, mode 0600
 ///   DATA/models/           models that `lockstep model pull` fetched
 ///   DATA/endpoint          QUIC address of the running coordinator, then the CA's SHA-256
+///   DATA/presign.key       signs URLs of checkpoint files, mode 0600
 ///   DATA/logs/             logs of the parts, where they don't go to stderr
 /// ```
 #[derive(Debug, Clone)]
@@ -57,6 +58,11 @@ impl DataDirectory {
     /// The file with the coordinator's address.
     pub fn endpoint_file(&self) -> PathBuf {
         self.path.join(ENDPOINT_FILE)
+    }
+
+    /// The key that URLs of checkpoint files are signed with.
+    pub fn presign_key(&self) -> PathBuf {
+        self.path.join("presign.key")
     }
 
     /// Logs of the parts.

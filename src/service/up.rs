@@ -20,8 +20,7 @@ pub struct UpConfig {
     pub supervisor: SupervisorConfig,
     /// Where HTTP is served; port 0 is any.
     pub http: SocketAddr,
-    /// Serve without keys on an address that others reach.
-    pub insecure: bool,
+    pub gateway: gateway::GatewayConfig,
 }
 
 /// Runs a gateway and a local cluster until it is told to stop; prints
@@ -32,7 +31,9 @@ pub fn up(config: UpConfig) -> Result<(), ServiceError> {
 
 async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
     // First what may be refused at once: a port in use.
-    let listener = gateway::Listener::bind(config.http, config.insecure)?;
+    let mut serving = config.gateway.clone();
+    serving.presign_key.get_or_insert_with(|| config.supervisor.data.presign_key());
+    let listener = gateway::Listener::bind(config.http, serving)?;
     let stop = shutdown_requested()?;
     let mut supervisor = Supervisor::start(config.supervisor.clone()).await?;
     let outcome = tokio::select! {

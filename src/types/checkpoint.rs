@@ -1,6 +1,8 @@
+use std::{fmt, str::FromStr};
+
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointId, RunId};
+use super::{CheckpointId, InvalidInput, RunId};
 
 /// What a checkpoint is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -10,6 +12,72 @@ pub enum CheckpointTarget {
     Trainer,
     /// The adapter alone, in PEFT layout: to sample from.
     Sampler,
+}
+
+/// `bt://loops:<run>/(weights|sampler_weights)/<name>`: what a checkpoint is found by. Saving
+/// the same path again replaces what it names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct CheckpointPath {
+    pub run: RunId,
+    pub target: CheckpointTarget,
+    pub name: String,
+}
+
+/// Longest checkpoint name, in bytes: a file name's limit.
+const NAME_MAX: usize = 255;
+
+impl CheckpointPath {
+    /// Refuses a name that is not 1 to 255 of `[A-Za-z0-9._-]`, or that starts with a dot.
+    pub fn validate_name(name: &str) -> Result<(), InvalidInput> {
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        let fits = (1..=NAME_MAX).contains(&name.len());
+        if fits && name.chars().all(legal) && !name.starts_with('.') {
+            return Ok(());
+        }
+        let shown: String = name.chars().take(64).collect();
+        let problem =
+            format!("must be 1 to {NAME_MAX} of A-Z a-z 0-9 . _ -, not starting with a dot; got {shown:?}");
+        Err(InvalidInput::new("name", problem))
+    }
+}
+
+impl FromStr for CheckpointPath {
+    type Err = InvalidInput;
+
+    /// Tolerates one trailing slash.
+    fn from_str(path: &str) -> Result<Self, Self::Err> {
+        let malformed = || {
+            let shown: String = path.chars().take(128).collect();
+            let problem =
+                format!("expected bt://loops:RUN/weights/NAME or …/sampler_weights/NAME, got {shown:?}");
+            InvalidInput::new("path", problem)
+        };
+        let rest = path.strip_prefix("bt://loops:").ok_or_else(malformed)?;
+        let mut parts = rest.strip_suffix('/').unwrap_or(rest).split('/');
+        let (Some(run), Some(target), Some(name), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return Err(malformed());
+        };
+        let target = match target {
+            "weights" => CheckpointTarget::Trainer,
+            "sampler_weights" => CheckpointTarget::Sampler,
+            _ => return Err(malformed()),
+        };
+        Self::validate_name(name).map_err(|_| malformed())?;
+        let run = run.parse().map_err(|_| malformed())?;
+        Ok(Self { run, target, name: name.to_owned() })
+    }
+}
+
+impl fmt::Display for CheckpointPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.target {
+            CheckpointTarget::Trainer => "weights",
+            CheckpointTarget::Sampler => "sampler_weights",
+        };
+        write!(f, "bt://loops:{}/{kind}/{}", self.run, self.name)
+    }
 }
 
 /// Metadata of a saved checkpoint.

@@ -27,7 +27,7 @@ mod service;
 mod future;
 
 pub use adam::AdamParams;
-pub use checkpoint::{Checkpoint, CheckpointFile, CheckpointFilesResponse, CheckpointTarget};
+pub use checkpoint::{Checkpoint, CheckpointFile, CheckpointFilesResponse, CheckpointPath, CheckpointTarget};
 pub use digest::{Digest, Hasher};
 pub use error::{ErrorKind, InvalidInput, OperationError};
 pub use future::{ForwardBackwardFuture, OperationCompleter, OperationFuture, ResultTimeout};

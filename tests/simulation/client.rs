@@ -232,7 +232,9 @@ impl ModelClient {
                 client.samples += 1;
             }
             (Asked::Info, ClientResponse::Run(info)) => {
-                client.policies.extend(info.live.filter(|live| !client.policies.contains(live)));
+                let published = [info.initial, info.live].into_iter().flatten();
+                let new: Vec<_> = published.filter(|policy| !client.policies.contains(policy)).collect();
+                client.policies.extend(new);
             }
             (asked, ClientResponse::Error(error)) => {
                 let transient = match asked {
@@ -254,7 +256,9 @@ fn check_sample(target: &SampleTarget, seed: Option<u64>, result: &SampleResult,
             assert!(policy.run == *run && policy.step >= *min_version, "{policy} is behind {min_version}");
         }
         SampleTarget::Policy(wanted) => assert_eq!(policy, Some(*wanted)),
-        SampleTarget::Checkpoint { .. } => panic!("never asked"),
+        SampleTarget::Checkpoint { .. }
+        | SampleTarget::Initial { .. }
+        | SampleTarget::LiveOrCheckpoint { .. } => panic!("never asked"),
     }
     assert_eq!(result.policy_version, policy.map_or(0, |policy| policy.step));
     let Some(seed) = seed else { return };

@@ -28,9 +28,10 @@ pub struct ModelRun {
     model_digest: Digest,
     pub operations: BTreeMap<OperationSeq, RecoveredOperation>,
     snapshot: Option<(OperationSeq, BlobRef)>,
-    slot: Option<(PolicyId, BlobRef)>,
-    /// The operation that filled the slot.
-    published: Option<OperationSeq>,
+    /// Of version 0, then of later ones.
+    slots: BTreeMap<bool, (PolicyId, BlobRef)>,
+    /// The operation that filled a slot last, and which.
+    published: Option<(OperationSeq, PolicyId)>,
     /// Computed from the outcomes alone.
     pub state: Weights,
     /// What `state` was after each operation.
@@ -58,7 +59,7 @@ impl ModelJournal {
                     model_digest,
                     operations: BTreeMap::new(),
                     snapshot: None,
-                    slot: None,
+                    slots: BTreeMap::new(),
                     published: None,
                     state,
                     states: BTreeMap::new(),
@@ -101,8 +102,14 @@ impl ModelJournal {
                 let run = self.runs.get_mut(&policy.run).expect("a run of its own");
                 assert_eq!(run.state.step, policy.step, "{policy} is not of the present step");
                 assert_eq!(run.state.weights, policy.digest, "{policy} is not of the present weights");
-                run.slot = Some((policy, adapter));
-                run.published = run.states.keys().last().copied();
+                run.slots.insert(policy.step > 0, (policy, adapter));
+                run.published = run.states.keys().last().map(|seq| (*seq, policy));
+            }
+            Record::DropSlots { run } => {
+                let run = self.runs.get_mut(&run).expect("a run of its own");
+                assert_eq!(run.state.step, 0, "only a fresh adapter drops what was published");
+                run.slots.clear();
+                run.published = None;
             }
             Record::Prune { .. } => panic!("nothing prunes yet"),
         }
@@ -131,7 +138,7 @@ impl ModelJournal {
     /// The run's slot, if this operation filled it.
     pub fn published_by(&self, run: RunId, seq: OperationSeq) -> Option<PolicyId> {
         let run = self.runs.get(&run)?;
-        (run.published == Some(seq)).then_some(run.slot?.0)
+        run.published.filter(|(by, _)| *by == seq).map(|(_, policy)| policy)
     }
 
     /// What a restarted coordinator reads.
@@ -145,7 +152,7 @@ impl ModelJournal {
             created_at_ms: 0,
             snapshot: run.snapshot,
             operations: run.operations.values().cloned().collect(),
-            slot: run.slot,
+            slots: run.slots.values().copied().collect(),
         });
         let mut checkpoints: Vec<_> = self.checkpoints.values().cloned().collect();
         checkpoints.sort_by_key(|(checkpoint, ..)| checkpoint.id);

@@ -3,19 +3,16 @@
 
 use crate::{
     protocol::{Operation, Payload},
-    types::{InvalidInput, LoraConfig, ModelInput, ModelInputChunk},
+    types::{CheckpointPath, InvalidInput, LoraConfig, ModelInput, ModelInputChunk},
 };
 
-use super::checkpoints::CheckpointPath;
+use super::checkpoints;
 
 /// Largest adapter rank: above it full fine-tuning is cheaper.
 const LORA_RANK_MAX: u32 = 1_024;
 
 /// Longest display name of a run, in bytes.
 const DISPLAY_NAME_MAX: usize = 255;
-
-/// Longest checkpoint name, in bytes: a file name's limit.
-const CHECKPOINT_NAME_MAX: usize = 255;
 
 /// `min..=max`, for a field that callers know by `field`.
 pub(super) fn in_range(field: &str, value: u32, min: u32, max: u32) -> Result<(), InvalidInput> {
@@ -51,13 +48,13 @@ pub(super) fn operation(operation: &mut Operation) -> Result<(), InvalidInput> {
         }
         Operation::OptimStep { adam } => adam.validate().map_err(|e| e.within("adam_params")),
         Operation::SaveState { name } | Operation::SaveWeightsForSampler { name, .. } => {
-            checkpoint_name(name)
+            CheckpointPath::validate_name(name)
         }
         Operation::LoadState { path, with_optimizer, source } => {
             // Only the coordinator says which bytes a name means.
             *source = None;
             let path: CheckpointPath = path.parse()?;
-            path.loadable(*with_optimizer)
+            checkpoints::loadable(&path, *with_optimizer)
         }
     }
 }
@@ -73,20 +70,6 @@ fn payload(payload: &Payload) -> Result<(), InvalidInput> {
         }
         Payload::Inline(_) | Payload::Blob(_) => Ok(()),
     }
-}
-
-/// 1 to 255 of `[A-Za-z0-9._-]`, not starting with a dot.
-pub(super) fn checkpoint_name(name: &str) -> Result<(), InvalidInput> {
-    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let fits = (1..=CHECKPOINT_NAME_MAX).contains(&name.len());
-    if fits && name.chars().all(legal) && !name.starts_with('.') {
-        return Ok(());
-    }
-    let shown: String = name.chars().take(64).collect();
-    let problem = format!(
-        "must be 1 to {CHECKPOINT_NAME_MAX} of A-Z a-z 0-9 . _ -, not starting with a dot; got {shown:?}"
-    );
-    Err(InvalidInput::new("name", problem))
 }
 
 /// The token ids of a prompt: text only, not empty, shorter than the context.

@@ -1,20 +1,16 @@
-//! Saved checkpoints by id and by name, and the `bt://` paths that name them.
+//! Saved checkpoints by id and by path.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fmt,
-    str::FromStr,
-};
+use std::collections::{BTreeMap, HashMap};
 
 use crate::{
     protocol::{ADAPTER_FILE, BlobRef, LoadSource, STATE_FILE, SavedFile},
     types::{
-        Checkpoint, CheckpointFile, CheckpointFilesResponse, CheckpointId, CheckpointTarget, InvalidInput,
-        PolicyId, RunId,
+        Checkpoint, CheckpointFile, CheckpointFilesResponse, CheckpointId, CheckpointPath, CheckpointTarget,
+        InvalidInput, PolicyId, RunId,
     },
 };
 
-use super::{Refusal, admission};
+use super::Refusal;
 
 /// Most files on a page.
 const PAGE_MAX: u32 = 1_000;
@@ -35,14 +31,6 @@ pub(super) struct Checkpoints {
     by_id: BTreeMap<CheckpointId, StoredCheckpoint>,
     by_path: HashMap<CheckpointPath, CheckpointId>,
     last: u64,
-}
-
-/// `bt://loops:<run>/(weights|sampler_weights)/<name>`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct CheckpointPath {
-    pub run: RunId,
-    pub target: CheckpointTarget,
-    pub name: String,
 }
 
 impl Checkpoints {
@@ -140,52 +128,11 @@ impl StoredCheckpoint {
     }
 }
 
-impl CheckpointPath {
-    /// Whether a `LoadState` may name it.
-    pub fn loadable(&self, with_optimizer: bool) -> Result<(), InvalidInput> {
-        if with_optimizer && self.target == CheckpointTarget::Sampler {
-            let problem = format!("{self} holds no optimiser state; load a `weights` path, or without it");
-            return Err(InvalidInput::new("path", problem));
-        }
-        Ok(())
+/// Whether a `LoadState` may name the path.
+pub(super) fn loadable(path: &CheckpointPath, with_optimizer: bool) -> Result<(), InvalidInput> {
+    if with_optimizer && path.target == CheckpointTarget::Sampler {
+        let problem = format!("{path} holds no optimiser state; load a `weights` path, or without it");
+        return Err(InvalidInput::new("path", problem));
     }
-}
-
-impl FromStr for CheckpointPath {
-    type Err = InvalidInput;
-
-    /// Tolerates one trailing slash.
-    fn from_str(path: &str) -> Result<Self, Self::Err> {
-        let malformed = || {
-            let shown: String = path.chars().take(128).collect();
-            let problem =
-                format!("expected bt://loops:RUN/weights/NAME or …/sampler_weights/NAME, got {shown:?}");
-            InvalidInput::new("path", problem)
-        };
-        let rest = path.strip_prefix("bt://loops:").ok_or_else(malformed)?;
-        let mut parts = rest.strip_suffix('/').unwrap_or(rest).split('/');
-        let (Some(run), Some(target), Some(name), None) =
-            (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            return Err(malformed());
-        };
-        let target = match target {
-            "weights" => CheckpointTarget::Trainer,
-            "sampler_weights" => CheckpointTarget::Sampler,
-            _ => return Err(malformed()),
-        };
-        admission::checkpoint_name(name).map_err(|_| malformed())?;
-        let run = run.parse().map_err(|_| malformed())?;
-        Ok(Self { run, target, name: name.to_owned() })
-    }
-}
-
-impl fmt::Display for CheckpointPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.target {
-            CheckpointTarget::Trainer => "weights",
-            CheckpointTarget::Sampler => "sampler_weights",
-        };
-        write!(f, "bt://loops:{}/{kind}/{}", self.run, self.name)
-    }
+    Ok(())
 }

@@ -6,13 +6,11 @@ use std::collections::BTreeMap;
 use crate::{
     journal::Outcome,
     protocol::{CoordinatorMessage, NodeId, OpToken, Operation, OperationSeq, RankIndex},
-    types::{ErrorKind, OperationError, RunId},
+    types::{CheckpointPath, ErrorKind, OperationError, RunId},
 };
 
 use super::{
-    State,
-    checkpoints::CheckpointPath,
-    fault, ms,
+    State, fault, ms,
     run::{Answer, Execution, Ranks, Run, Work},
 };
 

@@ -4,12 +4,12 @@
 use crate::{
     journal::{Outcome, Record},
     protocol::{ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationSeq, Saved},
-    types::{Checkpoint, CheckpointTarget, OperationError, PolicyId, RunId},
+    types::{Checkpoint, CheckpointPath, CheckpointTarget, OperationError, PolicyId, RunId},
 };
 
 use super::{
     Appending, State,
-    checkpoints::{CheckpointPath, StoredCheckpoint},
+    checkpoints::StoredCheckpoint,
     fault,
     run::{Conclusion, Publication, Work},
 };
@@ -53,6 +53,11 @@ impl State {
                 files: stored.files.clone(),
                 policy: stored.policy,
             });
+        }
+        let fresh =
+            matches!((&entry.operation, &outcome), (Some(Operation::Init { .. }), Outcome::Done { .. }));
+        if fresh && run.has_published() {
+            records.push(Record::DropSlots { run: id });
         }
         if let Some((policy, adapter)) = left.publish {
             let base_model = run.create.base_model.clone();
@@ -155,6 +160,7 @@ impl State {
         }
         if matches!(outcome, Outcome::Done { .. }) {
             self.adopt_lora(id, seq);
+            self.begin_anew(id, seq);
         }
         if let Some(stored) = checkpoint {
             if let (Some(policy), Some(adapter)) = (stored.policy, stored.file(ADAPTER_FILE)) {
@@ -167,6 +173,15 @@ impl State {
             None => self.show(id, seq),
         }
         self.advance(id);
+    }
+
+    /// After an `Init`, nothing that was published before it is served under the run's name.
+    pub(super) fn begin_anew(&mut self, id: RunId, seq: OperationSeq) {
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let Some(entry) = run.operations.get(&seq) else { return };
+        if let Some(Operation::Init { .. }) = entry.operation {
+            run.begin_anew(entry.incarnation);
+        }
     }
 
     /// Keeps what the run's checkpoints say of its adapter true.

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     journal::{Outcome, Recovered, RecoveredOperation, RecoveredRun},
-    protocol::{Operation, OperationSeq, encode},
-    types::Digest,
+    protocol::{Operation, encode},
+    types::{Digest, PolicyId},
 };
 
 use super::{
@@ -64,7 +64,7 @@ impl State {
     }
 
     fn recover_run(&mut self, recovered: RecoveredRun) {
-        let RecoveredRun { run: id, create, model_digest, snapshot, operations, slot, .. } = recovered;
+        let RecoveredRun { run: id, create, model_digest, snapshot, operations, slots, .. } = recovered;
         let mut run = Run::new(id, create, model_digest);
         run.snapshot = snapshot;
         if let Some((seq, _)) = snapshot {
@@ -76,12 +76,12 @@ impl State {
         }
         // Ranks cost memory and a replay: only for whom something waits.
         run.wanted = run.head().is_some();
-        if let Some((policy, adapter)) = slot {
+        for (policy, adapter) in slots {
             self.policies.learn(policy, &run.create.base_model, adapter);
             self.policies.served.entry(policy).or_default().last_used_ms = self.now_ms;
-            run.live = Some(policy);
-            run.hide_last_publish();
+            run.serve(policy, self.wall_ms);
         }
+        run.hide_last_publish();
         let finished = run.operations.range(..=run.finished).map(|(seq, _)| *seq).collect::<Vec<_>>();
         self.runs.insert(id, run);
         for seq in finished {
@@ -119,14 +119,21 @@ impl Run {
 
     /// The last publish is reported again only when a sampler serves it again.
     fn hide_last_publish(&mut self) {
-        let published = self.operations.iter_mut().rev().find(|(_, entry)| {
+        let slots = [self.live, self.initial];
+        let published = self.operations.iter_mut().rev().find_map(|(seq, entry)| {
             let publish =
                 matches!(entry.operation, Some(Operation::SaveWeightsForSampler { publish: true, .. }));
-            publish && matches!(entry.outcome, Some(Outcome::Done { .. }))
+            match &entry.outcome {
+                Some(Outcome::Done { step, .. }) if publish => Some((*seq, *step, entry)),
+                _ => None,
+            }
         });
-        if let (Some((seq, entry)), Some(policy)) = (published, self.live) {
+        let Some((seq, step, entry)) = published else { return };
+        // One whose slot an `Init` has emptied since is served by nobody, and was reported.
+        let filled = |policy: &PolicyId| policy.incarnation == entry.incarnation && policy.step == step;
+        if let Some(policy) = slots.into_iter().flatten().find(filled) {
             entry.visible = false;
-            self.publishing = Some(Publication { seq: OperationSeq(seq.0), policy });
+            self.publishing = Some(Publication { seq, policy });
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     journal::Record,
-    protocol::{BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus},
+    protocol::{BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, RunInfo},
     types::{InvalidInput, RunId, ServerCapabilities, SessionId, SupportedModel},
 };
 
@@ -42,7 +42,8 @@ impl State {
             | ClientRequest::RunInfo { .. }
             | ClientRequest::ListCheckpoints { .. }
             | ClientRequest::CheckpointFiles { .. }
-            | ClientRequest::ClusterStatus => false,
+            | ClientRequest::ClusterStatus
+            | ClientRequest::FindRun { .. } => false,
         }
     }
 
@@ -67,6 +68,7 @@ impl State {
             }
             ClientRequest::Tokenizer { base_model } => self.tokenizer(&base_model).map(Some),
             ClientRequest::ClusterStatus => Ok(Some(ClientResponse::Cluster(self.cluster_status()))),
+            ClientRequest::FindRun { name } => self.find_run(name).map(Some),
         };
         match answered {
             Ok(Some(response)) => self.respond(waiter, response),
@@ -152,7 +154,7 @@ impl State {
             Ok(()) => {
                 let id = run.id;
                 run.last_used_ms = self.now_ms;
-                self.respond(waiter, ClientResponse::Run(run.info()));
+                self.respond(waiter, ClientResponse::Run(self.described(&run)));
                 self.runs.insert(id, run);
                 self.advance(id);
             }
@@ -162,7 +164,17 @@ impl State {
 
     fn run_info(&self, run: RunId) -> Result<ClientResponse, Refusal> {
         let run = self.runs.get(&run).ok_or(Refusal::UnknownRun(run))?;
-        Ok(ClientResponse::Run(run.info()))
+        Ok(ClientResponse::Run(self.described(run)))
+    }
+
+    fn find_run(&self, name: String) -> Result<ClientResponse, Refusal> {
+        let named = |run: &&Run| run.create.name.as_ref() == Some(&name);
+        let Some(run) = self.runs.values().rev().find(named) else { return Err(Refusal::NoRunNamed(name)) };
+        Ok(ClientResponse::Run(self.described(run)))
+    }
+
+    fn described(&self, run: &Run) -> RunInfo {
+        run.info(self.models.get(&run.create.base_model).map(|offer| offer.vocab))
     }
 
     fn capabilities(&self) -> ServerCapabilities {
@@ -187,7 +199,10 @@ impl State {
             samplers: node.hello.samplers,
             numerics: node.numerics(),
         });
-        ClusterStatus { nodes: nodes.collect(), runs: self.runs.values().map(Run::info).collect() }
+        ClusterStatus {
+            nodes: nodes.collect(),
+            runs: self.runs.values().map(|run| self.described(run)).collect(),
+        }
     }
 
     pub(super) fn refuse_while_draining(&self) -> Result<(), Refusal> {

@@ -57,8 +57,13 @@ pub(super) struct Run {
     /// Why no operation is executed any more.
     pub broken: Option<OperationError>,
 
-    /// What samplers serve.
+    /// The newest publish after the first step: what samplers serve.
     pub live: Option<PolicyId>,
+    pub live_since_ms: u64,
+    /// The newest publish at step 0: a reference beside later ones.
+    pub initial: Option<PolicyId>,
+    /// Incarnation of the last `Init`: what was published before it is gone.
+    pub initialised: u32,
     pub publishing: Option<Publication>,
 }
 
@@ -183,6 +188,9 @@ impl Run {
             retry_ms: 0,
             broken: None,
             live: None,
+            live_since_ms: 0,
+            initial: None,
+            initialised: 0,
             publishing: None,
         }
     }
@@ -268,7 +276,41 @@ impl Run {
         }
     }
 
-    pub fn info(&self) -> RunInfo {
+    /// Puts what was published into its slot, unless the run has begun anew since.
+    pub fn serve(&mut self, policy: PolicyId, now_ms: u64) {
+        if policy.incarnation < self.initialised {
+            return;
+        }
+        match policy.step {
+            0 => self.initial = Some(policy),
+            _ => (self.live, self.live_since_ms) = (Some(policy), now_ms),
+        }
+    }
+
+    /// A fresh adapter: nothing that was published is of this run any more.
+    pub fn begin_anew(&mut self, incarnation: u32) {
+        self.initialised = self.initialised.max(incarnation);
+        (self.live, self.live_since_ms, self.initial) = (None, 0, None);
+    }
+
+    /// What samplers serve from version `floor` on; with 0 also what was published at step 0.
+    pub fn live_from(&self, floor: u64) -> Option<PolicyId> {
+        self.live.or(self.initial).filter(|live| live.step >= floor)
+    }
+
+    /// Whether the journal has a slot of the run.
+    pub fn has_published(&self) -> bool {
+        self.live.is_some() || self.initial.is_some() || self.publishing.is_some()
+    }
+
+    /// Whether a policy is in a slot, or on its way there.
+    pub fn serves(&self, policy: PolicyId) -> bool {
+        let publishing = self.publishing.as_ref().map(|p| p.policy);
+        [self.live, self.initial, publishing].contains(&Some(policy))
+    }
+
+    /// `vocab_size`: of the base model, if a node offers it.
+    pub fn info(&self, vocab_size: Option<u32>) -> RunInfo {
         RunInfo {
             run: self.id,
             session: self.create.session,
@@ -277,10 +319,13 @@ impl Run {
             lora: self.lora.clone(),
             replicas: self.replicas(),
             max_seq_len: self.create.max_seq_len.unwrap_or(0),
+            vocab_size,
             micro_batch_tokens: self.create.micro_batch_tokens.unwrap_or(0),
             incarnation: self.incarnation,
             step: self.step,
             live: self.live,
+            live_since_ms: self.live_since_ms,
+            initial: self.initial,
             queued: u32::try_from(self.unfinished()).unwrap_or(u32::MAX),
             phase: self.phase(),
         }

@@ -5,10 +5,10 @@ use crate::{
     protocol::{
         ClientResponse, Generate, GenerateReply, ModelOffer, NodeId, RequestId, SampleRequest, SampleTarget,
     },
-    types::{CheckpointTarget, ErrorKind, InvalidInput, PolicyId, RunId},
+    types::{CheckpointPath, CheckpointTarget, ErrorKind, InvalidInput, PolicyId, RunId},
 };
 
-use super::{Effect, Refusal, State, WaiterId, admission, checkpoints::CheckpointPath, membership::Node, ms};
+use super::{Effect, Refusal, State, WaiterId, admission, membership::Node, ms};
 
 /// Requests admitted and not answered.
 const IN_FLIGHT_MAX: usize = 4_096;
@@ -94,17 +94,29 @@ impl State {
                 Ok((base_model, Place::Version { run: *run, floor: *min_version, since_ms }, None))
             }
             SampleTarget::Policy(policy) => known(*policy),
-            SampleTarget::Checkpoint { path } => {
-                let path: CheckpointPath = path.parse()?;
-                if path.target != CheckpointTarget::Sampler {
-                    let problem =
-                        format!("{path} is no sampler checkpoint; save_weights_for_sampler makes one");
-                    return Err(InvalidInput::new("path", problem).into());
-                }
-                let policy = self.checkpoints.find(&path)?.policy;
-                known(policy.ok_or_else(|| Refusal::UnknownCheckpoint(path.to_string()))?)
+            SampleTarget::Checkpoint { path } => known(self.saved_policy(path)?),
+            SampleTarget::Initial { run } => {
+                let run = self.runs.get(run).ok_or(Refusal::UnknownRun(*run))?;
+                Ok((run.create.base_model.clone(), Place::Node { since_ms }, run.initial))
+            }
+            SampleTarget::LiveOrCheckpoint { run, min_version, path } => {
+                // The path is looked at in any case: a wrong one is not right until a publish.
+                let saved = self.saved_policy(path)?;
+                let run = self.runs.get(run).ok_or(Refusal::UnknownRun(*run))?;
+                known(run.live_from(*min_version).unwrap_or(saved))
             }
         }
+    }
+
+    /// What a sampler checkpoint is served as.
+    fn saved_policy(&self, path: &str) -> Result<PolicyId, Refusal> {
+        let path: CheckpointPath = path.parse()?;
+        if path.target != CheckpointTarget::Sampler {
+            let problem = format!("{path} is no sampler checkpoint; save_weights_for_sampler makes one");
+            return Err(InvalidInput::new("path", problem).into());
+        }
+        let policy = self.checkpoints.find(&path)?.policy;
+        policy.ok_or_else(|| Refusal::UnknownCheckpoint(path.to_string()))
     }
 
     /// Hands a request on as far as possible.
@@ -113,7 +125,7 @@ impl State {
         let now_ms = self.now_ms;
         let Some(sample) = self.samples.get_mut(&id) else { return };
         if let Place::Version { run, floor, .. } = sample.place {
-            match self.runs.get(&run).and_then(|run| run.live).filter(|live| live.step >= floor) {
+            match self.runs.get(&run).and_then(|run| run.live_from(floor)) {
                 Some(live) => {
                     sample.generate.policy = Some(live);
                     sample.place = Place::Node { since_ms: now_ms };
@@ -254,7 +266,7 @@ impl State {
     fn lateness(&self, sample: &Sample, waited_ms: u64) -> Refusal {
         match sample.place {
             Place::Version { run, floor, .. } => {
-                let live = self.runs.get(&run).and_then(|run| run.live).map(|live| live.step);
+                let live = self.runs.get(&run).and_then(|run| run.live_from(0)).map(|live| live.step);
                 Refusal::VersionBehind { run, live, floor }
             }
             Place::Node { .. } if sample.tries > 0 => {

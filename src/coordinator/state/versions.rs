@@ -17,10 +17,7 @@ use crate::{
     types::{OperationError, PolicyId, RunId},
 };
 
-use super::{
-    State, ms,
-    run::{Publication, Run},
-};
+use super::{State, ms, run::Publication};
 
 /// Policies that are no run's live one and stay in the replicas' memory: a loop samples its
 /// last version while the next is published, and an evaluation an older one.
@@ -211,7 +208,7 @@ impl State {
     fn finish_publish(&mut self, policy: PolicyId) {
         let Some(run) = self.runs.get_mut(&policy.run) else { return };
         let Some(Publication { seq, .. }) = run.publishing.take() else { return };
-        run.live = Some(policy);
+        run.serve(policy, self.wall_ms);
         self.show(policy.run, seq);
         self.retire_unused(policy);
         self.dispatch_waiting();
@@ -270,10 +267,11 @@ impl State {
 
     /// The longest unused of those that are too many and that no request is pinned to.
     fn policy_to_retire(&self, fresh: PolicyId) -> Option<PolicyId> {
-        let (live, others): (Vec<_>, Vec<_>) =
-            self.policies.served.iter().partition(|(policy, _)| {
-                self.runs.get(&policy.run).is_some_and(|run| is_live(run, **policy))
-            });
+        let (live, others): (Vec<_>, Vec<_>) = self
+            .policies
+            .served
+            .iter()
+            .partition(|(policy, _)| self.runs.get(&policy.run).is_some_and(|run| run.serves(**policy)));
         let crowded = match (others.len() > OTHERS_MAX, live.len() > LIVE_MAX) {
             (true, _) => others,
             (false, true) => live,
@@ -284,8 +282,4 @@ impl State {
         });
         idle.min_by_key(|(_, served)| served.last_used_ms).map(|(policy, _)| *policy)
     }
-}
-
-fn is_live(run: &Run, policy: PolicyId) -> bool {
-    run.live == Some(policy) || run.publishing.as_ref().is_some_and(|p| p.policy == policy)
 }

@@ -16,7 +16,8 @@ struct Model {
     operations: BTreeMap<(u64, u64), (u8, Operation, Option<Outcome>)>,
     snapshots: BTreeMap<(u64, u64), BlobRef>,
     checkpoints: BTreeMap<(u64, CheckpointTarget, String), SavedCheckpoint>,
-    slots: BTreeMap<u64, (PolicyId, BlobRef)>,
+    /// By run, and whether it is not of version 0.
+    slots: BTreeMap<(u64, bool), (PolicyId, BlobRef)>,
 }
 
 impl Model {
@@ -72,8 +73,12 @@ impl Model {
                 !taken
             }
             Record::Slot { policy, adapter, .. } => {
-                self.slots.insert(policy.run.0, (policy, adapter));
+                self.slots.insert((policy.run.0, policy.step > 0), (policy, adapter));
                 self.runs.contains(&policy.run.0)
+            }
+            Record::DropSlots { run } => {
+                self.slots.retain(|(r, _), _| *r != run.0);
+                true
             }
             Record::Prune { run, upto } => {
                 self.operations.retain(|(r, seq), _| *r != run.0 || *seq > upto.0);
@@ -106,7 +111,7 @@ impl Model {
                     outcome: outcome.clone(),
                 })
                 .collect(),
-            slot: self.slots.get(n).copied(),
+            slots: self.slots.range((*n, false)..=(*n, true)).map(|(_, slot)| *slot).collect(),
         };
         let mut checkpoints: Vec<_> = self.checkpoints.values().cloned().collect();
         checkpoints.sort_by_key(|(checkpoint, ..)| checkpoint.id);
@@ -169,6 +174,7 @@ fn any_record() -> impl Strategy<Value = Record> {
         2 => (run_id.clone(), seq.clone(), 0..9u8).prop_map(|(r, s, n)| snapshot(r, s, n)),
         2 => checkpoints,
         1 => (run_id.clone(), 0..3u64, 0..9u8).prop_map(|(r, s, n)| slot(r, s, n)),
+        1 => run_id.clone().prop_map(|r| Record::DropSlots { run: RunId(r) }),
         1 => (run_id, seq).prop_map(|(r, s)| Record::Prune { run: RunId(r), upto: OperationSeq(s) }),
     ]
 }

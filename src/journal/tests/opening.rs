@@ -40,8 +40,8 @@ fn another_version_is_refused_with_both_numbers_and_not_changed() {
     drop(set);
     let before = std::fs::read(file(directory.path())).unwrap();
     let error = refused(directory.path());
-    assert!(matches!(error, JournalError::Version { found: 7, ours: 1, .. }), "{error}");
-    assert!(error.to_string().contains("version 7") && error.to_string().contains("reads 1"), "{error}");
+    assert!(matches!(error, JournalError::Version { found: 7, ours: 2, .. }), "{error}");
+    assert!(error.to_string().contains("version 7") && error.to_string().contains("reads 2"), "{error}");
     assert_eq!(std::fs::read(file(directory.path())).unwrap(), before);
 }
 

@@ -31,6 +31,7 @@ fn every_record_is_recovered_as_it_was_written() {
         snapshot(3, 2, 4),
         saved(1, 3, CheckpointTarget::Trainer, "a", &[5]),
         saved(2, 3, CheckpointTarget::Sampler, "a", &[6, 7, 7]),
+        slot(3, 0, 9),
         slot(3, 1, 8),
     ];
     for fact in facts {
@@ -69,7 +70,7 @@ fn every_record_is_recovered_as_it_was_written() {
                 expected(4, step(), None),
                 expected(5, step(), outcome(done(3, 5, OperationResult::SaveState(path)))),
             ],
-            slot: Some((policy(3, 1), blob(8))),
+            slots: vec![(policy(3, 0), blob(9)), (policy(3, 1), blob(8))],
         }
     );
     let names: Vec<_> = recovered
@@ -78,7 +79,7 @@ fn every_record_is_recovered_as_it_was_written() {
         .map(|(c, files, policy)| (c.id.0, files.len(), policy.is_some()))
         .collect();
     assert_eq!(names, [(1, 1, false), (2, 3, true)]);
-    let mut live: Vec<_> = (1..=8).map(blob).collect();
+    let mut live: Vec<_> = (1..=9).map(blob).collect();
     live.sort_by_key(|blob| blob.digest);
     assert_eq!(recovered.live_blobs, live);
 }
@@ -125,8 +126,25 @@ fn a_publish_replaces_the_slot_and_frees_its_blob() {
     write(&journal, vec![slot(1, 2, 2)]).unwrap();
     journal.close();
     let recovered = recover(directory.path());
-    assert_eq!(recovered.runs[0].slot, Some((policy(1, 2), blob(2))));
+    assert_eq!(recovered.runs[0].slots, [(policy(1, 2), blob(2))]);
     assert_eq!(recovered.live_blobs, [blob(2)]);
+}
+
+#[test]
+fn version_zero_keeps_its_slot_until_both_are_dropped() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    write(&journal, vec![session(1), run(1), run(2), slot(2, 1, 3)]).unwrap();
+    write(&journal, vec![slot(1, 0, 1), slot(1, 1, 2)]).unwrap();
+    journal.close();
+    let (journal, recovered) = Journal::open(directory.path()).unwrap();
+    assert_eq!(recovered.runs[0].slots, [(policy(1, 0), blob(1)), (policy(1, 1), blob(2))]);
+    write(&journal, vec![Record::DropSlots { run: RunId(1) }]).unwrap();
+    journal.close();
+    let recovered = recover(directory.path());
+    assert_eq!(recovered.runs[0].slots, []);
+    assert_eq!(recovered.runs[1].slots, [(policy(2, 1), blob(3))], "another run's stays");
+    assert_eq!(recovered.live_blobs, [blob(3)]);
 }
 
 #[test]

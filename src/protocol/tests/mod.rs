@@ -102,10 +102,13 @@ fn run_info() -> RunInfo {
         lora: LoraConfig::new(8, 1),
         replicas: 3,
         max_seq_len: 4,
+        vocab_size: Some(259),
         micro_batch_tokens: 5,
         incarnation: 6,
         step: 7,
         live: Some(policy()),
+        live_since_ms: 9,
+        initial: Some(policy()),
         queued: 8,
         phase: "ready".into(),
     }
@@ -117,6 +120,8 @@ fn targets() -> Vec<SampleTarget> {
         SampleTarget::Live { run: RunId(1), min_version: 2 },
         SampleTarget::Policy(policy()),
         SampleTarget::Checkpoint { path: "bt://".into() },
+        SampleTarget::Initial { run: RunId(1) },
+        SampleTarget::LiveOrCheckpoint { run: RunId(1), min_version: 2, path: "bt://".into() },
     ]
 }
 
@@ -145,6 +150,7 @@ fn client_requests() -> Vec<ClientRequest> {
         ClientRequest::CheckpointFiles { checkpoint: CheckpointId(1), page_size: 2, page_token: 3 },
         ClientRequest::Tokenizer { base_model: "org/model".into() },
         ClientRequest::ClusterStatus,
+        ClientRequest::FindRun { name: "local:a".into() },
     ]
 }
 

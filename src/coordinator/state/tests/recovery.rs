@@ -55,7 +55,7 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
             operation(3, optim_step(), outcome),
             operation(4, optim_step(), None),
         ],
-        slot: None,
+        slots: Vec::new(),
     };
     Recovered {
         epoch: Epoch(2),

@@ -454,3 +454,24 @@ fn a_saved_name_replaces_the_earlier_checkpoint() {
     let zero = ClientRequest::CheckpointFiles { checkpoint: listed[0].id, page_size: 0, page_token: 0 };
     assert!(desk.refused(zero).message.starts_with("`page_size`"));
 }
+
+#[test]
+fn a_run_is_found_by_its_newest_name() {
+    let mut desk = Desk::new();
+    desk.join(1, 1, 0);
+    let session = session(&mut desk);
+    let named = |name: &str| {
+        let mut create = create(session, None);
+        create.name = Some(name.to_owned());
+        ClientRequest::CreateRun(create)
+    };
+    for name in ["a", "a", "b"] {
+        desk.asked(named(name));
+    }
+    let ClientResponse::Run(found) = desk.asked(ClientRequest::FindRun { name: "a".into() }) else {
+        panic!("not found")
+    };
+    assert_eq!((found.run.0, found.vocab_size), (2, Some(100)));
+    let error = desk.refused(ClientRequest::FindRun { name: "c".into() });
+    assert_eq!((error.kind, error.message.as_str()), (ErrorKind::NotFound, "no run is called \"c\""));
+}

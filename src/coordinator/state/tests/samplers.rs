@@ -52,7 +52,7 @@ fn serve(desk: &mut Desk) {
 
 fn live(desk: &mut Desk) -> Option<PolicyId> {
     match desk.asked(ClientRequest::RunInfo { run: RUN }) {
-        ClientResponse::Run(info) => info.live,
+        ClientResponse::Run(info) => info.live.or(info.initial),
         other => panic!("no run: {other:?}"),
     }
 }
@@ -323,4 +323,85 @@ fn refuses_what_can_not_be_sampled() {
             .message
             .starts_with("`prompt.chunks[1]`: is an image")
     );
+}
+
+fn slots(desk: &mut Desk) -> (Option<PolicyId>, Option<PolicyId>) {
+    match desk.asked(ClientRequest::RunInfo { run: RUN }) {
+        ClientResponse::Run(info) => (info.initial, info.live),
+        other => panic!("no run: {other:?}"),
+    }
+}
+
+fn do_all(desk: &mut Desk, from: u8, operations: Vec<crate::protocol::Operation>) {
+    for (key, operation) in operations.into_iter().enumerate() {
+        let waiter = desk.run(from + key as u8, operation);
+        desk.done(waiter);
+    }
+}
+
+/// The weights that a sample of `target` was served.
+fn served(desk: &mut Desk, target: SampleTarget) -> Option<PolicyId> {
+    let waiter = desk.ask(ClientRequest::Sample(request(target)));
+    serve(desk);
+    match desk.answer(waiter) {
+        Some(ClientResponse::Sample { policy, .. }) => *policy,
+        other => panic!("no sample: {other:?}"),
+    }
+}
+
+#[test]
+fn version_zero_stays_beside_what_is_published_later() {
+    let mut desk = Desk::with_run(&[(1, 1)], None);
+    let initial = SampleTarget::Initial { run: RUN };
+    assert_eq!(served(&mut desk, initial.clone()), None, "the base model");
+    do_all(&mut desk, 1, vec![publish("v0")]);
+    let (Some(zero), None) = slots(&mut desk) else { panic!("published at step 0") };
+    do_all(&mut desk, 2, vec![optim_step(), publish("v1")]);
+    let (_, Some(one)) = slots(&mut desk) else { panic!("published at step 1") };
+    assert_eq!((zero.step, one.step), (0, 1));
+    assert_eq!(served(&mut desk, initial.clone()), Some(zero));
+    assert_eq!(served(&mut desk, SampleTarget::Live { run: RUN, min_version: 0 }), Some(one));
+
+    // A fresh adapter is another policy under the same name.
+    let fresh = crate::protocol::Operation::Init { lora: crate::types::LoraConfig::new(4, 1) };
+    do_all(&mut desk, 4, vec![fresh]);
+    assert_eq!(slots(&mut desk), (None, None));
+    assert_eq!(served(&mut desk, initial), None);
+    assert_eq!(served(&mut desk, SampleTarget::Policy(one)), Some(one), "it is still known by its identity");
+}
+
+#[test]
+fn a_publish_that_an_init_overtakes_is_reported_and_not_served() {
+    let (mut desk, waiter, policy) = publishing();
+    let fresh = crate::protocol::Operation::Init { lora: crate::types::LoraConfig::new(4, 1) };
+    let init = desk.run(3, fresh);
+    let (node, token, operation) = desk.executed().pop().unwrap();
+    let prepared = desk.prepared(token, crate::protocol::RankIndex(0), &operation);
+    desk.say(node, prepared);
+    desk.done(init);
+    for message in [NodeMessage::Staged { policy }, NodeMessage::Activated { policy }] {
+        desk.say(NodeId(2), message.clone());
+        desk.say(NodeId(3), message);
+    }
+    desk.done(waiter);
+    assert_eq!(slots(&mut desk), (None, None));
+}
+
+#[test]
+fn a_checkpoint_answers_until_the_floor_is_reached() {
+    let mut desk = Desk::with_run(&[(1, 1)], None);
+    let save = crate::protocol::Operation::SaveWeightsForSampler { name: "kept".into(), publish: false };
+    do_all(&mut desk, 1, vec![optim_step(), publish("v1"), save, optim_step()]);
+    let path = format!("bt://loops:{RUN}/sampler_weights/kept");
+    let from = |min_version| SampleTarget::LiveOrCheckpoint { run: RUN, min_version, path: path.clone() };
+    let kept = served(&mut desk, SampleTarget::Checkpoint { path: path.clone() });
+    assert_eq!(served(&mut desk, from(2)), kept, "at once, though nothing of version 2 is live");
+    do_all(&mut desk, 5, vec![publish("v2")]);
+    assert_eq!(served(&mut desk, from(2)).map(|policy| policy.step), Some(2));
+    let absent = SampleTarget::LiveOrCheckpoint {
+        run: RUN,
+        min_version: 2,
+        path: format!("bt://loops:{RUN}/sampler_weights/other"),
+    };
+    assert_eq!(desk.refused(ClientRequest::Sample(request(absent))).kind, ErrorKind::NotFound);
 }

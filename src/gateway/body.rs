@@ -1,0 +1,112 @@
+//! Request bodies: read under a limit and a budget, then parsed once.
+
+use std::{sync::Arc, time::Duration};
+
+use actix_web::{HttpRequest, http::header::CONTENT_LENGTH, web};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::refusal::Refused;
+
+/// Largest body of a small request: a control-plane call.
+pub const SMALL: usize = 1 << 20;
+
+/// Largest body with data. The Python client splits what is over 24 MiB.
+pub const DATA: usize = 48 << 20;
+
+/// Bytes of bodies in memory at once, in KiB: parsed data takes a small multiple of it.
+const BUDGET_KIB: usize = 256 << 10;
+
+/// How long a body may take to arrive, from the moment that there is room for it.
+const ARRIVAL_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long a request waits for room.
+const ROOM_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Room for the bodies of all requests.
+pub struct Bodies {
+    room: Arc<Semaphore>,
+}
+
+/// A whole body; its room is free again when it is dropped.
+pub struct Body {
+    pub bytes: Bytes,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Default for Bodies {
+    fn default() -> Self {
+        Self { room: Arc::new(Semaphore::new(BUDGET_KIB)) }
+    }
+}
+
+impl Bodies {
+    /// Reads a body of at most `limit` bytes. Its room is taken before the first byte is read, by
+    /// its `Content-Length`; a body that names none takes room for `limit`.
+    pub async fn read(
+        &self,
+        request: &HttpRequest,
+        mut payload: web::Payload,
+        limit: usize,
+    ) -> Result<Body, Refused> {
+        let too_large =
+            |size: usize| Refused::too_large(format!("a body here has at most {limit} bytes, got {size}"));
+        let length =
+            request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let length: usize = length.unwrap_or(limit);
+        if length > limit {
+            return Err(too_large(length));
+        }
+        let room = self.room.clone().acquire_many_owned(kib(length));
+        let room = tokio::time::timeout(ROOM_DEADLINE, room)
+            .await
+            .map_err(|_| Refused::not_yet("too many large requests are being read; try again"))?
+            // The semaphore is never closed.
+            .map_err(|e| Refused::fault(e.to_string()))?;
+        let arrive = async {
+            let mut bytes = BytesMut::with_capacity(length.min(SMALL));
+            while let Some(piece) = payload.next().await {
+                let piece = piece.map_err(|e| Refused::invalid(format!("the body did not arrive: {e}")))?;
+                if bytes.len() + piece.len() > limit {
+                    return Err(too_large(bytes.len() + piece.len()));
+                }
+                bytes.extend_from_slice(&piece);
+            }
+            Ok(bytes.freeze())
+        };
+        let bytes = tokio::time::timeout(ARRIVAL_DEADLINE, arrive)
+            .await
+            .map_err(|_| Refused::not_yet("the body did not arrive in time"))??;
+        Ok(Body { bytes, _room: room })
+    }
+}
+
+impl Body {
+    /// The body as JSON of a known shape. A refusal names the place: `data[3].model_input`.
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T, Refused> {
+        let mut json = serde_json::Deserializer::from_slice(&self.bytes);
+        let value = serde_path_to_error::deserialize(&mut json).map_err(|e| {
+            let (path, problem) = (e.path().to_string(), e.into_inner());
+            match path.as_str() {
+                "." => Refused::invalid(format!("the body is not what this route takes: {problem}")),
+                path => Refused::invalid(format!("`{path}`: {problem}")),
+            }
+        })?;
+        json.end().map_err(|e| Refused::invalid(format!("something follows the body's JSON: {e}")))?;
+        Ok(value)
+    }
+}
+
+fn kib(bytes: usize) -> u32 {
+    // At most `DATA`, which fits.
+    bytes.div_ceil(1 << 10) as u32
+}
+
+/// Runs what takes milliseconds away from the threads that answer.
+pub async fn off_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Refused> + Send + 'static,
+) -> Result<T, Refused> {
+    web::block(work).await.unwrap_or_else(|_| Err(Refused::fault("a task of the gateway died")))
+}

@@ -1,0 +1,211 @@
+//! Saved checkpoints: lists of them, their files, and the files' bytes.
+//!
+//! ```text
+//!   GET  /v1/loops/checkpoints?run_id= │ checkpoint_path= │ base_model=
+//!   POST /v1/loops/checkpoints/validate            may a sampler serve this path
+//!   GET  /v1/loops/checkpoints/{id}/source         always: over signed URLs
+//!   GET  /v1/loops/checkpoints/{id}/files          a page of signed URLs
+//!   GET  /v1/loops/checkpoints/{id}/files/{name}?expires=…&key=…&signature=…
+//! ```
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use actix_web::{
+    HttpRequest, HttpResponse,
+    http::{StatusCode, header},
+    web,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::{
+    protocol::BlobRef,
+    types::{
+        Checkpoint, CheckpointFile, CheckpointId, CheckpointPath, CheckpointTarget, Digest, InvalidInput,
+    },
+};
+
+use super::{
+    super::{Gateway, body, presign::Signature, range, refusal::Refused},
+    mount,
+};
+
+type Answer = Result<HttpResponse, Refused>;
+
+/// Files on a page, if the caller doesn't say.
+const PAGE_SIZE: u32 = 1000;
+
+#[derive(Deserialize)]
+pub struct Filter {
+    run_id: Option<String>,
+    checkpoint_path: Option<String>,
+    base_model: Option<String>,
+}
+
+/// `GET /v1/loops/checkpoints`: newest first. What names nothing matches nothing.
+pub async fn list(gateway: web::Data<Gateway>, filter: web::Query<Filter>) -> Answer {
+    let Filter { run_id, checkpoint_path, base_model } = filter.into_inner();
+    let found = match (run_id, checkpoint_path, base_model) {
+        (Some(run), None, None) => match run.parse() {
+            Ok(run) => gateway.upstream.checkpoints(Some(run)).await?,
+            Err(_) => Vec::new(),
+        },
+        (None, Some(path), None) => match path.parse::<CheckpointPath>() {
+            Ok(path) => {
+                let mut found = gateway.upstream.checkpoints(Some(path.run)).await?;
+                found.retain(|c| c.target == path.target && c.checkpoint_id == path.name);
+                found
+            }
+            Err(_) => Vec::new(),
+        },
+        (None, None, Some(model)) => {
+            let mut found = gateway.upstream.checkpoints(None).await?;
+            found.retain(|c| c.base_model == model);
+            found
+        }
+        _ => {
+            let problem = "or `checkpoint_path` or `base_model` must be given, and only one of them";
+            return Err(InvalidInput::new("run_id", problem).into());
+        }
+    };
+    let found: Vec<Value> = found.iter().map(described).collect();
+    Ok(HttpResponse::Ok().json(json!({ "checkpoints": found })))
+}
+
+#[derive(Deserialize)]
+struct Validate {
+    checkpoint_path: String,
+    run_id: Option<String>,
+}
+
+/// `POST /v1/loops/checkpoints/validate`: whether a sampler of the run may serve the path.
+pub async fn validate(gateway: web::Data<Gateway>, request: HttpRequest, payload: web::Payload) -> Answer {
+    let asked: Validate = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    // On this route, a bad path is 400.
+    let bad = |refused: Refused| match refused.status() {
+        StatusCode::UNPROCESSABLE_ENTITY => refused.with_status(StatusCode::BAD_REQUEST),
+        _ => refused,
+    };
+    let checkpoint = gateway.upstream.checkpoint_at(&asked.checkpoint_path, "checkpoint_path").await;
+    let checkpoint = checkpoint.map_err(bad)?;
+    let refuse = |problem: String| Err(bad(InvalidInput::new("checkpoint_path", problem).into()));
+    if checkpoint.target != CheckpointTarget::Sampler {
+        let path = &checkpoint.path;
+        return refuse(format!("{path} is no sampler checkpoint; save_weights_for_sampler makes one"));
+    }
+    if let Some(run) = asked.run_id {
+        let run = mount::named_run(&gateway, &run).await.map_err(bad)?;
+        if run.base_model != checkpoint.base_model {
+            let (path, other) = (&checkpoint.path, &checkpoint.base_model);
+            return refuse(format!(
+                "{path} was made of {other:?}, and {} trains {:?}",
+                run.run, run.base_model
+            ));
+        }
+    }
+    Ok(HttpResponse::Ok().json(json!({})))
+}
+
+/// `GET /v1/loops/checkpoints/{id}/source`: "s3" says that the files route gives URLs.
+pub async fn source(gateway: web::Data<Gateway>, path: web::Path<String>) -> Answer {
+    gateway.upstream.files(checkpoint_id(&path)?, 1, 0).await?;
+    Ok(HttpResponse::Ok().json(json!({ "source": { "kind": "s3" } })))
+}
+
+#[derive(Deserialize)]
+pub struct Page {
+    page_size: Option<u32>,
+    page_token: Option<u64>,
+}
+
+/// `GET /v1/loops/checkpoints/{id}/files`
+pub async fn files(
+    gateway: web::Data<Gateway>,
+    request: HttpRequest,
+    path: web::Path<String>,
+    page: web::Query<Page>,
+) -> Answer {
+    let id = checkpoint_id(&path)?;
+    let (size, token) = (page.page_size.unwrap_or(PAGE_SIZE), page.page_token.unwrap_or(0));
+    let page = gateway.upstream.files(id, size, token).await?;
+    let base = format!("{}/v1/loops/checkpoints/{id}/files", mount::public_url(&gateway, &request)?);
+    let signed = page.presigned_urls.iter().map(|file| {
+        let name = &file.relative_file_name;
+        json!({
+            "url": format!("{base}/{name}?{}", gateway.presign.sign(id, name)),
+            "relative_file_name": name,
+            "node_rank": file.node_rank,
+            "size_bytes": file.size_bytes,
+            "last_modified": rfc3339(file.last_modified_ms),
+        })
+    });
+    Ok(HttpResponse::Ok().insert_header((header::CACHE_CONTROL, "no-store")).json(json!({
+        "presigned_urls": signed.collect::<Vec<Value>>(),
+        "next_page_token": page.next_page_token,
+        "total_count": page.total_count,
+    })))
+}
+
+/// The bytes of one file, to whoever has a URL that was signed for it.
+pub async fn file(
+    gateway: web::Data<Gateway>,
+    request: HttpRequest,
+    path: web::Path<(String, String)>,
+    query: Option<web::Query<Signature>>,
+) -> Answer {
+    let (id, name) = path.into_inner();
+    let id = checkpoint_id(&id)?;
+    let unsigned =
+        || Refused::forbidden("UNSIGNED_URL", "this URL is not signed; the files route gives those");
+    gateway.presign.verify(id, &name, &query.ok_or_else(unsigned)?.into_inner())?;
+    let file = listed(&gateway, id, &name).await?;
+    let digest: Option<Digest> = file.url.strip_prefix("blob:").and_then(|digest| digest.parse().ok());
+    let digest = digest.ok_or_else(|| Refused::fault(format!("{name} of {id} has no blob")))?;
+    let _room = gateway.downloads.room(file.size_bytes).await?;
+    let bytes = gateway.upstream.blob(BlobRef { digest, size: file.size_bytes }).await?;
+    Ok(range::answer(&request, &digest.to_string(), bytes.into()))
+}
+
+/// A file by its name in the checkpoint's manifest: nothing else is served.
+async fn listed(gateway: &Gateway, id: CheckpointId, name: &str) -> Result<CheckpointFile, Refused> {
+    let mut token = Some(0);
+    while let Some(from) = token {
+        let page = gateway.upstream.files(id, PAGE_SIZE, from).await?;
+        if let Some(file) = page.presigned_urls.into_iter().find(|file| file.relative_file_name == name) {
+            return Ok(file);
+        }
+        token = page.next_page_token;
+    }
+    Err(Refused::not_found(format!("{id} has no file {name:?}")))
+}
+
+fn checkpoint_id(text: &str) -> Result<CheckpointId, Refused> {
+    text.parse().map_err(|_| {
+        let shown: String = text.chars().take(64).collect();
+        Refused::not_found(format!("there is no checkpoint {shown:?}"))
+    })
+}
+
+fn described(checkpoint: &Checkpoint) -> Value {
+    json!({
+        "id": checkpoint.id,
+        "run_id": checkpoint.run_id,
+        "checkpoint_id": checkpoint.checkpoint_id,
+        "checkpoint_type": checkpoint.checkpoint_type,
+        "target": checkpoint.target,
+        "created_at": rfc3339(checkpoint.created_at_ms),
+        "base_model": checkpoint.base_model,
+        "lora_adapter_config": { "r": checkpoint.lora_rank, "lora_alpha": checkpoint.lora_alpha },
+        "size_bytes": checkpoint.size_bytes,
+        "sync_status": "COMPLETE",
+        "step": checkpoint.step,
+        "path": checkpoint.path,
+    })
+}
+
+/// Milliseconds since the Unix epoch as people and clients read them, in UTC.
+fn rfc3339(ms: u64) -> String {
+    /// The last one that has four digits for its year.
+    const LAST_MS: u64 = 253_402_300_799_999;
+    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(ms.min(LAST_MS))).to_string()
+}

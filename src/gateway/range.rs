@@ -1,0 +1,125 @@
+//! Files over HTTP: whole, or the part that a `Range` asks for (RFC 9110, section 14).
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use actix_web::{HttpRequest, HttpResponse, http::header};
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::refusal::Refused;
+
+/// Bytes of files in memory at once, in KiB. A larger file has the room to itself.
+const ROOM_KIB: usize = 512 << 10;
+
+/// How long a download waits for room.
+const ROOM_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Room for the files that are being sent.
+pub struct Downloads {
+    room: Arc<Semaphore>,
+}
+
+impl Default for Downloads {
+    fn default() -> Self {
+        Self { room: Arc::new(Semaphore::new(ROOM_KIB)) }
+    }
+}
+
+impl Downloads {
+    /// Waits for room for a file of `size` bytes.
+    pub async fn room(&self, size: u64) -> Result<OwnedSemaphorePermit, Refused> {
+        let kib = usize::try_from(size.div_ceil(1 << 10)).unwrap_or(ROOM_KIB).min(ROOM_KIB);
+        let room = self.room.clone().acquire_many_owned(kib as u32);
+        tokio::time::timeout(ROOM_DEADLINE, room)
+            .await
+            .map_err(|_| Refused::away("too many files are being read; try again"))?
+            // The semaphore is never closed.
+            .map_err(|e| Refused::fault(e.to_string()))
+    }
+}
+
+/// `bytes`, or the part of them that the request asks for. `tag` changes whenever they do.
+pub fn answer(request: &HttpRequest, tag: &str, bytes: Bytes) -> HttpResponse {
+    let text = |name| request.headers().get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
+    let tag = format!("\"{tag}\"");
+    // A part of something else than the caller has begun with is of no use to it.
+    let same = text(header::IF_RANGE).is_none_or(|wanted| wanted == tag);
+    let asked = text(header::RANGE).filter(|_| same).and_then(|range| parse(range, bytes.len() as u64));
+    let size = bytes.len();
+    let (mut response, part) = match asked {
+        None => (HttpResponse::Ok(), bytes),
+        Some(Err(Unsatisfiable)) => {
+            let mut response = HttpResponse::RangeNotSatisfiable();
+            return response.insert_header((header::CONTENT_RANGE, format!("bytes */{size}"))).finish();
+        }
+        Some(Ok(range)) => {
+            let mut response = HttpResponse::PartialContent();
+            let shown = format!("bytes {}-{}/{size}", range.start, range.end - 1);
+            response.insert_header((header::CONTENT_RANGE, shown));
+            (response, bytes.slice(range.start as usize..range.end as usize))
+        }
+    };
+    response
+        .insert_header((header::ACCEPT_RANGES, "bytes"))
+        .insert_header((header::ETAG, tag))
+        .content_type("application/octet-stream")
+        .body(part)
+}
+
+/// The range begins past the end.
+#[derive(Debug, PartialEq)]
+struct Unsatisfiable;
+
+/// The one range of a `Range` header; `None` for what is answered as if it were absent: several
+/// ranges, other units, nonsense.
+fn parse(header: &str, size: u64) -> Option<Result<Range<u64>, Unsatisfiable>> {
+    let (first, last) = header.trim().strip_prefix("bytes=")?.split_once('-')?;
+    let (first, last) = (first.trim(), last.trim());
+    let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
+    let range = match (first.is_empty(), last.is_empty()) {
+        (true, true) => return None,
+        (true, false) => size.saturating_sub(number(last)?)..size,
+        (false, true) => number(first)?..size,
+        (false, false) => {
+            let (first, last) = (number(first)?, number(last)?);
+            if last < first {
+                return None;
+            }
+            first..last.saturating_add(1).min(size)
+        }
+    };
+    Some(if range.start < range.end { Ok(range) } else { Err(Unsatisfiable) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_range_is_read_in_each_form() {
+        for (header, range) in [
+            ("bytes=0-3", 0..4),
+            ("bytes=4-", 4..10),
+            ("bytes=-3", 7..10),
+            ("bytes=-30", 0..10),
+            ("bytes=9-99", 9..10),
+            ("bytes=0-18446744073709551615", 0..10),
+        ] {
+            assert_eq!(parse(header, 10), Some(Ok(range)), "{header}");
+        }
+    }
+
+    #[test]
+    fn a_range_past_the_end_is_unsatisfiable() {
+        for header in ["bytes=10-", "bytes=10-12", "bytes=-0"] {
+            assert_eq!(parse(header, 10), Some(Err(Unsatisfiable)), "{header}");
+        }
+    }
+
+    #[test]
+    fn anything_else_is_the_whole_file() {
+        for header in ["bytes=0-1,3-4", "items=0-1", "bytes=-", "bytes=3-1", "bytes=+1-2", "bytes=a-b", ""] {
+            assert_eq!(parse(header, 10), None, "{header}");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! What the gateway asks of the coordinator, typed by what is answered.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::{
+    client::ServiceClient,
+    protocol::{
+        BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, OperationSeq, OperationStatus,
+        RunInfo, SampleRequest, SubmitOperation,
+    },
+    types::{
+        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointPath, InvalidInput, PolicyId, RunId,
+        SampleResult, ServerCapabilities, SessionId,
+    },
+};
+
+use super::refusal::Refused;
+
+/// How long a request is held while the coordinator is away, beyond what it waits for itself.
+/// The Loops client waits 300 s for a call that it never repeats.
+const HOLD: Duration = Duration::from_secs(240);
+
+/// The way to the coordinator. While that is away, requests wait for it.
+#[derive(Clone)]
+pub struct Upstream {
+    client: ServiceClient,
+}
+
+impl Upstream {
+    pub fn new(client: ServiceClient) -> Self {
+        Self { client }
+    }
+
+    /// The session of the gateway itself, for runs of callers that open none.
+    pub fn own_session(&self) -> SessionId {
+        self.client.session()
+    }
+
+    pub async fn create_session(&self) -> Result<SessionId, Refused> {
+        match self.ask(ClientRequest::CreateSession, HOLD).await? {
+            ClientResponse::Session(session) => Ok(session),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub async fn capabilities(&self) -> Result<ServerCapabilities, Refused> {
+        match self.ask(ClientRequest::Capabilities, HOLD).await? {
+            ClientResponse::Capabilities(capabilities) => Ok(capabilities),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Whether a model is offered, under its name or another that it goes by.
+    pub async fn find_model(&self, base_model: &str) -> Result<(), Refused> {
+        // Every model that is offered has a tokenizer.
+        let request = ClientRequest::Tokenizer { base_model: base_model.to_owned() };
+        match self.ask(request, HOLD).await? {
+            ClientResponse::Blob(_) => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub async fn cluster(&self, hold: Duration) -> Result<ClusterStatus, Refused> {
+        match self.ask(ClientRequest::ClusterStatus, hold).await? {
+            ClientResponse::Cluster(status) => Ok(status),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub async fn create_run(&self, create: CreateRun) -> Result<RunInfo, Refused> {
+        self.run_of(ClientRequest::CreateRun(create), HOLD).await
+    }
+
+    pub async fn run(&self, run: RunId, hold: Duration) -> Result<RunInfo, Refused> {
+        self.run_of(ClientRequest::RunInfo { run }, hold).await
+    }
+
+    async fn run_of(&self, request: ClientRequest, hold: Duration) -> Result<RunInfo, Refused> {
+        match self.ask(request, hold).await? {
+            ClientResponse::Run(run) => Ok(run),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The newest run of a display name.
+    pub async fn find_run(&self, name: String, hold: Duration) -> Result<RunInfo, Refused> {
+        self.run_of(ClientRequest::FindRun { name }, hold).await
+    }
+
+    /// Makes an operation durable and gives it its place.
+    pub async fn submit(&self, submit: SubmitOperation, hold: Duration) -> Result<OperationSeq, Refused> {
+        match self.ask(ClientRequest::Submit(submit), hold).await? {
+            ClientResponse::Accepted { seq } => Ok(seq),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The outcome of an operation, or `Pending` after `hold`; also if the coordinator is away
+    /// all the while.
+    pub async fn outcome(
+        &self,
+        run: RunId,
+        seq: OperationSeq,
+        hold: Duration,
+    ) -> Result<OperationStatus, Refused> {
+        let hold_ms = u32::try_from(hold.as_millis()).unwrap_or(u32::MAX);
+        let request = self.client.request(ClientRequest::WaitOperation { run, seq, hold_ms });
+        match tokio::time::timeout(hold + ANSWER_SLACK, request).await {
+            Err(_) => Ok(OperationStatus::Pending),
+            Ok(answer) => match answer? {
+                ClientResponse::Operation(status) => Ok(status),
+                other => Err(unexpected(&other)),
+            },
+        }
+    }
+
+    /// Generates; the coordinator has its own deadlines. Dropping the future calls it off.
+    pub async fn sample(&self, sample: SampleRequest) -> Result<(SampleResult, Option<PolicyId>), Refused> {
+        match self.client.request(ClientRequest::Sample(sample)).await? {
+            ClientResponse::Sample { result, policy } => Ok((result, policy)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub async fn checkpoints(&self, run: Option<RunId>) -> Result<Vec<Checkpoint>, Refused> {
+        match self.ask(ClientRequest::ListCheckpoints { run }, HOLD).await? {
+            ClientResponse::Checkpoints(checkpoints) => Ok(checkpoints),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The checkpoint that a path names; `field` is what the caller calls the path.
+    pub async fn checkpoint_at(&self, path: &str, field: &str) -> Result<Checkpoint, Refused> {
+        let of_field = |e: InvalidInput| Refused::from(InvalidInput::new(field, e.problem));
+        let parsed: CheckpointPath = path.parse().map_err(of_field)?;
+        let found = self.checkpoints(Some(parsed.run)).await?;
+        let named = |c: &Checkpoint| c.target == parsed.target && c.checkpoint_id == parsed.name;
+        found
+            .into_iter()
+            .find(named)
+            .ok_or_else(|| InvalidInput::new(field, format!("there is no checkpoint {parsed}")).into())
+    }
+
+    pub async fn files(
+        &self,
+        checkpoint: CheckpointId,
+        page_size: u32,
+        page_token: u64,
+    ) -> Result<CheckpointFilesResponse, Refused> {
+        let request = ClientRequest::CheckpointFiles { checkpoint, page_size, page_token };
+        match self.ask(request, HOLD).await? {
+            ClientResponse::CheckpointFiles(files) => Ok(files),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub async fn put_blob(&self, bytes: Vec<u8>) -> Result<BlobRef, Refused> {
+        Ok(self.client.put_blob(Bytes::from(bytes)).await?)
+    }
+
+    pub async fn blob(&self, blob: BlobRef) -> Result<Vec<u8>, Refused> {
+        Ok(self.client.blob(blob).await?)
+    }
+
+    async fn ask(&self, request: ClientRequest, hold: Duration) -> Result<ClientResponse, Refused> {
+        match tokio::time::timeout(hold, self.client.request(request)).await {
+            Ok(answer) => Ok(answer?),
+            Err(_) => {
+                Err(Refused::away(format!("the coordinator has not answered for {} s", hold.as_secs())))
+            }
+        }
+    }
+}
+
+/// From a wait's end at the coordinator to its answer here.
+const ANSWER_SLACK: Duration = Duration::from_secs(2);
+
+fn unexpected(response: &ClientResponse) -> Refused {
+    let shown: String = format!("{response:?}").chars().take(200).collect();
+    Refused::fault(format!("unexpected answer from the coordinator: {shown}"))
+}
