@@ -10,8 +10,8 @@ use lockstep::{
     kernels::{CoreBudget, Matrix, Priority, Team, path},
     model::{
         Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, Family, KvCache, LayerWeights,
-        LoraLayout, ModelConfig, RopeScaling, Tape, TextCodec, Workspace, backward, forward, head_logits,
-        head_logprobs,
+        LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape, TextCodec, Workspace, backward, forward,
+        head_logits, head_logprobs,
     },
     types::{Digest, LoraConfig},
 };
@@ -192,6 +192,7 @@ fn model() -> BaseModel {
         vocab_size: 49_152,
         hidden_size: 576,
         intermediate_size: 1536,
+        experts: None,
         num_layers: 30,
         num_heads: 9,
         num_kv_heads: 3,
@@ -214,9 +215,11 @@ fn model() -> BaseModel {
         qkv_bias: None,
         qk_norm: None,
         mlp_norm: vec![1.0; hidden],
-        gate: matrix(wide, hidden),
-        up: matrix(wide, hidden),
-        down: matrix(hidden, wide),
+        mlp: Mlp::Dense(MlpWeights {
+            gate: matrix(wide, hidden),
+            up: matrix(wide, hidden),
+            down: matrix(hidden, wide),
+        }),
     };
     let embed = matrix(config.vocab_size, hidden);
     let weights = BaseWeights {

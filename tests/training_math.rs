@@ -100,6 +100,10 @@ fn generation_agrees() {
 fn a_gguf_is_the_same_model() {
     for golden in goldens() {
         let path = Path::new(&golden.family).join("model.gguf");
+        if golden.model.config.experts.as_ref().is_some_and(|experts| !experts.normalises) {
+            assert!(!path.exists(), "llama.cpp computes no such model");
+            continue;
+        }
         let model = BaseModel::load("golden", &path).unwrap_or_else(|e| panic!("{e}"));
         let [ours, theirs] = [&model.config, &golden.model.config].map(|config| ModelConfig {
             // Llama 3.1's scaling stands in a GGUF as its effect on each frequency.

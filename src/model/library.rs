@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(model.digest, BaseModel::load("other", directory.path()).unwrap().digest);
         assert!(model.weights.embed.shares_storage(&model.weights.head), "a tied head is shared");
         assert_eq!(model.weights.layers.len(), 2);
-        assert_eq!(model.weights.layers[1].down.in_features(), 64);
+        assert_eq!(model.weights.layers[1].o.in_features(), 32);
     }
 
     #[test]

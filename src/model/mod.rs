@@ -20,7 +20,7 @@ mod state;
 
 pub mod tiny;
 
-pub use config::{Family, ModelConfig, RopeScaling};
+pub use config::{ExpertsConfig, Family, ModelConfig, RopeScaling};
 pub use decoder::{
     AdapterRows, Batch, BatchSequence, Tape, Workspace, backward, forward, head_logits, head_logprobs,
 };
@@ -34,4 +34,4 @@ pub use source::ModelSource;
 pub use state::{GradientKind, TrainState};
 pub use text::{ChatMessage, TextCodec};
 pub(crate) use weights::shards_of_index;
-pub use weights::{BaseModel, BaseWeights, LayerWeights, QkNorm, QkvBias};
+pub use weights::{BaseModel, BaseWeights, ExpertsWeights, LayerWeights, Mlp, MlpWeights, QkNorm, QkvBias};

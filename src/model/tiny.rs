@@ -34,6 +34,7 @@ pub fn config() -> ModelConfig {
         vocab_size: SPECIAL_TOKENS.len() + 256,
         hidden_size: 32,
         intermediate_size: 64,
+        experts: None,
         num_layers: 2,
         num_heads: 4,
         num_kv_heads: 2,
@@ -95,6 +96,13 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
         "tie_word_embeddings": config.tie_word_embeddings,
         "eos_token_id": config.eos_token_ids,
     });
+    if let Some(experts) = &config.experts {
+        json["num_experts"] = experts.count.into();
+        json["num_experts_per_tok"] = experts.per_row.into();
+        json["moe_intermediate_size"] = experts.intermediate_size.into();
+        json["norm_topk_prob"] = experts.normalises.into();
+        json["mlp_only_layers"] = experts.dense_layers.clone().into();
+    }
     let scaling = match &config.rope_scaling {
         RopeScaling::None => return Ok(json),
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),

@@ -5,6 +5,7 @@ the goldens' calls (absent: all); the rest goes to transformers' configuration c
 llama.cpp's converter uses, gives them.
 """
 
+import copy
 import math
 
 import gguf
@@ -100,12 +101,55 @@ FAMILIES = {
         "calls": FEW_CALLS,
         "lora": {"rank": 3, "alpha": 6.0, "targets": "q k v o gate up down"},
     },
+    # Two of four experts, whose weights sum to one: what llama.cpp computes, too.
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 64,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 12,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
+        "calls": FEW_CALLS,
+        "lora": {"rank": 2, "alpha": 4.0, "targets": "q k v o gate up down"},
+    },
+    # Three of five, weights as the softmax gives them; of four layers the second has experts.
+    "qwen3_moe_mixed": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 64,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 12,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [3],
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "calls": FEW_CALLS,
+        "lora": {"rank": 2, "alpha": 4.0, "targets": "k o gate up down"},
+    },
 }
 
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
 
 
@@ -124,8 +168,80 @@ def make_model(shape, random):
             elif parameter.dim() == 1:  # norms: near one, so that a missing one shows
                 parameter.copy_(1 + 0.3 * noise)
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model
+
+
+class ExpertLora:
+    """LoRA on a mixture of experts, where PEFT has no adapters of single experts.
+
+    transformers holds a layer's experts in one tensor, gates above ups. Here each expert's gate,
+    up and down has matrices A and B of its own, under the name of the linear layer that it was
+    before (and is on disk); the model runs with `W + alpha / rank · B A` in the place of every W.
+    """
+
+    def __init__(self, base, targets, lora, random):
+        self.base, self.scale = base.requires_grad_(False), lora["alpha"] / lora["rank"]
+        self.parameters = {}
+        for name, (out_features, in_features) in self.linear_layers():
+            if name.rsplit(".", 1)[1] in targets:
+                for matrix, shape, bound in [
+                    ("lora_A", (lora["rank"], in_features), in_features**-0.5),
+                    ("lora_B", (out_features, lora["rank"]), 0.05),
+                ]:
+                    values = (2 * torch.rand(shape, generator=random) - 1) * bound
+                    self.parameters[f"{name}.{matrix}.weight"] = values.requires_grad_()
+
+    def linear_layers(self):
+        for name, weight in self.base.named_parameters():
+            experts = name.removesuffix(".gate_up_proj").removesuffix(".down_proj")
+            if name.endswith("experts.gate_up_proj"):
+                count, both, hidden = weight.shape
+                for part in ("gate_proj", "up_proj"):
+                    yield from ((f"{experts}.{i}.{part}", (both // 2, hidden)) for i in range(count))
+            elif name.endswith("experts.down_proj"):
+                yield from ((f"{experts}.{i}.down_proj", weight.shape[1:]) for i in range(weight.shape[0]))
+            elif name.endswith("_proj.weight"):
+                yield name.removesuffix(".weight"), weight.shape
+
+    def delta(self, name, shape):
+        if f"{name}.lora_A.weight" not in self.parameters:
+            return torch.zeros(shape)
+        a, b = (self.parameters[f"{name}.{matrix}.weight"] for matrix in ("lora_A", "lora_B"))
+        return self.scale * (b @ a)
+
+    def weights(self):
+        """Every adapted weight of the base model."""
+        deltas = {name: self.delta(name, shape) for name, shape in self.linear_layers()}
+        weights = {}
+        for name, weight in self.base.named_parameters():
+            experts = name.removesuffix(".gate_up_proj").removesuffix(".down_proj")
+            if name.endswith("experts.gate_up_proj"):
+                both = [
+                    torch.cat([deltas[f"{experts}.{i}.gate_proj"], deltas[f"{experts}.{i}.up_proj"]])
+                    for i in range(weight.shape[0])
+                ]
+                weights[name] = weight + torch.stack(both)
+            elif name.endswith("experts.down_proj"):
+                down = [deltas[f"{experts}.{i}.down_proj"] for i in range(weight.shape[0])]
+                weights[name] = weight + torch.stack(down)
+            elif name.endswith("_proj.weight"):
+                weights[name] = weight + deltas[name.removesuffix(".weight")]
+        return weights
+
+    def __call__(self, tokens):
+        return torch.func.functional_call(self.base, self.weights(), (tokens,))
+
+    @property
+    def generation_config(self):
+        return self.base.generation_config
+
+    @torch.no_grad()
+    def generate(self, *arguments, **options):
+        merged = copy.deepcopy(self.base)
+        for name, weight in self.weights().items():
+            merged.get_parameter(name).copy_(weight)
+        return merged.generate(*arguments, **options)
 
 
 def generate(model, vocab, random):
@@ -154,6 +270,11 @@ def generate(model, vocab, random):
             return {"prompt": prompt[0].tolist(), "tokens": tokens, "margin": margin}
 
 
+def has_gguf(config):
+    """llama.cpp has experts in every layer or in none, and makes their weights sum to one."""
+    return not getattr(config, "mlp_only_layers", None) and getattr(config, "norm_topk_prob", True)
+
+
 def write_gguf(path, model, characters):
     """The model as llama.cpp's convert_hf_to_gguf.py would write it, in float32."""
     config = model.config
@@ -176,6 +297,10 @@ def write_gguf(path, model, characters):
     if head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    if architecture == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if config.rope_parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
@@ -189,7 +314,7 @@ def write_gguf(path, model, characters):
     writer.add_token_types([gguf.TokenType.NORMAL] * len(characters))
     writer.add_token_merges(["! !"])
     writer.add_eos_token_id(config.eos_token_id)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in split_experts(model.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensor = tensor.detach()
@@ -201,6 +326,18 @@ def write_gguf(path, model, characters):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def split_experts(state):
+    """The experts' gates and ups apart, as on disk and in GGUF."""
+    for name, tensor in state.items():
+        if name.endswith(".experts.gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1)):
+                yield name.replace("gate_up_proj", f"{part}.weight"), half
+        elif name.endswith(".experts.down_proj"):
+            yield f"{name}.weight", tensor
+        else:
+            yield name, tensor
 
 
 def permute(weight, heads):

@@ -15,9 +15,10 @@ adapted model generates greedily, and `golden.safetensors` with the tensors:
     CALL.gradient.NAME        of the call's sum S, at the weights before the first step
     step.T.NAME               LoRA weights after T optimiser steps
 
-NAME is PEFT's, without `base_model.model.`. The model is transformers', the adapter PEFT's, the
-gradients autograd's; losses and Adam are written out below from their specification, because no
-library has them in this form. Every sequence runs alone, unpadded, in float32.
+NAME is PEFT's, without `base_model.model.`. The model is transformers', the adapter PEFT's (on a
+mixture of experts families.py's own, because PEFT adapts no single expert), the gradients
+autograd's; losses and Adam are written out below from their specification, because no library
+has them in this form. Every sequence runs alone, unpadded, in float32.
 
 Versions: tests/requirements.txt. The values depend on them and on the CPU in their last bits only.
 """
@@ -29,7 +30,7 @@ import pathlib
 import peft
 import torch
 import transformers
-from families import FAMILIES, generate, make_model, write_gguf
+from families import FAMILIES, ExpertLora, generate, has_gguf, make_model, write_gguf
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -80,7 +81,8 @@ def make_family(directory, shape, seed):
     (directory / "generation_config.json").unlink(missing_ok=True)
     characters = [chr(code) for code in range(ord("!"), ord("!") + shape["vocab_size"] - 1)] + ["Ġ"]
     make_tokenizer(characters).save(str(directory / "tokenizer.json"), pretty=False)
-    write_gguf(directory / "model.gguf", base, characters)
+    if has_gguf(base.config):
+        write_gguf(directory / "model.gguf", base, characters)
 
     model, parameters = make_adapter(base, lora, random)
     tensors = {f"adapter.{name}": parameter.detach().clone() for name, parameter in parameters.items()}
@@ -131,6 +133,9 @@ def projections(lora):
 
 
 def make_adapter(base, lora, random):
+    if base.config.model_type == "qwen3_moe":
+        model = ExpertLora(base, projections(lora), lora, random)
+        return model, model.parameters
     config = peft.LoraConfig(
         r=lora["rank"],
         lora_alpha=lora["alpha"],

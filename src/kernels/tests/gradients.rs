@@ -6,8 +6,8 @@
 
 use crate::kernels::{
     Adapted, AttentionGradients, Buffer, Gradients, Heads, KvBlocks, Layer, LowRank, Matrix, RotaryTable,
-    Shared, Span, Team, Turn, append, attention, attention_backward, linear, linear_backward, log_sum_exp,
-    rms_norm, rms_norm_backward, softmax_gradient, swiglu, swiglu_backward,
+    Router, Shared, Span, Team, Turn, append, attention, attention_backward, linear, linear_backward,
+    log_sum_exp, rms_norm, rms_norm_backward, softmax_gradient, swiglu, swiglu_backward,
 };
 
 use super::noise;
@@ -89,6 +89,44 @@ fn log_sum_exp_has_its_gradient() {
     let mut gradient = logits.clone();
     softmax_gradient(&mut gradient, log_sum_exp(&logits), -3.0);
     assert_gradient("logits", &logits, &gradient, |logits| -3.0 * f64::from(log_sum_exp(logits)));
+}
+
+#[test]
+fn a_routers_weights_have_their_gradient() {
+    let logits = noise(1, 3 * 7);
+    for normalises in [true, false] {
+        let router = Router { experts: 7, per_row: 3, normalises };
+        let choose = |logits: &[f32]| {
+            let (mut scores, mut chosen, mut weights) = (logits.to_vec(), vec![0; 9], vec![0.0; 9]);
+            router.choose(&mut scores, &mut chosen, &mut weights, &Team::solo());
+            (scores, chosen, weights)
+        };
+        let (probabilities, chosen, weights) = choose(&logits);
+        let mut d_logits = vec![f32::NAN; logits.len()];
+        router.backward(&probabilities, &chosen, &weights, &noise(77, 9), &mut d_logits);
+        // The weights of the experts chosen at `logits`: a step that made a row choose others
+        // would meet a jump, which no gradient knows.
+        assert_gradient("logits", &logits, &d_logits, |logits| {
+            let (_, now, weights) = choose(logits);
+            assert_eq!(now, chosen);
+            weighted(&weights)
+        });
+    }
+}
+
+#[test]
+fn a_router_takes_the_likeliest_and_of_equals_the_first() {
+    let logits = [0.0, 3.0, 1.0, 3.0, 2.0, /* */ 1.0, 1.0, 1.0, 1.0, 1.0];
+    let router = Router { experts: 5, per_row: 3, normalises: true };
+    let (mut scores, mut chosen, mut weights) = (logits.to_vec(), [0; 6], [0.0; 6]);
+    router.choose(&mut scores, &mut chosen, &mut weights, &Team::solo());
+    assert_eq!(chosen, [1, 3, 4, 0, 1, 2]);
+    let sum = 2.0 * 1f32.exp() + 1.0;
+    let expected = [1f32.exp() / sum, 1f32.exp() / sum, 1.0 / sum];
+    for (weight, expected) in weights.iter().zip(expected.into_iter().chain([1.0 / 3.0; 3])) {
+        // A few roundings to 6e-8.
+        assert!((weight - expected).abs() < 5e-7, "{weight} and {expected}");
+    }
 }
 
 /// Two layers that read one input, both adapted.

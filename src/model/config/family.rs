@@ -11,10 +11,12 @@ pub enum Family {
     Qwen2,
     /// Qwen3: queries and keys are normed head by head before they turn.
     Qwen3,
+    /// Qwen3's mixture of experts.
+    Qwen3Moe,
 }
 
 impl Family {
-    pub(super) const ALL: [Self; 3] = [Self::Llama, Self::Qwen2, Self::Qwen3];
+    pub(super) const ALL: [Self; 4] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Qwen3Moe];
 
     /// Whether q, k and v add a bias.
     pub fn has_qkv_bias(self) -> bool {
@@ -23,7 +25,12 @@ impl Family {
 
     /// Whether each head of q and k passes an RMSNorm of its own before the rotary embedding.
     pub fn has_qk_norm(self) -> bool {
-        self == Self::Qwen3
+        matches!(self, Self::Qwen3 | Self::Qwen3Moe)
+    }
+
+    /// Whether a router sends each row to some of many MLPs.
+    pub fn has_experts(self) -> bool {
+        self == Self::Qwen3Moe
     }
 
     /// `model_type` of a config.json.
@@ -32,6 +39,7 @@ impl Family {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3_moe",
         }
     }
 
@@ -41,6 +49,7 @@ impl Family {
             Self::Llama => "LlamaForCausalLM",
             Self::Qwen2 => "Qwen2ForCausalLM",
             Self::Qwen3 => "Qwen3ForCausalLM",
+            Self::Qwen3Moe => "Qwen3MoeForCausalLM",
         }
     }
 
@@ -50,6 +59,7 @@ impl Family {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3moe",
         }
     }
 

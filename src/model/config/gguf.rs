@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use super::{Family, FieldNames, ModelConfig, RopeScaling};
+use super::{ExpertsConfig, Family, FieldNames, ModelConfig, RopeScaling};
 use crate::model::{
     ModelError,
     weights::{Header, ROPE_DIVISORS, Value},
@@ -20,6 +20,9 @@ const ROPE_SCALING_FACTORS: [&str; 2] = ["rope.scaling.factor", "rope.scale_line
 /// Keys that are read beside those of [`FieldNames`].
 const OTHER_KEYS: [&str; 5] =
     [VALUE_LENGTH, ROPE_DIMENSIONS, ROPE_SCALING_TYPE, ROPE_SCALING_FACTORS[0], ROPE_SCALING_FACTORS[1]];
+
+/// Of families with experts: how many, how many a row goes to, and how wide each is.
+const EXPERTS: [&str; 3] = ["expert_count", "expert_used_count", "expert_feed_forward_length"];
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
 
@@ -75,6 +78,7 @@ impl ModelConfig {
             vocab_size,
             hidden_size,
             intermediate_size: fields.size(&names.intermediate_size)?,
+            experts: fields.family.has_experts().then(|| fields.experts()).transpose()?,
             num_layers: fields.size(&names.num_layers)?,
             num_heads,
             num_kv_heads: fields.optional_size(&names.num_kv_heads)?.unwrap_or(num_heads),
@@ -153,13 +157,32 @@ impl<'a> Fields<'a> {
         let prefix = self.key("");
         let keys = self.metadata.range(prefix.clone()..);
         for (key, value) in keys.take_while(|(key, _)| key.starts_with(&prefix)) {
-            let is_other = OTHER_KEYS.contains(&&key[prefix.len()..]);
+            let name = &key[prefix.len()..];
+            let is_of_experts = self.family.has_experts() && EXPERTS.contains(&name);
+            let is_other = OTHER_KEYS.contains(&name) || is_of_experts;
             if !is_other && !known.iter().any(|known| *known == key) {
                 let problem = format!("is {value}, which Lockstep doesn't compute");
                 return Err(ModelError::unsupported(self.path, key, problem));
             }
         }
         Ok(())
+    }
+
+    /// llama.cpp computes experts in every layer, with weights that sum to one (`build_moe_ffn` in
+    /// its models/qwen3moe.cpp).
+    fn experts(&self) -> Result<ExpertsConfig, ModelError> {
+        let [count, per_row, width] = EXPERTS.map(|key| self.key(key));
+        let experts = ExpertsConfig {
+            count: self.size(&count)?,
+            per_row: self.size(&per_row)?,
+            intermediate_size: self.size(&width)?,
+            normalises: true,
+            dense_layers: Vec::new(),
+        };
+        match experts.problem([&count, &per_row, &width]) {
+            None => Ok(experts),
+            Some((field, problem)) => Err(ModelError::invalid_field(self.path, field, problem)),
+        }
     }
 
     /// Linear scaling from the metadata, or the divisors that stand for Llama 3.1's.

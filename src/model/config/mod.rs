@@ -3,6 +3,7 @@
 //! Nothing here approximates: a field that changes the mathematics and that the decoder
 //! doesn't compute is refused by its name ([`ModelError::Unsupported`]).
 
+mod experts;
 mod family;
 mod rope;
 
@@ -13,6 +14,7 @@ use std::{borrow::Cow, path::Path};
 
 use super::ModelError;
 
+pub use experts::ExpertsConfig;
 pub use family::Family;
 pub use rope::RopeScaling;
 
@@ -32,7 +34,10 @@ pub struct ModelConfig {
     pub family: Family,
     pub vocab_size: usize,
     pub hidden_size: usize,
+    /// Width of a layer's MLP, where it has one.
     pub intermediate_size: usize,
+    /// Of families with [`has_experts`](Family::has_experts).
+    pub experts: Option<ExpertsConfig>,
     pub num_layers: usize,
     pub num_heads: usize,
     pub num_kv_heads: usize,
@@ -98,15 +103,21 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Number of weights, norms aside; `None` if it exceeds u64.
+    /// Most weights that there may be, norms and biases aside; `None` if they exceed u64.
     fn parameters(&self) -> Option<u64> {
         let product = |a: usize, b: usize| (a as u64).checked_mul(b as u64);
         let queries = product(self.num_heads, self.head_dim)?;
         let keys = product(self.num_kv_heads, self.head_dim)?;
-        let width = queries
-            .checked_add(keys)?
-            .checked_mul(2)?
-            .checked_add((self.intermediate_size as u64).checked_mul(3)?)?;
+        let attention = queries.checked_add(keys)?.checked_mul(2)?;
+        let dense = (self.intermediate_size as u64).checked_mul(3)?;
+        let mlp = match &self.experts {
+            None => dense,
+            Some(experts) => {
+                let router_and_expert = (experts.intermediate_size as u64).checked_mul(3)?.checked_add(1)?;
+                router_and_expert.checked_mul(experts.count as u64)?.max(dense)
+            }
+        };
+        let width = attention.checked_add(mlp)?;
         let layers = width.checked_mul(self.hidden_size as u64)?.checked_mul(self.num_layers as u64)?;
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
         product(self.vocab_size, self.hidden_size)?.checked_mul(tables)?.checked_add(layers)

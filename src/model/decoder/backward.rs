@@ -3,12 +3,13 @@ use crate::{
         Adapted, AttentionGradients, Buffer, Gradients, Matrix, Shared, Team, Turn, attention_backward,
         linear_backward, rms_norm, rms_norm_backward, swiglu, swiglu_backward,
     },
-    model::{AdapterRows, BaseModel, LayerWeights},
+    model::{AdapterRows, BaseModel, LayerWeights, Mlp},
     types::LoraTarget::{self, *},
 };
 
 use super::{
     Tape, Workspace,
+    plan::Share,
     tape::{Activations, LayerGradients},
 };
 
@@ -60,18 +61,18 @@ pub fn backward(
 }
 
 /// One decoder block on its way back.
-struct BackwardLayer<'a> {
-    model: &'a BaseModel,
-    weights: &'a LayerWeights,
+pub(super) struct BackwardLayer<'a> {
+    pub model: &'a BaseModel,
+    pub weights: &'a LayerWeights,
     index: usize,
     /// Nothing below this layer needs a gradient.
     is_lowest: bool,
     adapter: AdapterRows<'a>,
     /// Of all values of the adapter.
     gradient: Shared<'a>,
-    tape: &'a Tape,
-    activations: &'a Activations,
-    team: &'a Team,
+    pub tape: &'a Tape,
+    pub activations: &'a Activations,
+    pub team: &'a Team,
 }
 
 impl BackwardLayer<'_> {
@@ -85,12 +86,16 @@ impl BackwardLayer<'_> {
     }
 
     /// Whether a gradient is needed that only `targets` and lower layers use.
-    fn is_needed(&self, targets: &[LoraTarget]) -> bool {
+    pub(super) fn is_needed(&self, targets: &[LoraTarget]) -> bool {
         !self.is_lowest
-            || targets.iter().any(|target| self.adapter.layout.entry(self.index, *target).is_some())
+            || targets.iter().any(|target| !self.adapter.layout.entries_of(self.index, *target).is_empty())
     }
 
     fn feed_forward(&self, workspace: &mut Workspace) {
+        let mlp = match &self.weights.mlp {
+            Mlp::Dense(mlp) => mlp,
+            Mlp::Experts(experts) => return self.mixture(experts, workspace),
+        };
         let Workspace { gradients, normed_rd, change_rd, gated_ri, .. } = workspace;
         let LayerGradients { residual_rd, gated_ri: d_gated, gate_ri, up_ri, low, .. } = gradients;
         let Activations { gate_ri: gate, up_ri: up, middle_rd, .. } = self.activations;
@@ -99,7 +104,7 @@ impl BackwardLayer<'_> {
         swiglu(gate, up, gated_ri.resize(gate.len()), self.team);
         let needed = self.is_needed(&[GateProj, UpProj, QProj, KProj, VProj, OProj]);
         let dx = needed.then(|| d_gated.resize(gate.len()));
-        self.linear(gated_ri, [(DownProj, &self.weights.down, residual_rd)], dx, low);
+        self.linear(self.whole(), gated_ri, [(DownProj, &mlp.down, residual_rd)], dx, low);
         if !needed {
             return;
         }
@@ -109,8 +114,8 @@ impl BackwardLayer<'_> {
         let normed = normed_rd.resize(middle_rd.len());
         rms_norm(middle_rd, &self.weights.mlp_norm, eps, normed, self.team);
         let needed = self.is_needed(&[QProj, KProj, VProj, OProj]);
-        let layers = [(GateProj, &self.weights.gate, &*d_gate), (UpProj, &self.weights.up, &*d_up)];
-        self.linear(normed, layers, needed.then(|| change_rd.resize(middle_rd.len())), low);
+        let layers = [(GateProj, &mlp.gate, &*d_gate), (UpProj, &mlp.up, &*d_up)];
+        self.linear(self.whole(), normed, layers, needed.then(|| change_rd.resize(middle_rd.len())), low);
         if needed {
             rms_norm_backward(middle_rd, &self.weights.mlp_norm, eps, change_rd, residual_rd, self.team);
         }
@@ -125,7 +130,7 @@ impl BackwardLayer<'_> {
 
         let needed = self.is_needed(&[QProj, KProj, VProj]);
         let dx = needed.then(|| d_attended.resize(attended_rq.len()));
-        self.linear(attended_rq, [(OProj, &self.weights.o, residual_rd)], dx, low);
+        self.linear(self.whole(), attended_rq, [(OProj, &self.weights.o, residual_rd)], dx, low);
         if !needed {
             return;
         }
@@ -162,7 +167,7 @@ impl BackwardLayer<'_> {
         let layers =
             [(QProj, &self.weights.q, &*dq), (KProj, &self.weights.k, &*dk), (VProj, &self.weights.v, &*dv)];
         let dx = (!self.is_lowest).then(|| change_rd.resize(input_rd.len()));
-        self.linear(normed, layers, dx, low);
+        self.linear(self.whole(), normed, layers, dx, low);
         if !self.is_lowest {
             rms_norm_backward(input_rd, &self.weights.attn_norm, eps, change_rd, residual_rd, self.team);
         }
@@ -176,30 +181,39 @@ impl BackwardLayer<'_> {
         dx
     }
 
-    /// Linear layers that read the same `x`, given the gradients of their results.
-    fn linear<const N: usize>(
+    /// All rows, before the same weights.
+    fn whole(&self) -> Share<'static> {
+        let rows = self.tape.rows;
+        Share { expert: 0, rows: 0..rows, of: rows, segments: &[] }
+    }
+
+    /// Linear layers that read the same `x`, given the gradients of their results; all are those
+    /// of the share's rows.
+    pub(super) fn linear<const N: usize>(
         &self,
+        share: Share<'_>,
         x: &[f32],
         layers: [(LoraTarget, &Matrix, &[f32]); N],
         dx: Option<&mut [f32]>,
         d_low: &mut [Buffer; 3],
     ) {
-        let low_len = self.tape.rows * self.adapter.rank();
+        let rank = self.adapter.rank();
+        let low = share.rows.start * rank..share.rows.end * rank;
         let mut d_low = d_low.iter_mut();
         let layers = layers.map(|(target, weight, dy)| {
-            let adapted = self.adapter.low_rank(self.index, target).zip(d_low.next());
-            let adapted = adapted.and_then(|(low_rank, d_low)| {
-                let entry = self.adapter.layout.entry(self.index, target)?;
+            let low_rank = self.adapter.low_rank(self.index, target, share.expert);
+            let adapted = low_rank.zip(d_low.next()).and_then(|(low_rank, d_low)| {
+                let entry = self.adapter.layout.entries_of(self.index, target).get(share.expert)?;
                 Some(Adapted {
                     low_rank,
-                    low: &self.activations.low[target as usize],
-                    d_low: Shared::new(d_low.resize(low_len)),
+                    low: &self.activations.low[target as usize][low.clone()],
+                    d_low: Shared::new(d_low.resize(low.len())),
                     d_a: self.gradient.range(entry.a.clone()),
                     d_b: self.gradient.range(entry.b.clone()),
                 })
             });
             Gradients { weight, dy, adapted }
         });
-        linear_backward(x, self.tape.rows, &layers, dx.map(Shared::new), self.team);
+        linear_backward(x, share.rows.len(), &layers, dx.map(Shared::new), self.team);
     }
 }

@@ -3,11 +3,15 @@ use crate::{
         self, KvBlocks, Layer, Matrix, Shared, Team, Turn, add, add_bias, append, attention, for_rows,
         rms_norm, swiglu,
     },
-    model::{BaseModel, Batch, KvCache, LayerWeights},
+    model::{BaseModel, Batch, KvCache, LayerWeights, Mlp},
     types::LoraTarget,
 };
 
-use super::{Tape, Workspace, plan::Plan, tape::Activations};
+use super::{
+    Tape, Workspace,
+    plan::{Plan, Share},
+    tape::Activations,
+};
 
 /// Runs the decoder over `batch` and returns the final hidden states after the last norm,
 /// `[rows, hidden]`, rows in the batch's order.
@@ -110,13 +114,13 @@ fn embed(embedding: &Matrix, tokens: &[u32], x_rd: &mut [f32], team: &Team) {
 }
 
 /// One decoder block on its way forward.
-struct ForwardLayer<'a> {
-    model: &'a BaseModel,
+pub(super) struct ForwardLayer<'a> {
+    pub model: &'a BaseModel,
     weights: &'a LayerWeights,
     index: usize,
-    plan: &'a Plan<'a>,
+    pub plan: &'a Plan<'a>,
     blocks: &'a [KvBlocks<'a>],
-    team: &'a Team,
+    pub team: &'a Team,
 }
 
 impl ForwardLayer<'_> {
@@ -130,7 +134,7 @@ impl ForwardLayer<'_> {
         self.attend(activations, workspace);
         let change = workspace.change_rd.resize(len_rd);
         let Activations { attended_rq, low, .. } = &mut *activations;
-        self.linear(attended_rq, [(LoraTarget::OProj, &self.weights.o, change)], low);
+        self.linear(self.plan.whole(), attended_rq, [(LoraTarget::OProj, &self.weights.o, change)], low);
         let middle = activations.middle_rd.resize(len_rd);
         add(&activations.input_rd, &workspace.change_rd, middle, self.team);
 
@@ -173,7 +177,7 @@ impl ForwardLayer<'_> {
             (LoraTarget::KProj, &self.weights.k, &mut *k_raw),
             (LoraTarget::VProj, &self.weights.v, &mut *v),
         ];
-        self.linear(normed_rd, layers, low);
+        self.linear(self.plan.whole(), normed_rd, layers, low);
         if let Some(bias) = &self.weights.qkv_bias {
             add_bias(&bias.q, q_raw, self.team);
             add_bias(&bias.k, k_raw, self.team);
@@ -189,38 +193,44 @@ impl ForwardLayer<'_> {
 
     /// From the normed middle to the change of the residual stream.
     fn feed_forward(&self, activations: &mut Activations, workspace: &mut Workspace) {
+        let mlp = match &self.weights.mlp {
+            Mlp::Dense(mlp) => mlp,
+            Mlp::Experts(experts) => return self.mixture(experts, activations, workspace),
+        };
         let config = &self.model.config;
         let len_ri = self.plan.rows * config.intermediate_size;
         let Activations { gate_ri, up_ri, low, .. } = activations;
         let (gate, up) = (gate_ri.resize(len_ri), up_ri.resize(len_ri));
-        let layers = [
-            (LoraTarget::GateProj, &self.weights.gate, &mut *gate),
-            (LoraTarget::UpProj, &self.weights.up, &mut *up),
-        ];
-        self.linear(&workspace.normed_rd, layers, low);
+        let layers = [(LoraTarget::GateProj, &mlp.gate, &mut *gate), (LoraTarget::UpProj, &mlp.up, &mut *up)];
+        self.linear(self.plan.whole(), &workspace.normed_rd, layers, low);
         swiglu(gate, up, workspace.gated_ri.resize(len_ri), self.team);
         let change = workspace.change_rd.resize(self.plan.rows * config.hidden_size);
-        self.linear(&workspace.gated_ri, [(LoraTarget::DownProj, &self.weights.down, change)], low);
+        let layers = [(LoraTarget::DownProj, &mlp.down, change)];
+        self.linear(self.plan.whole(), &workspace.gated_ri, layers, low);
     }
 
-    /// Linear layers that read the same `x`, with the adapters of their rows.
-    fn linear<const N: usize>(
+    /// Linear layers that read the same `x`, with the adapters of their rows; `x` and the results
+    /// are those of the share's rows.
+    pub(super) fn linear<const N: usize>(
         &self,
+        share: Share<'_>,
         x: &[f32],
         layers: [(LoraTarget, &Matrix, &mut [f32]); N],
         low: &mut [kernels::Buffer; 7],
     ) {
         let rank = self.plan.largest_rank();
-        let low_len = self.plan.rows * rank;
-        let low = low.each_mut().map(|buffer| Shared::new(buffer.resize(low_len)));
-        let (plan, index) = (self.plan, self.index);
+        for (target, ..) in &layers {
+            low[*target as usize].resize(share.of * rank);
+        }
+        let low = low.each_mut().map(|buffer| Shared::new(buffer));
+        let (plan, index, Share { expert, rows, segments, .. }) = (self.plan, self.index, share);
         let layers = layers.map(|(target, weight, y)| Layer {
             weight,
-            low_rank: move |segment: usize| plan.adapters[segment]?.low_rank(index, target),
-            low: low[target as usize],
+            low_rank: move |segment: usize| plan.adapters[segment]?.low_rank(index, target, expert),
+            low: low[target as usize].range(rows.start * rank..rows.end * rank),
             low_row: rank,
             y: Shared::new(y),
         });
-        kernels::linear(x, &self.plan.segments, &layers, self.team);
+        kernels::linear(x, segments, &layers, self.team);
     }
 }

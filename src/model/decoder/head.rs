@@ -86,7 +86,7 @@ fn gather(hidden: &[f32], rows: impl Iterator<Item = usize>, width: usize, gathe
 }
 
 /// `logits = hidden · Wᵀ`
-fn project(head: &Matrix, hidden_cd: &[f32], rows: usize, logits_cv: &mut [f32], team: &Team) {
+pub(super) fn project(head: &Matrix, hidden_cd: &[f32], rows: usize, logits_cv: &mut [f32], team: &Team) {
     let layer = Layer {
         weight: head,
         low_rank: |_| None,

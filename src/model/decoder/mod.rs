@@ -6,9 +6,11 @@
 //! SmolLM2-135M.
 //!
 //! Legend of shapes: r rows (positions of all sequences, packed), d hidden width, q query heads
-//! times head width, k key heads times head width, i intermediate width, v vocabulary.
+//! times head width, k key heads times head width, i intermediate width, v vocabulary, s slots (one
+//! row at one expert), e experts.
 
 mod backward;
+mod experts;
 mod forward;
 mod head;
 mod plan;

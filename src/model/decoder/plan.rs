@@ -47,10 +47,28 @@ impl<'a> Plan<'a> {
         plan
     }
 
+    /// All rows, before the same weights.
+    pub(super) fn whole(&self) -> Share<'_> {
+        Share { expert: 0, rows: 0..self.rows, of: self.rows, segments: &self.segments }
+    }
+
     /// The largest rank, 0 without adapters.
     pub(super) fn largest_rank(&self) -> usize {
         self.adapters.iter().flatten().map(|adapter| adapter.rank()).max().unwrap_or(0)
     }
+}
+
+/// Rows that meet the same weights: all rows of a batch, or those that went to one expert.
+#[derive(Clone)]
+pub(super) struct Share<'a> {
+    /// Number of the expert; 0 where there is one MLP.
+    pub expert: usize,
+    /// Which of the rows, or of the slots at experts, they are.
+    pub rows: Range<usize>,
+    /// How many there are of all.
+    pub of: usize,
+    /// Rows of one adapter, end to end, counted from the first of these.
+    pub segments: &'a [Range<usize>],
 }
 
 /// Whether two adapters are one, in one place.
@@ -67,9 +85,9 @@ impl<'a> AdapterRows<'a> {
         self.layout.config.rank as usize
     }
 
-    /// The matrices of one linear layer, if it is adapted.
-    pub(super) fn low_rank(&self, layer: usize, target: LoraTarget) -> Option<LowRank<'a>> {
-        let entry = self.layout.entry(layer, target)?;
+    /// The matrices of one linear layer, if it is adapted; `expert` is 0 where there is one.
+    pub(super) fn low_rank(&self, layer: usize, target: LoraTarget, expert: usize) -> Option<LowRank<'a>> {
+        let entry = self.layout.entries_of(layer, target).get(expert)?;
         Some(LowRank {
             a: &self.values[entry.a.clone()],
             b: &self.values[entry.b.clone()],

@@ -3,6 +3,8 @@ use crate::{
     model::KvCache,
 };
 
+use super::experts::Routing;
+
 /// What the forward keeps for the backward: the activations of one micro-batch.
 ///
 /// The backward gives the memory back to the workspace, where the next forward finds it; a tape
@@ -33,6 +35,8 @@ pub struct Workspace {
     pub(super) change_rd: Buffer,
     /// The residual stream between two layers.
     pub(super) next_rd: Buffer,
+    /// Rows brought to their experts, or what those return.
+    pub(super) slots_sd: Buffer,
     pub(super) gradients: LayerGradients,
     pub(super) head: HeadBuffers,
 }
@@ -54,9 +58,12 @@ pub(super) struct Activations {
     pub lse: Buffer,
     /// The residual stream between attention and MLP.
     pub middle_rd: Buffer,
+    /// Of each slot, `[s, i]`, where the layer has experts.
     pub gate_ri: Buffer,
     pub up_ri: Buffer,
-    /// `scale · A x` of each linear layer, `[r, rank]`, in the order of `LoraTarget`.
+    /// Which rows went to which expert.
+    pub routing: Routing,
+    /// `scale · A x` of each linear layer, `[r, rank]` or `[s, rank]`, in the order of `LoraTarget`.
     pub low: [Buffer; 7],
 }
 
@@ -67,6 +74,10 @@ pub(super) struct LayerGradients {
     pub gated_ri: Buffer,
     pub gate_ri: Buffer,
     pub up_ri: Buffer,
+    /// Of what the experts read.
+    pub slots_sd: Buffer,
+    /// Of the router's logits.
+    pub logits_re: Buffer,
     pub attended_rq: Buffer,
     pub q_rq: Buffer,
     pub k_shares_rq: Buffer,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::ModelFiles;
 use crate::{
     kernels::Matrix,
-    model::{BaseWeights, ChatMessage, Family, ModelConfig, RopeScaling, TextCodec},
+    model::{BaseWeights, ChatMessage, Family, Mlp, ModelConfig, RopeScaling, TextCodec},
 };
 
 /// Texts that a pre-tokenizer gets wrong first: digits, blanks, other scripts, code, emoji.
@@ -48,6 +48,7 @@ fn reads_smollm2() {
         vocab_size: 49_152,
         hidden_size: 576,
         intermediate_size: 1536,
+        experts: None,
         num_layers: 30,
         num_heads: 9,
         num_kv_heads: 3,
@@ -98,8 +99,8 @@ fn reads_smollm2_as_transformers_does() {
     // Both were dequantised from the same blocks, so nothing is left to rounding.
     let [ours, theirs] = [&gguf, &reference].map(|files| files.load_weights().unwrap());
     for (layer, (ours, theirs)) in ours.layers.iter().zip(&theirs.layers).enumerate() {
-        let [ours, theirs] =
-            [ours, theirs].map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(rows));
+        let [ours, theirs] = [ours, theirs]
+            .map(|l| [&l.q, &l.k, &l.v, &l.o].into_iter().chain(mlp(&l.mlp)).map(rows).collect::<Vec<_>>());
         assert!(ours == theirs, "layer {layer}");
     }
     let tables =
@@ -109,6 +110,13 @@ fn reads_smollm2_as_transformers_does() {
         weights.layers.iter().flat_map(|l| [l.attn_norm.clone(), l.mlp_norm.clone()].concat()).collect()
     };
     assert!(norms(&ours) == norms(&theirs));
+}
+
+fn mlp(mlp: &Mlp) -> [&Matrix; 3] {
+    match mlp {
+        Mlp::Dense(mlp) => [&mlp.gate, &mlp.up, &mlp.down],
+        Mlp::Experts(_) => panic!("SmolLM2 has one MLP a layer"),
+    }
 }
 
 fn rows(matrix: &Matrix) -> Vec<f32> {

@@ -10,7 +10,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::ModelFiles;
-use crate::model::{BaseWeights, ModelConfig, ModelError, tiny};
+use crate::model::{BaseWeights, ExpertsWeights, Mlp, ModelConfig, ModelError, tiny};
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
@@ -78,7 +78,15 @@ fn flat(weights: &BaseWeights) -> Vec<f32> {
         flat.extend(l.attn_norm.iter().chain(&l.mlp_norm));
         flat.extend(l.qkv_bias.iter().flat_map(|bias| [&bias.q, &bias.k, &bias.v]).flatten());
         flat.extend(l.qk_norm.iter().flat_map(|norm| [&norm.q, &norm.k]).flatten());
-        matrices.extend([&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
+        matrices.extend([&l.q, &l.k, &l.v, &l.o]);
+        let mlps = match &l.mlp {
+            Mlp::Dense(mlp) => std::slice::from_ref(mlp),
+            Mlp::Experts(ExpertsWeights { router, experts, .. }) => {
+                matrices.push(router);
+                experts
+            }
+        };
+        matrices.extend(mlps.iter().flat_map(|mlp| [&mlp.gate, &mlp.up, &mlp.down]));
     }
     for matrix in matrices {
         let mut row = vec![0.0; matrix.in_features()];

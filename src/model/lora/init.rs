@@ -69,7 +69,7 @@ mod tests {
         let layout = layout(LoraConfig::new(4, 7));
         let values = initial_values(&layout);
         let first = |layer, target| {
-            let start = layout.entry(layer, target).unwrap().a.start;
+            let start = layout.entries_of(layer, target)[0].a.start;
             [values[start].to_bits(), values[start + 1].to_bits(), values[start + 2].to_bits()]
         };
         assert_eq!(first(0, LoraTarget::QProj), GOLDEN_Q0);
@@ -86,7 +86,7 @@ mod tests {
         config.targets = vec![LoraTarget::DownProj];
         let one = layout(config);
         let (all_values, one_values) = (initial_values(&all), initial_values(&one));
-        let of = |layout: &LoraLayout| layout.entry(1, LoraTarget::DownProj).unwrap().a.clone();
+        let of = |layout: &LoraLayout| layout.entries_of(1, LoraTarget::DownProj)[0].a.clone();
         assert_eq!(all_values[of(&all)], one_values[of(&one)]);
     }
 

@@ -7,12 +7,14 @@ use crate::{
 
 /// Where each LoRA matrix stands in one flat vector of f32.
 ///
-/// Order: layer by layer, within a layer by [`LoraTarget`], A (`[rank, in]`) before B
-/// (`[out, rank]`), row-major.
+/// Order: layer by layer, within a layer by [`LoraTarget`], within a target by expert where the
+/// layer has several, A (`[rank, in]`) before B (`[out, rank]`), row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraLayout {
     pub config: LoraConfig,
     pub entries: Vec<LoraEntry>,
+    /// Where the entries of each layer's targets begin, and the end of the last.
+    starts: Vec<usize>,
     len: usize,
 }
 
@@ -21,6 +23,8 @@ pub struct LoraLayout {
 pub struct LoraEntry {
     pub layer: usize,
     pub target: LoraTarget,
+    /// Which expert's, if the layer's MLP is a mixture of experts.
+    pub expert: Option<usize>,
     pub in_features: usize,
     pub out_features: usize,
     pub a: Range<usize>,
@@ -28,16 +32,21 @@ pub struct LoraEntry {
 }
 
 impl LoraLayout {
-    /// The layout of `config` on a model; refuses what [`LoraConfig::validate`] refuses, and
-    /// ranks above the smallest dimension of an adapted layer.
+    /// The layout of `config` on a model; refuses what [`LoraConfig::validate`] refuses, ranks
+    /// above the smallest dimension of an adapted layer, and one of gate and up without the other
+    /// on a mixture of experts, because transformers holds an expert's two as one.
     pub fn new(model: &ModelConfig, config: &LoraConfig) -> Result<Self, InvalidInput> {
         config.validate()?;
+        let has = |target| config.targets.contains(&target);
+        if model.experts.is_some() && has(LoraTarget::GateProj) != has(LoraTarget::UpProj) {
+            let problem = "must name both of `gate_proj` and `up_proj` or neither on a mixture of experts";
+            return Err(InvalidInput::new("targets", problem));
+        }
         let rank = config.rank as usize;
-        let mut entries = Vec::with_capacity(model.num_layers * config.targets.len());
-        let mut len = 0;
+        let mut layout = Self { config: config.clone(), entries: Vec::new(), starts: vec![0], len: 0 };
         for layer in 0..model.num_layers {
             for &target in &config.targets {
-                let (in_features, out_features) = model.linear_shape(target);
+                let (in_features, out_features) = model.linear_shape(layer, target);
                 let bound = in_features.min(out_features);
                 if rank > bound {
                     return Err(InvalidInput::new(
@@ -48,13 +57,18 @@ impl LoraLayout {
                         ),
                     ));
                 }
-                let a = len..len + rank * in_features;
-                let b = a.end..a.end + out_features * rank;
-                len = b.end;
-                entries.push(LoraEntry { layer, target, in_features, out_features, a, b });
+                let experts = model.layer_experts(layer).filter(|_| target.parent() == "mlp");
+                let experts = experts.map_or(vec![None], |experts| (0..experts.count).map(Some).collect());
+                for expert in experts {
+                    let a = layout.len..layout.len + rank * in_features;
+                    let b = a.end..a.end + out_features * rank;
+                    layout.len = b.end;
+                    layout.entries.push(LoraEntry { layer, target, expert, in_features, out_features, a, b });
+                }
+                layout.starts.push(layout.entries.len());
             }
         }
-        Ok(Self { config: config.clone(), entries, len })
+        Ok(layout)
     }
 
     /// Number of f32 values.
@@ -67,11 +81,15 @@ impl LoraLayout {
         self.len == 0
     }
 
-    /// The entry of a layer's target, if it carries an adapter.
-    pub fn entry(&self, layer: usize, target: LoraTarget) -> Option<&LoraEntry> {
-        // Entries are a dense grid of layers by targets, and the targets are sorted.
-        let column = self.config.targets.binary_search(&target).ok()?;
-        self.entries.get(layer * self.config.targets.len() + column)
+    /// The entries of a layer's target, if it carries adapters: one, or one an expert.
+    pub fn entries_of(&self, layer: usize, target: LoraTarget) -> &[LoraEntry] {
+        // The targets are sorted.
+        let Ok(column) = self.config.targets.binary_search(&target) else { return &[] };
+        let place = layer * self.config.targets.len() + column;
+        match self.starts.get(place..place + 2) {
+            Some(bounds) => &self.entries[bounds[0]..bounds[1]],
+            None => &[],
+        }
     }
 
     /// `alpha / rank`.
@@ -81,25 +99,30 @@ impl LoraLayout {
 }
 
 impl ModelConfig {
-    /// `(in_features, out_features)` of a block's linear layer.
-    pub fn linear_shape(&self, target: LoraTarget) -> (usize, usize) {
+    /// `(in_features, out_features)` of a linear layer of a block, or of each of its experts'.
+    pub fn linear_shape(&self, layer: usize, target: LoraTarget) -> (usize, usize) {
         let queries = self.num_heads * self.head_dim;
         let keys = self.num_kv_heads * self.head_dim;
+        let wide = self.layer_experts(layer).map_or(self.intermediate_size, |e| e.intermediate_size);
         match target {
             LoraTarget::QProj => (self.hidden_size, queries),
             LoraTarget::KProj | LoraTarget::VProj => (self.hidden_size, keys),
             LoraTarget::OProj => (queries, self.hidden_size),
-            LoraTarget::GateProj | LoraTarget::UpProj => (self.hidden_size, self.intermediate_size),
-            LoraTarget::DownProj => (self.intermediate_size, self.hidden_size),
+            LoraTarget::GateProj | LoraTarget::UpProj => (self.hidden_size, wide),
+            LoraTarget::DownProj => (wide, self.hidden_size),
         }
     }
 }
 
 impl LoraEntry {
-    /// Name of the adapted linear layer in a Hugging Face model:
-    /// `model.layers.3.self_attn.q_proj`.
+    /// Name of the adapted linear layer in a Hugging Face model: `model.layers.3.self_attn.q_proj`
+    /// or `model.layers.3.mlp.experts.17.up_proj`.
     pub fn module_name(&self) -> String {
-        format!("model.layers.{}.{}.{}", self.layer, self.target.parent(), self.target.name())
+        let (layer, parent, name) = (self.layer, self.target.parent(), self.target.name());
+        match self.expert {
+            None => format!("model.layers.{layer}.{parent}.{name}"),
+            Some(expert) => format!("model.layers.{layer}.{parent}.experts.{expert}.{name}"),
+        }
     }
 
     /// Names of A and B in a PEFT adapter file.
@@ -112,7 +135,7 @@ impl LoraEntry {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::model::{Family, RopeScaling};
+    use crate::model::{ExpertsConfig, Family, RopeScaling};
 
     /// Two layers, 4 query heads over 2 key/value heads of width 4.
     pub(crate) fn tiny_model() -> ModelConfig {
@@ -121,6 +144,7 @@ pub(crate) mod tests {
             vocab_size: 32,
             hidden_size: 12,
             intermediate_size: 20,
+            experts: None,
             num_layers: 2,
             num_heads: 4,
             num_kv_heads: 2,
@@ -155,17 +179,17 @@ pub(crate) mod tests {
         config.targets = vec![LoraTarget::KProj, LoraTarget::DownProj];
         let layout = LoraLayout::new(&tiny_model(), &config).unwrap();
         for entry in &layout.entries {
-            assert_eq!(layout.entry(entry.layer, entry.target), Some(entry));
+            assert_eq!(layout.entries_of(entry.layer, entry.target), std::slice::from_ref(entry));
         }
-        assert_eq!(layout.entry(0, LoraTarget::QProj), None);
-        assert_eq!(layout.entry(2, LoraTarget::KProj), None);
+        assert_eq!(layout.entries_of(0, LoraTarget::QProj), []);
+        assert_eq!(layout.entries_of(2, LoraTarget::KProj), []);
     }
 
     #[test]
     fn shapes_follow_grouped_query_attention() {
         let layout = LoraLayout::new(&tiny_model(), &LoraConfig::new(2, 0)).unwrap();
         let shape = |target| {
-            let entry = layout.entry(1, target).unwrap();
+            let entry = &layout.entries_of(1, target)[0];
             (entry.in_features, entry.out_features)
         };
         assert_eq!(shape(LoraTarget::QProj), (12, 16));
@@ -173,6 +197,50 @@ pub(crate) mod tests {
         assert_eq!(shape(LoraTarget::OProj), (16, 12));
         assert_eq!(shape(LoraTarget::UpProj), (12, 20));
         assert_eq!(shape(LoraTarget::DownProj), (20, 12));
+    }
+
+    fn mixture() -> ModelConfig {
+        let experts = ExpertsConfig {
+            count: 3,
+            per_row: 2,
+            intermediate_size: 6,
+            normalises: true,
+            dense_layers: vec![0],
+        };
+        ModelConfig { family: Family::Qwen3Moe, experts: Some(experts), ..tiny_model() }
+    }
+
+    #[test]
+    fn each_expert_has_adapters_of_its_own() {
+        let mut config = LoraConfig::new(2, 0);
+        config.targets = vec![LoraTarget::QProj, LoraTarget::GateProj, LoraTarget::UpProj];
+        let layout = LoraLayout::new(&mixture(), &config).unwrap();
+        let names: Vec<String> = layout.entries.iter().map(LoraEntry::module_name).collect();
+        let expected = [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.0.mlp.gate_proj",
+            "model.layers.0.mlp.up_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.mlp.experts.0.gate_proj",
+            "model.layers.1.mlp.experts.1.gate_proj",
+            "model.layers.1.mlp.experts.2.gate_proj",
+            "model.layers.1.mlp.experts.0.up_proj",
+            "model.layers.1.mlp.experts.1.up_proj",
+            "model.layers.1.mlp.experts.2.up_proj",
+        ];
+        assert_eq!(names, expected);
+        let up = layout.entries_of(1, LoraTarget::UpProj);
+        assert_eq!(up.iter().map(|entry| entry.expert).collect::<Vec<_>>(), [Some(0), Some(1), Some(2)]);
+        assert_eq!(up[2].out_features, 6);
+        assert_eq!(layout.entries_of(0, LoraTarget::UpProj)[0].out_features, 20);
+    }
+
+    #[test]
+    fn refuses_one_of_an_experts_gate_and_up() {
+        let mut config = LoraConfig::new(2, 0);
+        config.targets = vec![LoraTarget::UpProj, LoraTarget::DownProj];
+        LoraLayout::new(&tiny_model(), &config).unwrap();
+        assert_eq!(LoraLayout::new(&mixture(), &config).unwrap_err().field, "targets");
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod safetensors;
 
 use std::{collections::HashSet, path::Path, sync::Arc};
 
-use super::{Family, ModelConfig, ModelError, TextCodec, files::ModelFiles};
+use super::{ExpertsConfig, ModelConfig, ModelError, TextCodec, files::ModelFiles};
 use crate::{kernels::Matrix, types::Digest};
 
 pub(super) use self::gguf::{Gguf, Header, ROPE_DIVISORS, Value};
@@ -48,6 +48,28 @@ pub struct LayerWeights {
     /// Of families with [`has_qk_norm`](super::Family::has_qk_norm).
     pub qk_norm: Option<QkNorm>,
     pub mlp_norm: Vec<f32>,
+    pub mlp: Mlp,
+}
+
+/// What stands behind a block's second norm.
+pub enum Mlp {
+    Dense(MlpWeights),
+    Experts(ExpertsWeights),
+}
+
+/// A mixture of experts, and how its rows choose theirs.
+pub struct ExpertsWeights {
+    /// `[experts, hidden]`.
+    pub router: Matrix,
+    pub experts: Vec<MlpWeights>,
+    /// How many experts a row goes to.
+    pub per_row: usize,
+    /// Whether the weights of a row's experts are made to sum to one.
+    pub normalises: bool,
+}
+
+/// `down (silu(gate x) ∘ up x)`
+pub struct MlpWeights {
     pub gate: Matrix,
     pub up: Matrix,
     pub down: Matrix,
@@ -105,15 +127,26 @@ pub(super) enum LayerWeight {
     VBias,
     QNorm,
     KNorm,
+    Router,
+    /// Of the expert with this number.
+    ExpertGate(usize),
+    ExpertUp(usize),
+    ExpertDown(usize),
 }
 
 impl LayerWeight {
-    /// Those of a decoder block of this family.
-    fn all(family: Family) -> impl Iterator<Item = Self> {
+    /// Those of one decoder block.
+    fn all(config: &ModelConfig, layer: usize) -> impl Iterator<Item = Self> {
         use LayerWeight::*;
-        let bias: &[_] = if family.has_qkv_bias() { &[QBias, KBias, VBias] } else { &[] };
-        let norm: &[_] = if family.has_qk_norm() { &[QNorm, KNorm] } else { &[] };
-        [AttnNorm, Q, K, V, O, MlpNorm, Gate, Up, Down].iter().chain(bias).chain(norm).copied()
+        let bias: &[_] = if config.family.has_qkv_bias() { &[QBias, KBias, VBias] } else { &[] };
+        let norm: &[_] = if config.family.has_qk_norm() { &[QNorm, KNorm] } else { &[] };
+        let (mlp, experts): (&[_], _) = match config.layer_experts(layer) {
+            None => (&[Gate, Up, Down], 0),
+            Some(experts) => (&[Router], experts.count),
+        };
+        let experts = (0..experts).flat_map(|i| [ExpertGate(i), ExpertUp(i), ExpertDown(i)]);
+        let attention = [AttnNorm, Q, K, V, O, MlpNorm].into_iter();
+        attention.chain([mlp, bias, norm].into_iter().flatten().copied()).chain(experts)
     }
 }
 
@@ -123,6 +156,7 @@ impl Weight {
         let hidden = config.hidden_size;
         let queries = config.num_heads * config.head_dim;
         let keys = config.num_kv_heads * config.head_dim;
+        let experts = |size: fn(&ExpertsConfig) -> usize| config.experts.as_ref().map_or(0, size);
         match self {
             Self::Embed | Self::Head => vec![config.vocab_size, hidden],
             Self::FinalNorm => vec![hidden],
@@ -136,6 +170,11 @@ impl Weight {
                 LayerWeight::QBias => vec![queries],
                 LayerWeight::KBias | LayerWeight::VBias => vec![keys],
                 LayerWeight::QNorm | LayerWeight::KNorm => vec![config.head_dim],
+                LayerWeight::Router => vec![experts(|experts| experts.count), hidden],
+                LayerWeight::ExpertGate(_) | LayerWeight::ExpertUp(_) => {
+                    vec![experts(|experts| experts.intermediate_size), hidden]
+                }
+                LayerWeight::ExpertDown(_) => vec![hidden, experts(|experts| experts.intermediate_size)],
             },
         }
     }
@@ -144,7 +183,7 @@ impl Weight {
     pub fn all(config: &ModelConfig) -> impl Iterator<Item = Self> {
         let of_layer = |layer| move |weight| Self::Layer(layer, weight);
         let layers = (0..config.num_layers)
-            .flat_map(move |layer| LayerWeight::all(config.family).map(of_layer(layer)));
+            .flat_map(move |layer| LayerWeight::all(config, layer).map(of_layer(layer)));
         let head = (!config.tie_word_embeddings).then_some(Self::Head);
         [Self::Embed, Self::FinalNorm].into_iter().chain(head).chain(layers)
     }
@@ -157,6 +196,11 @@ pub(super) trait TensorSource {
 
     /// Names of all tensors in the file.
     fn names(&self) -> impl Iterator<Item = &str>;
+
+    /// The shape of the tensor that holds a weight, which may hold others beside it.
+    fn stored_shape(&self, weight: Weight, config: &ModelConfig) -> Vec<usize> {
+        weight.shape(config)
+    }
 
     /// The tensor's shape, outermost dimension first, if the file holds it in a number format
     /// that can be read.
@@ -177,7 +221,7 @@ pub(super) fn check(config: &ModelConfig, source: &impl TensorSource) -> Result<
     let mut expected = HashSet::new();
     for weight in Weight::all(config) {
         let tensor = source.name(weight);
-        let (shape, found) = (weight.shape(config), source.shape(&tensor)?);
+        let (shape, found) = (source.stored_shape(weight, config), source.shape(&tensor)?);
         if shape != found {
             let path = source.path_of(&tensor).to_owned();
             return Err(ModelError::TensorShape { path, tensor, expected: shape, found });
@@ -218,6 +262,9 @@ pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<B
     let layer = |layer: usize| -> Result<LayerWeights, ModelError> {
         let values = |weight| values(Weight::Layer(layer, weight));
         let matrix = |weight| matrix(Weight::Layer(layer, weight));
+        let mlp = |[gate, up, down]: [LayerWeight; 3]| -> Result<MlpWeights, ModelError> {
+            Ok(MlpWeights { gate: matrix(gate)?, up: matrix(up)?, down: matrix(down)? })
+        };
         Ok(LayerWeights {
             attn_norm: values(LayerWeight::AttnNorm)?,
             q: matrix(LayerWeight::Q)?,
@@ -237,9 +284,21 @@ pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<B
                 false => None,
             },
             mlp_norm: values(LayerWeight::MlpNorm)?,
-            gate: matrix(LayerWeight::Gate)?,
-            up: matrix(LayerWeight::Up)?,
-            down: matrix(LayerWeight::Down)?,
+            mlp: match config.layer_experts(layer) {
+                None => Mlp::Dense(mlp([LayerWeight::Gate, LayerWeight::Up, LayerWeight::Down])?),
+                Some(experts) => Mlp::Experts(ExpertsWeights {
+                    per_row: experts.per_row,
+                    normalises: experts.normalises,
+                    router: matrix(LayerWeight::Router)?,
+                    experts: (0..experts.count)
+                        .map(|i| {
+                            let of_expert =
+                                [LayerWeight::ExpertGate, LayerWeight::ExpertUp, LayerWeight::ExpertDown];
+                            mlp(of_expert.map(|weight| weight(i)))
+                        })
+                        .collect::<Result<_, _>>()?,
+                }),
+            },
         })
     };
     let embed = matrix(Weight::Embed)?;

@@ -225,6 +225,10 @@ pub(in crate::model) fn hugging_face_name(weight: Weight) -> String {
                 LayerWeight::VBias => "self_attn.v_proj.bias",
                 LayerWeight::QNorm => "self_attn.q_norm.weight",
                 LayerWeight::KNorm => "self_attn.k_norm.weight",
+                LayerWeight::Router => "mlp.gate.weight",
+                LayerWeight::ExpertGate(expert) => &format!("mlp.experts.{expert}.gate_proj.weight"),
+                LayerWeight::ExpertUp(expert) => &format!("mlp.experts.{expert}.up_proj.weight"),
+                LayerWeight::ExpertDown(expert) => &format!("mlp.experts.{expert}.down_proj.weight"),
             };
             format!("model.layers.{layer}.{part}")
         }

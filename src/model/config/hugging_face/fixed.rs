@@ -61,6 +61,7 @@ fn is_always(family: Family, field: &str) -> bool {
     match field {
         "attention_bias" | "qkv_bias" => family.has_qkv_bias(),
         "use_qk_norm" | "qk_norm" => family.has_qk_norm(),
+        "num_experts" | "num_local_experts" => family.has_experts(),
         _ => false,
     }
 }
@@ -88,7 +89,11 @@ fn check_windows(fields: &Fields, family: Family) -> Result<(), ModelError> {
     if is_null || !fields.optional_bool("use_sliding_window")?.unwrap_or(false) {
         return Ok(());
     }
-    let windowless = fields.optional_size("max_window_layers")?;
+    // A mixture of experts has its window in every layer.
+    let windowless = match family.has_experts() {
+        true => None,
+        false => fields.optional_size("max_window_layers")?,
+    };
     if windowless >= Some(fields.size("num_hidden_layers")?) {
         return Ok(());
     }

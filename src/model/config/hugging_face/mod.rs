@@ -4,6 +4,7 @@
 //! The reference for what a field means is transformers' configuration class of the family: what
 //! it ignores is ignored here, and its defaults hold for what is absent.
 
+mod experts;
 mod fixed;
 mod rope;
 #[cfg(test)]
@@ -82,6 +83,7 @@ impl ModelConfig {
             vocab_size: fields.size("vocab_size")?,
             hidden_size,
             intermediate_size: fields.size("intermediate_size")?,
+            experts: family.has_experts().then(|| experts::read(&fields)).transpose()?,
             num_layers: fields.size("num_hidden_layers")?,
             num_heads,
             num_kv_heads,

@@ -1,7 +1,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::model::RopeScaling;
+use crate::model::{ExpertsConfig, RopeScaling};
 
 fn llama() -> Map<String, Value> {
     let config = json!({
@@ -130,7 +130,64 @@ fn of_family(family: Family) -> Map<String, Value> {
     let mut config = llama();
     config.insert("model_type".to_owned(), json!(family.model_type()));
     config.insert("architectures".to_owned(), json!([family.architecture()]));
+    if family.has_experts() {
+        let experts = json!({ "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 10 });
+        config.extend(experts.as_object().unwrap().clone());
+    }
     config
+}
+
+#[test]
+fn reads_experts_under_both_names() {
+    let mut config = of_family(Family::Qwen3Moe);
+    let plain = ExpertsConfig {
+        count: 6,
+        per_row: 2,
+        intermediate_size: 10,
+        normalises: false,
+        dense_layers: vec![],
+    };
+    assert_eq!(read(&config).unwrap().experts.as_ref(), Some(&plain));
+    config.remove("num_experts");
+    config.extend(
+        json!({
+            "num_local_experts": 6, "norm_topk_prob": true, "decoder_sparse_step": 2,
+            "mlp_only_layers": [3, 9], "num_hidden_layers": 5,
+        })
+        .as_object()
+        .unwrap()
+        .clone(),
+    );
+    let read = read(&config).unwrap();
+    assert_eq!(
+        read.experts,
+        Some(ExpertsConfig { normalises: true, dense_layers: vec![0, 2, 3, 4], ..plain })
+    );
+    assert!(read.layer_experts(1).is_some() && read.layer_experts(3).is_none());
+}
+
+#[test]
+fn refuses_experts_that_cannot_be() {
+    let invalid = [
+        ("num_experts", json!(0)),
+        ("num_experts", json!(1 << 20)),
+        ("num_experts_per_tok", json!(7)),
+        ("num_experts_per_tok", json!(null)),
+        ("moe_intermediate_size", json!(0)),
+        ("norm_topk_prob", json!("yes")),
+        ("mlp_only_layers", json!(1)),
+        ("mlp_only_layers", json!([-1])),
+        ("decoder_sparse_step", json!(0)),
+    ];
+    for (field, value) in invalid {
+        let mut config = of_family(Family::Qwen3Moe);
+        config.insert(field.to_owned(), value.clone());
+        let error = read(&config).unwrap_err();
+        assert!(
+            matches!(&error, ModelError::InvalidField { field: named, .. } if named == field),
+            "{field} = {value}: {error}"
+        );
+    }
 }
 
 #[test]

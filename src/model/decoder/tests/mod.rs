@@ -7,8 +7,8 @@ use std::sync::{Arc, OnceLock};
 use crate::{
     kernels::{CoreBudget, Priority, Team},
     model::{
-        Adapter, BaseModel, Batch, BatchSequence, Family, KvCache, LoraLayout, ModelConfig, RopeScaling,
-        Tape, Workspace, backward, forward, head_logits, head_logprobs, tiny,
+        Adapter, BaseModel, Batch, BatchSequence, ExpertsConfig, Family, KvCache, LoraLayout, ModelConfig,
+        RopeScaling, Tape, Workspace, backward, forward, head_logits, head_logprobs, tiny,
     },
     types::{LoraConfig, LoraTarget},
 };
@@ -43,9 +43,17 @@ fn models() -> &'static [BaseModel] {
             ModelConfig { rope_scaling: RopeScaling::Linear { factor: 3.0 }, ..config() },
             ModelConfig { family: Family::Qwen2, tie_word_embeddings: false, ..config() },
             ModelConfig { family: Family::Qwen3, ..config() },
+            mixture(true, vec![]),
+            // A layer with one MLP between two with experts.
+            mixture(false, vec![1]),
         ];
         kinds.map(load).into()
     })
+}
+
+fn mixture(normalises: bool, dense_layers: Vec<usize>) -> ModelConfig {
+    let experts = ExpertsConfig { count: 5, per_row: 2, intermediate_size: 20, normalises, dense_layers };
+    ModelConfig { family: Family::Qwen3Moe, experts: Some(experts), ..config() }
 }
 
 fn load(config: ModelConfig) -> BaseModel {
@@ -61,10 +69,10 @@ fn model() -> &'static BaseModel {
 }
 
 /// An adapter all of whose values are random; seeds differ, ranks too.
-fn adapter(seed: u64, targets: &[LoraTarget]) -> Adapter {
+fn adapter(model: &BaseModel, seed: u64, targets: &[LoraTarget]) -> Adapter {
     let lora =
         LoraConfig { rank: 3 + seed as u32 % 4, targets: targets.to_vec(), ..LoraConfig::new(4, seed) };
-    let layout = Arc::new(LoraLayout::new(&config(), &lora).unwrap());
+    let layout = Arc::new(LoraLayout::new(&model.config, &lora).unwrap());
     let values: Vec<f32> = (0..layout.len()).map(|i| 0.1 * noise(seed, i)).collect();
     Adapter { layout, values: values.into() }
 }
@@ -153,11 +161,14 @@ fn train(
     Trained { gradient, logprobs }
 }
 
-/// `‖a − b‖ / ‖b‖`
+/// `‖a − b‖ / ‖b‖`; 0 if both are 0, as the gradients of an expert that no row chose.
 fn distance(a: &[f32], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let difference: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
-    (difference / b.iter().map(|b| b * b).sum::<f64>()).sqrt()
+    match difference {
+        0.0 => 0.0,
+        _ => (difference / b.iter().map(|b| b * b).sum::<f64>()).sqrt(),
+    }
 }
 
 /// Some ten roundings to 6e-8 stand between an input and a result, each amplified a little by
@@ -182,15 +193,17 @@ fn assert_close(model: &BaseModel, adapter: &Adapter, sequences: &[Vec<u32>]) {
 #[test]
 fn gradients_are_those_of_autograd() {
     for model in models() {
-        assert_close(model, &adapter(1, &ALL), &sequences());
+        assert_close(model, &adapter(model, 1, &ALL), &sequences());
     }
 }
 
 #[test]
 fn gradients_are_right_when_some_layers_have_no_adapter() {
     for model in models() {
-        for targets in [&ALL[..1], &ALL[1..3], &ALL[3..4], &ALL[4..5], &ALL[6..], &[ALL[2], ALL[6]]] {
-            assert_close(model, &adapter(2, targets), &sequences()[1..2]);
+        // An expert's gate and up go together.
+        let gate = if model.config.experts.is_some() { &ALL[4..6] } else { &ALL[4..5] };
+        for targets in [&ALL[..1], &ALL[1..3], &ALL[3..4], gate, &ALL[6..], &[ALL[2], ALL[6]]] {
+            assert_close(model, &adapter(model, 2, targets), &sequences()[1..2]);
         }
     }
 }
@@ -201,38 +214,44 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn packed_sequences_are_those_alone() {
-    let adapter = adapter(3, &ALL);
-    let packed = hidden_of(model(), &sequences(), Some(&adapter), &Team::solo());
-    let alone: Vec<f32> = sequences()
-        .iter()
-        .flat_map(|tokens| hidden_of(model(), std::slice::from_ref(tokens), Some(&adapter), &Team::solo()))
-        .collect();
-    assert_eq!(bits(&packed), bits(&alone));
+    for model in models() {
+        let adapter = adapter(model, 3, &ALL);
+        let packed = hidden_of(model, &sequences(), Some(&adapter), &Team::solo());
+        let alone: Vec<f32> = sequences()
+            .iter()
+            .flat_map(|tokens| hidden_of(model, std::slice::from_ref(tokens), Some(&adapter), &Team::solo()))
+            .collect();
+        assert_eq!(bits(&packed), bits(&alone));
+    }
 }
 
 #[test]
 fn a_tape_and_a_used_workspace_change_nothing() {
-    let adapter = adapter(3, &ALL);
-    let mut workspace = Workspace::default();
-    let first = train(model(), &sequences(), &adapter, &mut workspace, &Team::solo());
-    // Other shapes in between, which leave their values in every buffer.
-    train(model(), &sequences()[..1], &adapter, &mut workspace, &Team::solo());
-    hidden_of(model(), &sequences()[1..], None, &Team::solo());
-    let second = train(model(), &sequences(), &adapter, &mut workspace, &Team::solo());
-    assert_eq!(bits(&first.gradient), bits(&second.gradient));
-    assert_eq!(bits(&first.logprobs), bits(&second.logprobs));
+    for model in models() {
+        let adapter = adapter(model, 3, &ALL);
+        let mut workspace = Workspace::default();
+        let first = train(model, &sequences(), &adapter, &mut workspace, &Team::solo());
+        // Other shapes in between, which leave their values in every buffer.
+        train(model, &sequences()[..1], &adapter, &mut workspace, &Team::solo());
+        hidden_of(model, &sequences()[1..], None, &Team::solo());
+        let second = train(model, &sequences(), &adapter, &mut workspace, &Team::solo());
+        assert_eq!(bits(&first.gradient), bits(&second.gradient));
+        assert_eq!(bits(&first.logprobs), bits(&second.logprobs));
+    }
 }
 
 #[test]
 fn the_width_of_the_team_changes_nothing() {
-    let adapter = adapter(4, &ALL);
-    let solo = train(model(), &sequences(), &adapter, &mut Workspace::default(), &Team::solo());
-    for cores in [2, 5] {
-        let budget = CoreBudget::new(cores);
-        let lease = budget.lease(cores, Priority::Training);
-        let team = train(model(), &sequences(), &adapter, &mut Workspace::default(), lease.team());
-        assert_eq!(bits(&solo.gradient), bits(&team.gradient));
-        assert_eq!(bits(&solo.logprobs), bits(&team.logprobs));
+    for model in models() {
+        let adapter = adapter(model, 4, &ALL);
+        let solo = train(model, &sequences(), &adapter, &mut Workspace::default(), &Team::solo());
+        for cores in [2, 5] {
+            let budget = CoreBudget::new(cores);
+            let lease = budget.lease(cores, Priority::Training);
+            let team = train(model, &sequences(), &adapter, &mut Workspace::default(), lease.team());
+            assert_eq!(bits(&solo.gradient), bits(&team.gradient));
+            assert_eq!(bits(&solo.logprobs), bits(&team.logprobs));
+        }
     }
 }
 
@@ -258,9 +277,9 @@ fn in_steps(
 
 #[test]
 fn decoding_in_any_steps_is_the_whole_forward() {
-    let adapter = adapter(5, &ALL);
     let tokens = tokens(11, 75);
     for model in models() {
+        let adapter = adapter(model, 5, &ALL);
         let whole = hidden_of(model, std::slice::from_ref(&tokens), Some(&adapter), &Team::solo());
         let ones = vec![1; tokens.len()];
         for steps in [&[75][..], &[40, 35], &[31, 1, 1, 2, 40], &[32, 32, 11], &ones] {
@@ -295,28 +314,30 @@ fn forks_share_the_past_and_not_the_future() {
 
 #[test]
 fn mixed_adapters_in_one_batch_are_each_alone() {
-    let adapters = [adapter(6, &ALL), adapter(7, &ALL[..2]), adapter(9, &ALL)];
-    let of_sequence = [Some(&adapters[0]), None, Some(&adapters[1]), Some(&adapters[2])];
-    let sequences = sequences();
-    let mut caches: Vec<KvCache> = sequences.iter().map(|_| KvCache::new(&config())).collect();
-    let mut batch = Batch { sequences: Vec::new() };
-    for ((tokens, adapter), (index, cache)) in
-        sequences.iter().zip(of_sequence).zip(caches.iter_mut().enumerate())
-    {
-        let kv_cache = (index != 1).then_some(cache);
-        batch.sequences.push(BatchSequence { tokens, kv_cache, adapter: adapter.map(Into::into) });
+    for model in models() {
+        let adapters = [adapter(model, 6, &ALL), adapter(model, 7, &ALL[..2]), adapter(model, 9, &ALL)];
+        let of_sequence = [Some(&adapters[0]), None, Some(&adapters[1]), Some(&adapters[2])];
+        let sequences = sequences();
+        let mut caches: Vec<KvCache> = sequences.iter().map(|_| KvCache::new(&config())).collect();
+        let mut batch = Batch { sequences: Vec::new() };
+        for ((tokens, adapter), (index, cache)) in
+            sequences.iter().zip(of_sequence).zip(caches.iter_mut().enumerate())
+        {
+            let kv_cache = (index != 1).then_some(cache);
+            batch.sequences.push(BatchSequence { tokens, kv_cache, adapter: adapter.map(Into::into) });
+        }
+        let budget = CoreBudget::new(2);
+        let lease = budget.lease(2, Priority::Sampling);
+        let mixed = forward(model, &mut batch, None, &mut Workspace::default(), lease.team());
+        let alone: Vec<f32> = sequences
+            .iter()
+            .zip(of_sequence)
+            .flat_map(|(tokens, adapter)| {
+                hidden_of(model, std::slice::from_ref(tokens), adapter, &Team::solo())
+            })
+            .collect();
+        assert_eq!(bits(&mixed), bits(&alone));
     }
-    let budget = CoreBudget::new(2);
-    let lease = budget.lease(2, Priority::Sampling);
-    let mixed = forward(model(), &mut batch, None, &mut Workspace::default(), lease.team());
-    let alone: Vec<f32> = sequences
-        .iter()
-        .zip(of_sequence)
-        .flat_map(|(tokens, adapter)| {
-            hidden_of(model(), std::slice::from_ref(tokens), adapter, &Team::solo())
-        })
-        .collect();
-    assert_eq!(bits(&mixed), bits(&alone));
 }
 
 #[test]

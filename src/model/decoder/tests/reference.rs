@@ -7,7 +7,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use super::targets;
 use crate::{
     kernels::Matrix,
-    model::{Adapter, BaseModel, LayerWeights, LoraLayout, ModelConfig},
+    model::{
+        Adapter, BaseModel, ExpertsWeights, LayerWeights, LoraEntry, LoraLayout, Mlp, MlpWeights, ModelConfig,
+    },
     types::LoraTarget,
 };
 
@@ -32,8 +34,20 @@ impl<'a> Reference<'a> {
     }
 
     fn linear(&self, x: &Tensor, weight: &Matrix, layer: usize, target: LoraTarget) -> Tensor {
+        self.linear_of(x, weight, layer, target, None)
+    }
+
+    fn linear_of(
+        &self,
+        x: &Tensor,
+        weight: &Matrix,
+        layer: usize,
+        target: LoraTarget,
+        expert: Option<usize>,
+    ) -> Tensor {
         let y = x.matmul(&dense(weight).t().unwrap()).unwrap();
-        let index = self.layout.entries.iter().position(|e| (e.layer, e.target) == (layer, target));
+        let is_it = |e: &LoraEntry| (e.layer, e.target, e.expert) == (layer, target, expert);
+        let index = self.layout.entries.iter().position(is_it);
         let Some(index) = index else { return y };
         let (a, b) = &self.matrices[index];
         let low = x.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
@@ -69,12 +83,49 @@ impl<'a> Reference<'a> {
             let attended = self.attend(&normed, index, layer);
             x = (x + self.linear(&attended, &layer.o, index, LoraTarget::OProj)).unwrap();
             let normed = norm(&x, &layer.mlp_norm, eps);
-            let gate = self.linear(&normed, &layer.gate, index, LoraTarget::GateProj);
-            let up = self.linear(&normed, &layer.up, index, LoraTarget::UpProj);
-            let gated = (gate.silu().unwrap() * up).unwrap();
-            x = (x + self.linear(&gated, &layer.down, index, LoraTarget::DownProj)).unwrap();
+            let change = match &layer.mlp {
+                Mlp::Dense(mlp) => self.mlp(&normed, mlp, index, None),
+                Mlp::Experts(experts) => self.mixture(&normed, experts, index),
+            };
+            x = (x + change).unwrap();
         }
         norm(&x, &weights.final_norm, eps)
+    }
+
+    fn mlp(&self, x: &Tensor, mlp: &MlpWeights, layer: usize, expert: Option<usize>) -> Tensor {
+        let gate = self.linear_of(x, &mlp.gate, layer, LoraTarget::GateProj, expert);
+        let up = self.linear_of(x, &mlp.up, layer, LoraTarget::UpProj, expert);
+        let gated = (gate.silu().unwrap() * up).unwrap();
+        self.linear_of(&gated, &mlp.down, layer, LoraTarget::DownProj, expert)
+    }
+
+    /// Every expert computes every row; the weights of those that a row didn't choose are zero.
+    fn mixture(&self, x: &Tensor, weights: &ExpertsWeights, layer: usize) -> Tensor {
+        let logits = x.matmul(&dense(&weights.router).t().unwrap()).unwrap();
+        let exponentials = logits.exp().unwrap();
+        let probabilities = exponentials.broadcast_div(&exponentials.sum_keepdim(1).unwrap()).unwrap();
+        let mask: Vec<f64> = probabilities
+            .to_vec2::<f64>()
+            .unwrap()
+            .iter()
+            .flat_map(|row| {
+                let mut ranked: Vec<usize> = (0..row.len()).collect();
+                ranked.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
+                let chosen = ranked[..weights.per_row].to_vec();
+                (0..row.len()).map(move |expert| f64::from(u8::from(chosen.contains(&expert))))
+            })
+            .collect();
+        let mask = Tensor::from_vec(mask, probabilities.shape(), &Device::Cpu).unwrap();
+        let mut chosen = (probabilities * mask).unwrap();
+        if weights.normalises {
+            chosen = chosen.broadcast_div(&chosen.sum_keepdim(1).unwrap()).unwrap();
+        }
+        let of_expert = |(expert, mlp): (usize, &MlpWeights)| {
+            let weight = chosen.narrow(1, expert, 1).unwrap();
+            self.mlp(x, mlp, layer, Some(expert)).broadcast_mul(&weight).unwrap()
+        };
+        let parts = weights.experts.iter().enumerate().map(of_expert);
+        parts.reduce(|sum, part| (sum + part).unwrap()).unwrap()
     }
 
     pub(super) fn train(&self, sequences: &[Vec<u32>]) -> (Vec<f64>, Vec<f64>) {

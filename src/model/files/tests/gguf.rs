@@ -12,7 +12,7 @@ use candle_core::{
 use tempfile::TempDir;
 
 use super::{flat, floats, load, open, read_tensors, refusal};
-use crate::model::{Family, ModelConfig, ModelError, RopeScaling, text::byte_level, tiny};
+use crate::model::{ExpertsConfig, Family, ModelConfig, ModelError, RopeScaling, text::byte_level, tiny};
 
 /// What a GGUF of the tiny model says and holds, for a test to change before it is written.
 struct TinyGguf {
@@ -45,6 +45,14 @@ impl TinyGguf {
             ]
             .map(|(key, value)| (format!("{architecture}.{key}"), value)),
         );
+        if let Some(experts) = &config.experts {
+            let sizes = [
+                ("expert_count", experts.count),
+                ("expert_used_count", experts.per_row),
+                ("expert_feed_forward_length", experts.intermediate_size),
+            ];
+            metadata.extend(sizes.map(|(key, size)| (format!("{architecture}.{key}"), u32(size))));
+        }
         if let RopeScaling::Linear { factor } = config.rope_scaling {
             metadata.insert(format!("{architecture}.rope.scaling.type"), GgufValue::String("linear".into()));
             metadata.insert(format!("{architecture}.rope.scaling.factor"), GgufValue::F32(factor));
@@ -69,7 +77,7 @@ impl TinyGguf {
         );
         let tensors = read_tensors(&directory.join("model.safetensors"));
         let tensors = tensors.into_iter().map(|(name, (_, shape, bytes))| {
-            let tensor = Tensor::from_vec(floats(&bytes), shape.clone(), &Device::Cpu).unwrap();
+            let tensor = Tensor::from_vec(floats(&bytes), shape, &Device::Cpu).unwrap();
             // Of Llama alone: the others' rotary embedding turns halves in llama.cpp, too.
             let heads = match name.rsplit('.').nth(1) {
                 Some("q_proj") if config.family == Family::Llama => Some(config.num_heads),
@@ -77,8 +85,11 @@ impl TinyGguf {
                 _ => None,
             };
             let tensor = heads.map_or_else(|| tensor.clone(), |heads| permuted(&tensor, heads));
-            let format = if shape.len() == 1 { GgmlDType::F32 } else { number_format };
-            (gguf_name(&name), QTensor::quantize(&tensor, format).unwrap())
+            (gguf_name(&name), tensor)
+        });
+        let tensors = experts_together(tensors.collect()).into_iter().map(|(name, tensor)| {
+            let format = if tensor.rank() == 1 { GgmlDType::F32 } else { number_format };
+            (name, QTensor::quantize(&tensor, format).unwrap())
         });
         Self { tensors: tensors.collect(), metadata }
     }
@@ -140,8 +151,36 @@ fn permuted(weight: &Tensor, heads: usize) -> Tensor {
     halves.transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, columns)).unwrap()
 }
 
+/// A layer's experts in one tensor: `blk.0.experts.2.ffn_up.weight` and its like become one
+/// `blk.0.ffn_up_exps.weight`.
+fn experts_together(tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    let mut together = BTreeMap::new();
+    let mut experts: BTreeMap<String, BTreeMap<usize, Tensor>> = BTreeMap::new();
+    for (name, tensor) in tensors {
+        match name.split_once(".experts.") {
+            None => drop(together.insert(name, tensor)),
+            Some((layer, rest)) => {
+                let (expert, part) = rest.split_once('.').unwrap();
+                let name = format!("{layer}.{}_exps.weight", part.strip_suffix(".weight").unwrap());
+                experts.entry(name).or_default().insert(expert.parse().unwrap(), tensor);
+            }
+        }
+    }
+    for (name, experts) in experts {
+        let experts: Vec<Tensor> = experts.into_values().collect();
+        together.insert(name, Tensor::stack(&experts, 0).unwrap());
+    }
+    together
+}
+
 fn gguf_name(name: &str) -> String {
     let renamed = [
+        ("mlp.gate.", "ffn_gate_inp."),
+        ("mlp.experts.", "experts."),
+        (".gate_proj", ".ffn_gate"),
+        (".up_proj", ".ffn_up"),
+        (".down_proj", ".ffn_down"),
+        (".mlp.ffn", ".ffn"),
         ("self_attn.q_norm", "attn_q_norm"),
         ("self_attn.k_norm", "attn_k_norm"),
         ("model.layers.", "blk."),
@@ -154,9 +193,6 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("self_attn.o_proj", "attn_output"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
     ];
     renamed.iter().fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
 }
@@ -169,7 +205,8 @@ fn a_gguf_holds_the_same_model() {
         ModelConfig { tie_word_embeddings: false, ..plain.clone() },
         ModelConfig { rope_scaling: RopeScaling::Linear { factor: 2.5 }, ..plain.clone() },
         ModelConfig { family: Family::Qwen2, ..plain.clone() },
-        ModelConfig { family: Family::Qwen3, tie_word_embeddings: false, ..plain },
+        ModelConfig { family: Family::Qwen3, tie_word_embeddings: false, ..plain.clone() },
+        ModelConfig { family: Family::Qwen3Moe, experts: Some(experts()), ..plain },
     ];
     for config in kinds {
         let directory = tempfile::tempdir().unwrap();
@@ -180,6 +217,32 @@ fn a_gguf_holds_the_same_model() {
         assert_eq!(flat(&files.load_weights().unwrap()), flat(&load(directory.path()).unwrap()));
         assert_eq!(files.digest().unwrap(), crate::types::Digest::of(&fs::read(&path).unwrap()));
     }
+}
+
+fn experts() -> ExpertsConfig {
+    ExpertsConfig { count: 3, per_row: 2, intermediate_size: 24, normalises: true, dense_layers: vec![] }
+}
+
+#[test]
+fn refuses_experts_that_a_gguf_does_not_hold() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = ModelConfig { family: Family::Qwen3Moe, experts: Some(experts()), ..TinyGguf::config() };
+    tiny::write(directory.path(), &config, 1).unwrap();
+    let gguf = || TinyGguf::of(&config, directory.path(), GgmlDType::F32);
+    gguf().write();
+    for (key, value) in [("qwen3moe.expert_count", 0), ("qwen3moe.expert_used_count", 4)] {
+        let error = gguf().with(key, GgufValue::U32(value)).refusal();
+        assert!(matches!(&error, ModelError::InvalidField { field, .. } if field == key), "{error}");
+    }
+    let error = gguf().without("qwen3moe.expert_feed_forward_length").refusal();
+    assert!(matches!(&error, ModelError::InvalidField { field, .. } if field.ends_with("forward_length")));
+    let error = gguf().with("qwen3moe.expert_count", GgufValue::U32(4)).refusal();
+    assert!(
+        matches!(&error, ModelError::TensorShape { found, .. } if found[0] == 3),
+        "the file's three experts are no four: {error}"
+    );
+    let error = gguf().with("qwen3moe.expert_weights_scale", GgufValue::F32(2.5)).refusal();
+    assert!(matches!(&error, ModelError::Unsupported { field, .. } if field.ends_with("weights_scale")));
 }
 
 fn rope_divisors(values: &[f32]) -> QTensor {

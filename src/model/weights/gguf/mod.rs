@@ -33,16 +33,28 @@ impl Gguf {
 
     /// [`ROPE_DIVISORS`], if the file holds them: part of the configuration, not a weight.
     pub fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError> {
-        self.header.tensors.contains_key(ROPE_DIVISORS).then(|| self.dequantise(ROPE_DIVISORS)).transpose()
+        self.header
+            .tensors
+            .contains_key(ROPE_DIVISORS)
+            .then(|| self.dequantise(ROPE_DIVISORS, None))
+            .transpose()
     }
 
-    fn dequantise(&self, name: &str) -> Result<Vec<f32>, ModelError> {
+    /// The values of a tensor, or of one expert's equal part of it.
+    fn dequantise(&self, name: &str, part: Option<usize>) -> Result<Vec<f32>, ModelError> {
         let tensor = self.header.tensors.get(name).ok_or_else(|| self.missing(name))?;
         // The header has checked that the bytes lie in the file, have the length of the shape and
-        // are aligned, as the map is.
+        // are aligned, as the map is. Rows are made of whole blocks, so parts are, too.
         let bytes = &self.map[tensor.bytes.clone()];
+        let (bytes, shape) = match (part, tensor.shape.split_first()) {
+            (Some(part), Some((parts, shape))) => {
+                let len = bytes.len() / parts;
+                (&bytes[part * len..][..len], shape.to_vec())
+            }
+            _ => (bytes, tensor.shape.clone()),
+        };
         let values = || -> candle_core::Result<Vec<f32>> {
-            qtensor_from_ggml(tensor.format, bytes, tensor.shape.clone(), &Device::Cpu)?
+            qtensor_from_ggml(tensor.format, bytes, shape, &Device::Cpu)?
                 .dequantize(&Device::Cpu)?
                 .flatten_all()?
                 .to_vec1()
@@ -77,6 +89,10 @@ impl TensorSource for Gguf {
                     LayerWeight::VBias => "attn_v.bias",
                     LayerWeight::QNorm => "attn_q_norm.weight",
                     LayerWeight::KNorm => "attn_k_norm.weight",
+                    LayerWeight::Router => "ffn_gate_inp.weight",
+                    LayerWeight::ExpertGate(_) => "ffn_gate_exps.weight",
+                    LayerWeight::ExpertUp(_) => "ffn_up_exps.weight",
+                    LayerWeight::ExpertDown(_) => "ffn_down_exps.weight",
                 };
                 format!("blk.{layer}.{part}")
             }
@@ -87,13 +103,22 @@ impl TensorSource for Gguf {
         self.header.tensors.keys().map(String::as_str)
     }
 
+    /// The experts of a layer lie in one tensor, one behind the other.
+    fn stored_shape(&self, weight: Weight, config: &ModelConfig) -> Vec<usize> {
+        let mut shape = weight.shape(config);
+        if let (Some(_), Some(experts)) = (expert_of(weight), &config.experts) {
+            shape.insert(0, experts.count);
+        }
+        shape
+    }
+
     fn shape(&self, name: &str) -> Result<Vec<usize>, ModelError> {
         let tensor = self.header.tensors.get(name).ok_or_else(|| self.missing(name))?;
         Ok(tensor.shape.clone())
     }
 
     fn values(&self, weight: Weight, config: &ModelConfig) -> Result<Vec<f32>, ModelError> {
-        let values = self.dequantise(&self.name(weight))?;
+        let values = self.dequantise(&self.name(weight), expert_of(weight))?;
         Ok(match weight {
             Weight::Layer(_, LayerWeight::Q | LayerWeight::K) if config.family == Family::Llama => {
                 unpermute(&values, config.head_dim, config.hidden_size)
@@ -108,6 +133,15 @@ impl TensorSource for Gguf {
 
     fn is_ignored(&self, name: &str) -> bool {
         name == ROPE_DIVISORS
+    }
+}
+
+/// The number of the expert that a weight belongs to, if it does.
+fn expert_of(weight: Weight) -> Option<usize> {
+    use LayerWeight::*;
+    match weight {
+        Weight::Layer(_, ExpertGate(expert) | ExpertUp(expert) | ExpertDown(expert)) => Some(expert),
+        _ => None,
     }
 }
 
