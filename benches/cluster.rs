@@ -39,6 +39,7 @@ fn main() -> anyhow::Result<()> {
         let config = SupervisorConfig {
             program: env!("CARGO_BIN_EXE_lockstep").into(),
             data: data.clone(),
+            join: None,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             nodes: 1,
             trainers: 2,

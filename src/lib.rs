@@ -4,6 +4,7 @@ pub mod client;
 pub mod collective;
 pub mod coordinator;
 pub mod gateway;
+pub mod join;
 pub mod journal;
 pub mod kernels;
 pub mod model;

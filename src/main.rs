@@ -12,8 +12,17 @@ fn main() -> ExitCode {
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lockstep: {error:#}");
+            eprintln!("lockstep: {}", sentence(&error));
             cli::exit_code(&error)
         }
     }
+}
+
+/// The error and its causes, without those that it quotes itself.
+fn sentence(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| match said.is_empty() {
+        true => cause,
+        false if said.contains(&cause) => said,
+        false => format!("{said}: {cause}"),
+    })
 }

@@ -16,6 +16,8 @@ struct Rule {
 const RULES: &[Rule] = &[
     Rule { word: "quinn::", allowed: &["transport"], reason: "ask transport for a connection" },
     Rule { word: "rustls::", allowed: &["transport"], reason: "trust is transport's business" },
+    Rule { word: "quinn_proto::", allowed: &["transport"], reason: "ask transport for a connection" },
+    Rule { word: "ring::hmac", allowed: &["transport"], reason: "keys are transport's business" },
     Rule { word: "rcgen::", allowed: &["transport"], reason: "certificates are transport's business" },
     Rule { word: "bincode::", allowed: &["protocol"], reason: "protocol encodes every message" },
     Rule { word: "rusqlite::", allowed: &["journal"], reason: "append records to the journal" },

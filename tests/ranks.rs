@@ -210,6 +210,7 @@ fn node_config(number: usize, trainers: u32, coordinator: &str, model: &Path) ->
     NodeConfig {
         name: format!("node-{number}"),
         coordinator: coordinator.to_owned(),
+        advertise: None,
         trainers,
         samplers: 0,
         threads: 2,

@@ -1,10 +1,12 @@
 //! The command line: one file a family of subcommands, each parsing into the configuration
 //! of the room that does the work.
 
+mod http;
 mod look;
 mod model;
 mod parts;
 mod quickstart;
+mod token;
 mod up;
 
 use std::process::ExitCode;
@@ -31,8 +33,13 @@ enum Command {
     Up(up::Up),
     /// Run a coordinator alone.
     Coordinator(parts::Coordinator),
+    /// Run a gateway alone: HTTP for a coordinator on this machine.
+    Gateway(parts::Gateway),
     /// Run a node alone: trainer ranks and sampler replicas of one machine.
     Node(parts::Node),
+    /// Let nodes of other machines into a cluster.
+    #[command(subcommand)]
+    Token(token::Token),
     /// Fetch and list models.
     #[command(subcommand)]
     Model(model::Model),
@@ -53,7 +60,9 @@ impl Cli {
             Command::Quickstart(quickstart) => quickstart.run(),
             Command::Up(up) => up.run(),
             Command::Coordinator(coordinator) => coordinator.run(),
+            Command::Gateway(gateway) => gateway.run(),
             Command::Node(node) => node.run(),
+            Command::Token(token) => token.run(),
             Command::Model(model) => model.run(),
             Command::Runs(look) => look.runs(),
             Command::Checkpoints(checkpoints) => checkpoints.run(),

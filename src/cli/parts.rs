@@ -1,66 +1,138 @@
 use std::{net::SocketAddr, path::PathBuf};
 
+use anyhow::Context;
 use clap::Args;
 use lockstep::{
+    join::JoinToken,
     node::NodeConfig,
-    service::{run_coordinator, run_node},
+    service::{
+        CoordinatorProcess, GatewayProcess, NodeProcess, Placement, run_coordinator, run_gateway, run_node,
+    },
 };
 
-use super::up::{DATA_DIR, all_cores, parse_models};
+use super::{
+    http::Http,
+    up::{DATA_DIR, all_cores, cores, parse_models},
+};
 
 #[derive(Args)]
 pub struct Coordinator {
     /// Where it listens (QUIC); port 0 is any.
     #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
     listen: SocketAddr,
+    /// Where nodes of other machines show their token (`lockstep token create`); by default none
+    /// can join.
+    #[arg(long, env = "LOCKSTEP_JOIN_LISTEN")]
+    join_listen: Option<SocketAddr>,
+    #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
+    data_dir: PathBuf,
+}
+
+#[derive(Args)]
+pub struct Gateway {
+    #[command(flatten)]
+    http: Http,
+    /// The coordinator's.
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
 }
 
 #[derive(Args)]
 pub struct Node {
-    /// Unique in the cluster; a node that comes back under its name replaces the lost one.
+    /// Unique in the cluster; a node that comes back under its name replaces the lost one. By default
+    /// from what a launcher set (--print-env shows it).
     #[arg(long, env = "LOCKSTEP_NODE_NAME")]
-    name: String,
+    name: Option<String>,
     /// HOST:PORT of the coordinator.
     #[arg(long, env = "LOCKSTEP_COORDINATOR")]
-    coordinator: String,
-    /// Where it listens for other nodes (QUIC); port 0 is any.
-    #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_NODE_LISTEN")]
-    listen: SocketAddr,
+    coordinator: Option<String>,
+    /// Gets this node a certificate at its first start (`lockstep token create`).
+    #[arg(long, env = "LOCKSTEP_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// HOST:PORT where the token is shown; by default the port after the coordinator's.
+    #[arg(long, env = "LOCKSTEP_JOIN")]
+    join: Option<String>,
+    /// Where it listens for other nodes (QUIC); by default any port of the address from which the
+    /// coordinator is reached.
+    #[arg(long, env = "LOCKSTEP_NODE_LISTEN")]
+    listen: Option<SocketAddr>,
+    /// Where other nodes reach it, if not where it listens (HOST:PORT).
+    #[arg(long, env = "LOCKSTEP_ADVERTISE")]
+    advertise: Option<String>,
     /// Trainer ranks that it holds.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, env = "LOCKSTEP_TRAINERS", value_parser = clap::value_parser!(u32).range(0..=1024))]
     trainers: u32,
     /// Sampler replicas that it runs.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, env = "LOCKSTEP_SAMPLERS", value_parser = clap::value_parser!(u32).range(0..=1024))]
     samplers: u32,
     /// Cores to compute on; by default all of this machine.
-    #[arg(long)]
+    #[arg(long, value_parser = cores())]
     threads: Option<usize>,
     /// A model to serve, as NAME=PATH. Repeatable.
-    #[arg(long = "model", value_name = "NAME=PATH", required = true)]
+    #[arg(long = "model", value_name = "NAME=PATH", required_unless_present = "print_env")]
     models: Vec<String>,
     /// Holds the certificates in `identity/`.
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
+    /// Says what this node takes from its flags and environment, and ends.
+    #[arg(long)]
+    print_env: bool,
 }
 
 impl Coordinator {
     pub fn run(self) -> anyhow::Result<()> {
-        Ok(run_coordinator(self.data_dir, self.listen)?)
+        let process =
+            CoordinatorProcess { data_dir: self.data_dir, listen: self.listen, join: self.join_listen };
+        Ok(run_coordinator(process)?)
+    }
+}
+
+impl Gateway {
+    pub fn run(self) -> anyhow::Result<()> {
+        let process =
+            GatewayProcess { data_dir: self.data_dir, http: self.http.address, gateway: self.http.config() };
+        Ok(run_gateway(process)?)
     }
 }
 
 impl Node {
     pub fn run(self) -> anyhow::Result<()> {
+        let placement = Placement::new(self.name, self.coordinator, |name| std::env::var(name).ok());
+        if self.print_env {
+            println!("{placement}");
+            return Ok(());
+        }
+        let name = placement.name.context(
+            "this node has no name: give --name, or start it with a launcher that numbers its processes",
+        )?;
+        let coordinator = placement.coordinator.context("which coordinator? give --coordinator HOST:PORT")?;
+        let join = match &self.token {
+            None => None,
+            Some(token) => {
+                let token: JoinToken = token.parse()?;
+                let address = match self.join {
+                    Some(address) => address,
+                    None => next_port(&coordinator.value)?,
+                };
+                Some((address, token))
+            }
+        };
         let config = NodeConfig {
-            name: self.name,
-            coordinator: self.coordinator,
+            name: name.value,
+            coordinator: coordinator.value,
+            advertise: self.advertise,
             trainers: self.trainers,
             samplers: self.samplers,
-            threads: self.threads.unwrap_or_else(all_cores).max(1),
+            threads: self.threads.unwrap_or_else(all_cores),
             models: parse_models(&self.models)?,
         };
-        Ok(run_node(config, self.data_dir, self.listen)?)
+        Ok(run_node(NodeProcess { config, data_dir: self.data_dir, listen: self.listen, join })?)
     }
+}
+
+/// HOST:PORT with the port after it.
+fn next_port(address: &str) -> anyhow::Result<String> {
+    let (host, port) = address.rsplit_once(':').context("--coordinator must be HOST:PORT")?;
+    let port: u16 = port.parse().context("--coordinator must be HOST:PORT")?;
+    Ok(format!("{host}:{}", port.checked_add(1).context("no port follows 65535; give --join")?))
 }

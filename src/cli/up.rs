@@ -1,31 +1,28 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{Args, builder::RangedU64ValueParser};
 use lockstep::{
-    gateway::GatewayConfig,
     model::ModelSource,
     pull,
     service::{DataDirectory, SupervisorConfig, UpConfig, up},
 };
+
+use super::http::Http;
 
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
 
 #[derive(Args)]
 pub struct Up {
-    /// Where HTTP is served; port 0 is any.
-    #[arg(long, default_value = "127.0.0.1:8000", env = "LOCKSTEP_HTTP")]
-    http: SocketAddr,
+    #[command(flatten)]
+    http: Http,
     /// Where the coordinator listens (QUIC); port 0 is any.
     #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
     listen: SocketAddr,
-    /// Serve HTTP without keys on an address that others reach.
-    #[arg(long)]
-    insecure: bool,
-    /// Where clients reach the HTTP server, if not under the host that their requests name.
-    #[arg(long, value_name = "URL", env = "LOCKSTEP_PUBLIC_URL")]
-    public_url: Option<String>,
+    /// Where nodes of other machines show their token (`lockstep token create`); by default none can join.
+    #[arg(long, env = "LOCKSTEP_JOIN_LISTEN")]
+    join_listen: Option<SocketAddr>,
     #[command(flatten)]
     cluster: LocalCluster,
 }
@@ -34,16 +31,16 @@ pub struct Up {
 #[derive(Args)]
 pub struct LocalCluster {
     /// Trainer ranks, over all nodes.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=1024))]
     pub trainers: u32,
     /// Sampler replicas, over all nodes.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1024))]
     pub samplers: u32,
     /// Node processes.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub nodes: u32,
     /// Cores to compute on, over all nodes; by default all of this machine.
-    #[arg(long)]
+    #[arg(long, value_parser = cores())]
     pub threads: Option<usize>,
     /// A model to serve, as NAME=PATH: a Hugging Face directory or a GGUF file. Repeatable; by
     /// default those that `lockstep model pull` fetched.
@@ -59,13 +56,12 @@ pub struct LocalCluster {
 impl Up {
     pub fn run(self) -> anyhow::Result<()> {
         let config = UpConfig {
-            supervisor: self.cluster.supervisor(self.listen, false)?,
-            http: self.http,
-            gateway: GatewayConfig {
-                insecure: self.insecure,
-                public_url: self.public_url,
-                presign_key: None,
+            supervisor: SupervisorConfig {
+                join: self.join_listen,
+                ..self.cluster.supervisor(self.listen, false)?
             },
+            http: self.http.address,
+            gateway: self.http.config(),
         };
         Ok(up(config)?)
     }
@@ -83,10 +79,11 @@ impl LocalCluster {
             program: std::env::current_exe().context("this program's own path is not known")?,
             data,
             listen,
-            nodes: self.nodes.max(1),
+            join: None,
+            nodes: self.nodes,
             trainers: self.trainers,
             samplers: self.samplers,
-            threads: self.threads.unwrap_or_else(all_cores).max(1),
+            threads: self.threads.unwrap_or_else(all_cores),
             models,
             logs_to_files,
         })
@@ -117,6 +114,11 @@ pub fn parse_models(models: &[String]) -> anyhow::Result<Vec<ModelSource>> {
         Ok(source)
     };
     models.iter().map(parse).collect()
+}
+
+/// Reads a number of cores.
+pub fn cores() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=4096)
 }
 
 /// The cores of this machine.

@@ -6,12 +6,15 @@ use tokenizers::Tokenizer;
 use crate::{
     protocol::{BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, RunInfo, SampleTarget},
     types::{
-        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, Digest, ErrorKind, InvalidInput,
-        LoraConfig, LoraTarget, OperationError, PolicyId, RunId, ServerCapabilities, SessionId, WandbConfig,
+        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, Digest, ErrorKind, LoraConfig,
+        LoraTarget, OperationError, PolicyId, RunId, ServerCapabilities, SessionId, WandbConfig,
     },
 };
 
-use super::{ClientError, ConnectTarget, Link, SamplingClient, TrainingClient, runtime::ClientRuntime};
+use super::{
+    ClientError, ConnectTarget, Link, SamplingClient, TrainingClient, runtime::ClientRuntime,
+    wandb::WandbLogger,
+};
 
 /// Files asked for at a time when a checkpoint is listed or downloaded.
 const FILES_PER_PAGE: u32 = 1000;
@@ -27,7 +30,8 @@ pub struct Shared {
     pub link: Arc<Link>,
     /// Declared after `link`: its tasks hold the link's sockets.
     pub runtime: ClientRuntime,
-    session: SessionId,
+    /// Made with the first run: whoever only looks or samples leaves nothing in the journal.
+    session: tokio::sync::OnceCell<SessionId>,
 }
 
 /// Settings of a training run beside model and rank.
@@ -83,21 +87,18 @@ impl ServiceClient {
     pub async fn connect(target: impl Into<ConnectTarget>) -> Result<Self, ClientError> {
         let target = target.into();
         let runtime = ClientRuntime::start()?;
-        let (link, session) = runtime
+        let link = runtime
             .run(async move {
                 let link = Link::open(target).await?;
-                match link.request(ClientRequest::CreateSession).await? {
-                    ClientResponse::Session(session) => Ok((link, session)),
+                // Whoever is not let in hears of it here.
+                match link.request(ClientRequest::ClusterStatus).await? {
+                    ClientResponse::Cluster(_) => Ok(link),
                     other => Err(unexpected(&other)),
                 }
             })
             .await?;
+        let session = tokio::sync::OnceCell::new();
         Ok(Self { shared: Arc::new(Shared { link: Arc::new(link), runtime, session }) })
-    }
-
-    /// [`connect`](Self::connect), blocking this thread.
-    pub fn connect_blocking(target: impl Into<ConnectTarget>) -> Result<Self, ClientError> {
-        futures::executor::block_on(Self::connect(target))
     }
 
     /// The models that can be trained and sampled here.
@@ -119,11 +120,18 @@ impl ServiceClient {
     ) -> Result<TrainingClient, ClientError> {
         let lora = LoraConfig { rank, alpha: options.alpha, seed: options.seed, targets: options.targets };
         lora.validate()?;
-        if let Some(wandb) = &options.wandb {
-            wandb.validate()?;
-        }
+        // Before there is a run: what is missing here should leave nothing behind.
+        let logger = match options.wandb {
+            None => None,
+            Some(wandb) => {
+                wandb.validate()?;
+                let (base_model, lora) = (base_model.to_owned(), lora.clone());
+                let start = move || WandbLogger::start(&wandb, &base_model, &lora);
+                Some(self.shared.runtime.run(async { blocking(start).await }).await?)
+            }
+        };
         let create = CreateRun {
-            session: self.shared.session,
+            session: self.session().await?,
             base_model: base_model.into(),
             lora,
             replicas: options.replicas,
@@ -142,23 +150,22 @@ impl ServiceClient {
                 }
             })
             .await?;
-        TrainingClient::new(self.shared.clone(), run, options.wandb)
+        Ok(TrainingClient::new(self.shared.clone(), run, logger))
     }
 
-    /// [`create_lora_training_client`](Self::create_lora_training_client), blocking this thread.
-    pub fn create_lora_training_client_blocking(
-        &self,
-        base_model: &str,
-        rank: u32,
-        options: LoraOptions,
-    ) -> Result<TrainingClient, ClientError> {
-        futures::executor::block_on(self.create_lora_training_client(base_model, rank, options))
+    /// The session of this client's runs.
+    pub(crate) async fn session(&self) -> Result<SessionId, ClientError> {
+        let create = async || match self.request(ClientRequest::CreateSession).await? {
+            ClientResponse::Session(session) => Ok(session),
+            other => Err(unexpected(&other)),
+        };
+        self.shared.session.get_or_try_init(create).await.copied()
     }
 
     /// A training client on a run that exists: of an earlier session, or of a service that was
     /// restarted. It goes on where the run stands.
     pub async fn attach_training_client(&self, run: RunId) -> Result<TrainingClient, ClientError> {
-        TrainingClient::new(self.shared.clone(), self.run_info(run).await?, None)
+        Ok(TrainingClient::new(self.shared.clone(), self.run_info(run).await?, None))
     }
 
     /// A new run whose adapter starts with the weights of a checkpoint; moments are fresh and
@@ -200,14 +207,11 @@ impl ServiceClient {
     ) -> Result<SamplingClient, ClientError> {
         match source {
             SamplingSource::BaseModel(base_model) => {
-                let offered = self.get_server_capabilities().await?.supported_models;
-                let names: Vec<_> = offered.iter().map(|m| m.model_name.as_str()).collect();
-                // Aliases are the service's to resolve; only a service without any model is
-                // refused here.
-                if names.is_empty() {
-                    let problem = format!("`{base_model}` is not offered: the service has no model yet");
-                    return Err(InvalidInput::new("base_model", problem).into());
-                }
+                // Names and aliases are the service's to resolve; it refuses one that it lacks.
+                let request = ClientRequest::Tokenizer { base_model: base_model.clone() };
+                let ClientResponse::Blob(_) = self.request(request).await? else {
+                    return Err(ClientError::Protocol("no tokenizer came for a tokenizer".into()));
+                };
                 let target = SampleTarget::Base { base_model: base_model.clone() };
                 Ok(SamplingClient::new(self.shared.clone(), base_model, target, None))
             }
@@ -304,11 +308,6 @@ impl ServiceClient {
         }
     }
 
-    /// The session of this connection.
-    pub fn session(&self) -> SessionId {
-        self.shared.session
-    }
-
     /// A message of the protocol as it is, for the gateway; one that may be repeated. While the
     /// service is away it waits; dropping the future calls the request off.
     pub(crate) async fn request(&self, request: ClientRequest) -> Result<ClientResponse, ClientError> {
@@ -327,6 +326,14 @@ impl ServiceClient {
         let link = self.shared.link.clone();
         self.shared.runtime.run(async move { link.get_blob(blob).await }).await
     }
+}
+
+/// Runs what blocks on a thread for it.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ClientError> + Send + 'static,
+) -> Result<T, ClientError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|e| Err(ClientError::Protocol(format!("a client task died: {e}"))))
 }
 
 /// Fetches and reads a model's tokenizer.json.

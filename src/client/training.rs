@@ -9,7 +9,7 @@ use crate::{
     types::{
         AdamParams, DataLimits, Datum, ErrorKind, ForwardBackwardFuture, InitTrainerServerResponse,
         LoadWeightsResponse, LoraConfig, LossSpec, OperationCompleter, OperationError, OperationFuture,
-        OptimStepResponse, PolicyId, RunId, SaveWeightsForSamplerResponse, SaveWeightsResponse, WandbConfig,
+        OptimStepResponse, PolicyId, RunId, SaveWeightsForSamplerResponse, SaveWeightsResponse,
     },
 };
 
@@ -44,15 +44,13 @@ pub struct TrainingInfo {
 }
 
 impl TrainingClient {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        info: RunInfo,
-        wandb: Option<WandbConfig>,
-    ) -> Result<Self, ClientError> {
-        let logger = wandb.map(|config| WandbLogger::start(&config, &info)).transpose()?;
+    pub(super) fn new(shared: Arc<Shared>, info: RunInfo, logger: Option<WandbLogger>) -> Self {
+        if let Some(logger) = &logger {
+            logger.describe(&info);
+        }
         let (jobs, queue) = mpsc::channel(MAX_AHEAD);
         shared.runtime.spawn(submit::run(shared.link.clone(), info.run, queue, logger));
-        Ok(Self { shared, info, jobs })
+        Self { shared, info, jobs }
     }
 
     /// The run.
@@ -207,11 +205,6 @@ impl TrainingClient {
     /// Optimiser steps applied to the run so far. Not ordered behind queued operations.
     pub async fn policy_version(&self) -> Result<u64, ClientError> {
         Ok(self.refresh().await?.step)
-    }
-
-    /// [`policy_version`](Self::policy_version), blocking this thread.
-    pub fn policy_version_blocking(&self) -> Result<u64, ClientError> {
-        futures::executor::block_on(self.policy_version())
     }
 
     /// Where the run stands now. Not ordered behind queued operations.

@@ -1,22 +1,23 @@
 //! Streams a run's metrics to Weights & Biases through its official Python package, run as a
 //! child process: its file and network protocol has no maintained Rust client.
 //!
-//! The child reads one JSON object a line and logs it. `WANDB_MODE=offline` works as it does
-//! in Python, since it is Python.
+//! The child reads one JSON object a line: first what the run is called, then figures to log or
+//! facts about the run. `WANDB_MODE=offline` works as it does in Python, since it is Python.
 
 use std::{
     collections::BTreeMap,
-    io::Write,
+    io::{BufRead, BufReader, Error, Write},
     process::{Child, Command, Stdio},
-    sync::mpsc::{SyncSender, sync_channel},
+    sync::mpsc::{SyncSender, channel, sync_channel},
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
 
 use crate::{
     protocol::RunInfo,
-    types::{ErrorKind, OperationError, WandbConfig},
+    types::{ErrorKind, LoraConfig, OperationError, WandbConfig},
 };
 
 use super::ClientError;
@@ -24,6 +25,12 @@ use super::ClientError;
 /// Lines that may wait for the child; beyond it they are dropped with a warning, since metrics
 /// must never hold up training.
 const MAX_WAITING_LINES: usize = 1024;
+
+/// From starting Python to a run that is known to the server: an import of seconds and a login.
+const START_DEADLINE: Duration = Duration::from_secs(90);
+
+/// For uploading what is left when the client is dropped; then the child is killed.
+const FINISH_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The child: initialises the run, says `ready`, logs each line, finishes at end of file.
 const CHILD: &str = r#"
@@ -34,19 +41,21 @@ run = wandb.init(project=settings["project"], name=settings["name"], config=sett
 print("ready", flush=True)
 sys.stdout = sys.stderr
 for line in sys.stdin:
-    run.log(json.loads(line))
+    line = json.loads(line)
+    run.config.update(line["config"]) if "config" in line else run.log(line["log"])
 run.finish()
 "#;
 
-/// Sends metrics to the child; waits for it to finish when dropped.
+/// Sends metrics to the child; gives it a minute to finish when dropped.
 pub struct WandbLogger {
     lines: Option<SyncSender<String>>,
-    writer: Option<JoinHandle<()>>,
+    writer: JoinHandle<()>,
 }
 
 impl WandbLogger {
-    /// Starts `python3` with the `wandb` package; an error says what is missing.
-    pub fn start(config: &WandbConfig, run: &RunInfo) -> Result<Self, ClientError> {
+    /// Starts `python3` with the `wandb` package and a run of its own; an error says what is
+    /// missing. Blocks for seconds.
+    pub fn start(config: &WandbConfig, base_model: &str, lora: &LoraConfig) -> Result<Self, ClientError> {
         let mut child = Command::new("python3")
             .args(["-c", CHILD])
             .stdin(Stdio::piped())
@@ -56,9 +65,7 @@ impl WandbLogger {
         let settings = json!({
             "project": config.project,
             "name": config.name,
-            "config": {
-                "run": run.run, "base_model": run.base_model, "lora": run.lora, "replicas": run.replicas,
-            },
+            "config": { "base_model": base_model, "lora": lora },
         });
         let mut input = child.stdin.take().ok_or_else(|| failed("its input is closed".into()))?;
         let greeted = writeln!(input, "{settings}").and_then(|()| wait_until_ready(&mut child));
@@ -66,7 +73,7 @@ impl WandbLogger {
             let _ = child.kill();
             let _ = child.wait();
             return Err(failed(format!(
-                "{error}; is the Python package `wandb` installed (pip install wandb)?"
+                "{error}; is the Python package `wandb` installed (pip install wandb), and logged in?"
             )));
         }
         let (lines, queue) = sync_channel::<String>(MAX_WAITING_LINES);
@@ -78,14 +85,22 @@ impl WandbLogger {
                 }
             }
             drop(input);
-            let _ = child.wait();
+            finish(child);
         });
-        Ok(Self { lines: Some(lines), writer: Some(writer) })
+        Ok(Self { lines: Some(lines), writer })
+    }
+
+    /// Says which run of Lockstep it is.
+    pub fn describe(&self, run: &RunInfo) {
+        self.send(json!({ "config": { "run": run.run, "replicas": run.replicas } }).to_string());
     }
 
     /// Logs one set of figures.
     pub fn log(&self, metrics: &BTreeMap<String, f64>) {
-        let line = json!(metrics).to_string();
+        self.send(json!({ "log": metrics }).to_string());
+    }
+
+    fn send(&self, line: String) {
         if self.lines.as_ref().is_some_and(|lines| lines.try_send(line).is_err()) {
             tracing::warn!("wandb falls behind by more than {MAX_WAITING_LINES} lines; one is dropped");
         }
@@ -95,23 +110,42 @@ impl WandbLogger {
 impl Drop for WandbLogger {
     fn drop(&mut self) {
         drop(self.lines.take());
-        if let Some(writer) = self.writer.take() {
-            // The child uploads what it has; a panic there has been reported already.
-            let _ = writer.join();
+        // A child that takes no more lines is left to its own end, and to the end of its input.
+        let deadline = Instant::now() + FINISH_DEADLINE;
+        while !self.writer.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+/// Lets the child upload what it has, for as long as it may take.
+fn finish(mut child: Child) {
+    let deadline = Instant::now() + FINISH_DEADLINE;
+    while matches!(child.try_wait(), Ok(None)) {
+        if Instant::now() > deadline {
+            tracing::warn!("wandb did not finish within {FINISH_DEADLINE:?} and is killed");
+            let _ = child.kill();
+            let _ = child.wait();
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
 /// Reads the child's output until it says `ready`.
 fn wait_until_ready(child: &mut Child) -> std::io::Result<()> {
-    use std::io::{BufRead, BufReader, Error};
     let output = child.stdout.take().ok_or_else(|| Error::other("its output is closed"))?;
-    for line in BufReader::new(output).lines() {
-        if line?.trim() == "ready" {
-            return Ok(());
-        }
+    let (said, hears) = channel();
+    // A read can't be given a deadline; the thread ends with the child at the latest.
+    std::thread::spawn(move || {
+        let ready = BufReader::new(output).lines().any(|line| line.is_ok_and(|line| line.trim() == "ready"));
+        let _ = said.send(ready);
+    });
+    match hears.recv_timeout(START_DEADLINE) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::other("the wandb process ended before it was ready")),
+        Err(_) => Err(Error::other(format!("wandb was not ready within {START_DEADLINE:?}"))),
     }
-    Err(Error::other("the wandb process ended before it was ready"))
 }
 
 fn failed(reason: String) -> ClientError {

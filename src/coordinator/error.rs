@@ -58,6 +58,8 @@ pub enum Refusal {
     UnknownOperation { run: RunId, seq: u64 },
     #[error("`base_model`: {name:?} is not offered; offered: {offered}")]
     UnknownModel { name: String, offered: String },
+    #[error("no node has joined, so no model is offered yet; `lockstep cluster` shows the nodes")]
+    NoNode,
     #[error("there is no checkpoint {0}")]
     UnknownCheckpoint(String),
     #[error("{0} does not exist")]
@@ -110,7 +112,9 @@ impl Refusal {
             Self::QueueFull { .. } | Self::Overloaded { .. } | Self::NotDurable(_) => {
                 ErrorKind::ResourceExhausted
             }
-            Self::Draining | Self::NoSampler { .. } | Self::TriesExhausted { .. } => ErrorKind::Unavailable,
+            Self::Draining | Self::NoNode | Self::NoSampler { .. } | Self::TriesExhausted { .. } => {
+                ErrorKind::Unavailable
+            }
             Self::VersionBehind { .. } | Self::GenerateDeadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Broken { .. } | Self::Fault(_) => ErrorKind::Internal,
         }

@@ -277,6 +277,10 @@ impl Server {
 
     /// A node's control stream, both ways, for as long as it lasts.
     async fn node(&self, connection: Connection, hello: NodeHello, stream: Stream) {
+        if hello.name != connection.peer().name {
+            tracing::warn!(peer = ?connection.peer(), "it calls itself {:?}", hello.name);
+            return connection.close("a node's name must be the one of its certificate");
+        }
         let Ok(_permit) = self.nodes.try_acquire() else {
             return connection.close("the cluster has as many nodes as it can");
         };

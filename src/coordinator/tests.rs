@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 use crate::{
     protocol::{
         BlobRef, BlobReply, ClientRequest, ClientResponse, CoordinatorMessage, GenerateReply, MAX_MESSAGE,
-        NodeId, Operation, OperationKey, OperationSeq, OperationStatus, Payload, SampleRequest, SampleTarget,
-        StreamOpen, SubmitOperation, decode, encode,
+        NodeId, Operation, OperationKey, OperationResult, OperationSeq, OperationStatus, Payload,
+        SampleRequest, SampleTarget, StreamOpen, SubmitOperation, decode, encode,
     },
     transport::{Connection, Endpoint, MemoryNetwork, Role, Stream},
     types::{
@@ -192,13 +192,13 @@ fn runs_train_publish_and_sample_and_are_there_after_a_restart() {
 }
 
 #[test]
-fn a_node_that_goes_away_fails_what_it_was_doing() {
+fn what_a_node_that_goes_away_was_doing_is_done_when_it_is_back() {
     let folder = tempfile::tempdir().unwrap();
     in_system(async {
         let coordinator = Running::start(folder.path());
-        let (_node_endpoint, connection) = coordinator.connect(Role::Node, "mute").await;
-        let mut control = open(&connection, &StreamOpen::NodeControl(hello("mute", 1, 0))).await;
         let (_endpoint, client) = coordinator.connect(Role::Client, "client").await;
+        let (node_endpoint, connection) = coordinator.connect(Role::Node, "mute").await;
+        let mut control = open(&connection, &StreamOpen::NodeControl(hello("mute", 1, 0))).await;
         let run = create_run(&client).await;
         let waiting = {
             let client = client.clone();
@@ -218,14 +218,16 @@ fn a_node_that_goes_away_fails_what_it_was_doing() {
             }
         }
         connection.close("killed");
+        drop((control, connection));
+
+        let again = node_endpoint.connect("memory:coordinator", Role::Coordinator, DEADLINE).await.unwrap();
+        let second_life = tokio::spawn(node(again, "mute"));
         match waiting.await.unwrap() {
-            OperationStatus::Failed(error) => {
-                assert_eq!(error.kind, ErrorKind::Unavailable);
-                assert!(error.message.contains("node mute was lost"), "{error}");
-            }
-            other => panic!("not failed: {other:?}"),
+            OperationStatus::Done(OperationResult::Init(_)) => {}
+            other => panic!("not done: {other:?}"),
         }
         coordinator.stop().await.unwrap();
+        second_life.await.unwrap();
     });
 }
 

@@ -34,8 +34,8 @@ impl Upstream {
     }
 
     /// The session of the gateway itself, for runs of callers that open none.
-    pub fn own_session(&self) -> SessionId {
-        self.client.session()
+    pub async fn own_session(&self) -> Result<SessionId, Refused> {
+        self.client.session().await.map_err(Refused::from)
     }
 
     pub async fn create_session(&self) -> Result<SessionId, Refused> {

@@ -46,6 +46,8 @@ pub struct NodeConfig {
     pub name: String,
     /// Address of the coordinator.
     pub coordinator: String,
+    /// Where other nodes reach it, if not where its endpoint listens.
+    pub advertise: Option<String>,
     pub trainers: u32,
     pub samplers: u32,
     /// Cores to compute on.

@@ -1,6 +1,12 @@
 //! One connection to the coordinator, from the hello to its end.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use actix::Addr;
 use bytes::Bytes;
@@ -54,6 +60,8 @@ pub(super) struct Sessions {
 enum Ended {
     BeforeWelcome(String),
     AfterWelcome(String),
+    /// The coordinator said `Shutdown` before it hung up; the node is stopping.
+    ToldToGo,
 }
 
 /// A connection whose coordinator has said welcome.
@@ -88,6 +96,7 @@ impl Sessions {
                     tracing::warn!(%reason, "lost the coordinator");
                     backoff = BACKOFF_FIRST;
                 }
+                Ok(Ended::ToldToGo) => tracing::debug!("the coordinator has hung up"),
                 Err(error) => return error,
             }
             tokio::time::sleep(backoff).await;
@@ -120,13 +129,17 @@ impl Sessions {
         let _ = self.node.send(Connected(Event::Connected { session, node, epoch }, uplink)).await;
         let requests = generate::accept(connection.clone(), self.node.clone(), self.tickets.clone());
         let _accepting = AbortOnDrop(tokio::spawn(requests));
+        let told_to_go = AtomicBool::new(false);
         let reason = tokio::select! {
-            reason = read(recv, session, &self.node) => reason,
+            reason = read(recv, session, &self.node, &told_to_go) => reason,
             reason = write(send, reports) => reason,
             reason = connection.closed() => reason.to_string(),
         };
         let _ = self.node.send(Notice(Event::Disconnected { session })).await;
-        Ok(Ended::AfterWelcome(reason))
+        Ok(match told_to_go.into_inner() {
+            true => Ended::ToldToGo,
+            false => Ended::AfterWelcome(reason),
+        })
     }
 
     /// Introduces the node. An error is a sentence for the log: whatever it is, a later attempt
@@ -171,7 +184,7 @@ impl Sessions {
                 kernels: kernels::path().to_owned(),
                 dtype: "f32".to_owned(),
             },
-            address: self.endpoint.local_address(),
+            address: self.config.advertise.clone().unwrap_or_else(|| self.endpoint.local_address()),
             host: collective::host_id(),
         })
     }
@@ -191,10 +204,16 @@ impl Drop for CloseOnDrop<'_> {
 }
 
 /// Hands the coordinator's messages to the node, in order; returns why there are no more.
-async fn read(mut recv: RecvHalf, session: SessionNumber, node: &Addr<NodeActor>) -> String {
+async fn read(
+    mut recv: RecvHalf,
+    session: SessionNumber,
+    node: &Addr<NodeActor>,
+    told_to_go: &AtomicBool,
+) -> String {
     loop {
         match receive(&mut recv).await {
             Ok(message) => {
+                told_to_go.fetch_or(message == CoordinatorMessage::Shutdown, Ordering::Relaxed);
                 // Waits for room in the mailbox, so that a coordinator that sends faster than
                 // the node reads is slowed down by its stream.
                 if node.send(Notice(Event::Coordinator { session, message })).await.is_err() {

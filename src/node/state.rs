@@ -140,6 +140,8 @@ pub(super) struct NodeState {
 struct SeatedRun {
     generation: Generation,
     slots: BTreeSet<u32>,
+    /// The slot of rank 0, if it is here: the one that writes snapshots.
+    rank_zero: Option<u32>,
     /// Slots that have yet to report; 0 once the coordinator was answered.
     unformed: usize,
 }
@@ -230,7 +232,8 @@ impl NodeState {
             CoordinatorMessage::Commit { token } => self.to_ranks(token, RankEvent::Commit { token }),
             CoordinatorMessage::Discard { token } => self.to_ranks(token, RankEvent::Discard { token }),
             CoordinatorMessage::TakeSnapshot { token } => {
-                self.to_ranks(token, RankEvent::TakeSnapshot { token })
+                let slot = self.runs.get(&token.run).and_then(|seated| seated.rank_zero);
+                slot.map(|slot| to_rank(slot, RankEvent::TakeSnapshot { token })).into_iter().collect()
             }
             CoordinatorMessage::Stage { policy, base_model, adapter } => {
                 self.stage(policy, base_model, adapter)
@@ -268,7 +271,8 @@ impl NodeState {
             return vec![Effect::Tell(NodeMessage::RanksFailed { run, generation, error })];
         }
         let mut effects = Vec::new();
-        let seated = SeatedRun { generation, unformed: mine.len(), slots };
+        let rank_zero = mine.iter().find(|(_, rank)| *rank == RankIndex(0)).map(|(slot, _)| *slot);
+        let seated = SeatedRun { generation, unformed: mine.len(), slots, rank_zero };
         if let Some(before) = self.runs.insert(run, seated) {
             // Slots of the new set replace their rank themselves; the others give theirs up.
             let slots = &self.runs[&run].slots;

@@ -87,6 +87,7 @@ fn config(model: ModelSource) -> NodeConfig {
     NodeConfig {
         name: "n".to_owned(),
         coordinator: "memory:coordinator".to_owned(),
+        advertise: None,
         trainers: 1,
         samplers: 1,
         threads: 1,

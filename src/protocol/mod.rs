@@ -9,6 +9,8 @@
 //!                                node ◄──Collective──► node                (one stream a peer)
 //! ```
 //!
+//! Beside them, a process without a certificate asks for one at the doorway: [`JoinRequest`], [`JoinReply`].
+//!
 //! A stream is opened with one [`StreamOpen`] frame that says what it carries. Control stays
 //! small; whatever may be large (datums, results, adapters, snapshots) is a blob on a stream
 //! of its own, named by its digest, and a message carries the digest.
@@ -20,6 +22,7 @@ mod encode;
 
 mod client;
 mod ids;
+mod join;
 mod node;
 mod operation;
 mod stream;
@@ -30,6 +33,7 @@ pub use client::{
 };
 pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
+pub use join::{JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE};
 pub use node::{
     Blame, CoordinatorMessage, Generate, GenerateReply, MicroBatchPart, ModelOffer, NodeHello, NodeMessage,
     Numerics, RankPart, RankSeat, RunSpec,

@@ -1,8 +1,8 @@
 use std::path::PathBuf;
 
 use crate::{
-    client::ClientError, coordinator::CoordinatorError, gateway::GatewayError, node::NodeError,
-    transport::TransportError,
+    client::ClientError, coordinator::CoordinatorError, gateway::GatewayError, join::JoinError,
+    node::NodeError, transport::TransportError,
 };
 
 /// Why a service, or a part of it, can't start or has stopped.
@@ -30,6 +30,8 @@ pub enum ServiceError {
     Node(#[from] NodeError),
     #[error(transparent)]
     Gateway(#[from] GatewayError),
+    #[error(transparent)]
+    Join(#[from] JoinError),
 }
 
 impl ServiceError {
@@ -37,8 +39,14 @@ impl ServiceError {
     pub fn is_final(&self) -> bool {
         match self {
             Self::Refused { .. } => true,
+            Self::Join(error) => !error.is_retryable(),
             Self::Coordinator(error) => error.is_final(),
             Self::Node(error) => error.is_final(),
+            Self::Transport(
+                TransportError::AddressInUse { .. }
+                | TransportError::Damaged { .. }
+                | TransportError::File { .. },
+            ) => true,
             Self::Gateway(GatewayError::Bind { .. } | GatewayError::Open { .. }) => true,
             _ => false,
         }

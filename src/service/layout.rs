@@ -18,6 +18,7 @@ use super::ServiceError;
 ///   DATA/blobs/            payloads, snapshots and checkpoints by digest
 ///   DATA/ca/               the cluster's certificate authority, mode 0600
 ///   DATA/identity/         certificates of the parts and of local clients, mode 0600
+///   DATA/tokens/           what lets processes on other machines in
 ///   DATA/models/           models that `lockstep model pull` fetched
 ///   DATA/endpoint          QUIC address of the running coordinator, then the CA's SHA-256
 ///   DATA/presign.key       signs URLs of checkpoint files, mode 0600
@@ -28,13 +29,9 @@ pub struct DataDirectory {
     path: PathBuf,
 }
 
-/// Identities that local parts use, by file name.
-const PARTS: [(&str, Role); 4] = [
-    ("coordinator", Role::Coordinator),
-    ("node", Role::Node),
-    ("gateway", Role::Gateway),
-    (CLIENT_IDENTITY, Role::Client),
-];
+/// Identities that local parts use beside those of nodes, by file name.
+const PARTS: [(&str, Role); 3] =
+    [("coordinator", Role::Coordinator), ("gateway", Role::Gateway), (CLIENT_IDENTITY, Role::Client)];
 
 impl DataDirectory {
     /// Opens or makes the directory, private to its owner.
@@ -72,14 +69,21 @@ impl DataDirectory {
 
     /// Makes the CA at first start and a certificate for each local part that has none.
     pub fn prepare_identities(&self) -> Result<(), ServiceError> {
-        let ca = ClusterCa::open_or_create(&self.path)?;
-        let identities = self.identities();
-        for (name, role) in PARTS {
-            if Identity::load(&identities, name).is_err() {
-                ca.issue(role, name)?.save(&identities, name)?;
-            }
+        PARTS.into_iter().try_for_each(|(name, role)| self.prepare(role, name))
+    }
+
+    /// The same for a node of this machine.
+    pub fn prepare_node(&self, name: &str) -> Result<(), ServiceError> {
+        self.prepare(Role::Node, name)
+    }
+
+    fn prepare(&self, role: Role, name: &str) -> Result<(), ServiceError> {
+        let (ca, identities) = (ClusterCa::open_or_create(&self.path)?, self.identities());
+        let present = Identity::load(&identities, name);
+        if present.is_ok_and(|identity| identity.ca_fingerprint() == ca.fingerprint()) {
+            return Ok(());
         }
-        Ok(())
+        Ok(ca.issue(role, name)?.save(&identities, name)?)
     }
 
     /// The identity of a local part.

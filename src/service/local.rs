@@ -161,6 +161,7 @@ impl ClusterConfig {
         NodeConfig {
             name: format!("node-{index}"),
             coordinator: coordinator.into(),
+            advertise: None,
             trainers: share.trainers,
             samplers: share.samplers,
             threads: share.threads,

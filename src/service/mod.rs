@@ -13,14 +13,20 @@
 mod error;
 mod layout;
 mod local;
+mod placement;
 mod process;
 mod share;
 mod supervisor;
+mod watchdog;
+
 mod up;
 
 pub use error::ServiceError;
 pub use layout::DataDirectory;
 pub use local::{Cluster, ClusterConfig};
-pub use process::{EXIT_REFUSED, run_coordinator, run_here, run_node, shutdown_requested};
+pub use placement::{COORDINATOR_PORT, Placement, Said};
+pub use process::{
+    CoordinatorProcess, EXIT_REFUSED, NodeProcess, run_coordinator, run_here, run_node, shutdown_requested,
+};
 pub use supervisor::{Supervisor, SupervisorConfig};
-pub use up::{UpConfig, up, wait_until_joined};
+pub use up::{GatewayProcess, UpConfig, run_gateway, up, wait_until_joined};

@@ -3,17 +3,19 @@
 use std::{
     future::Future,
     io::{self, Read},
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     coordinator::{self, CoordinatorConfig},
+    join::{self, Desk, JoinToken},
     node::{self, NodeConfig},
-    protocol::ALPN,
-    transport::Endpoint,
+    protocol::{ALPN, JOIN_ALPN},
+    transport::{Doorway, Endpoint, Identity, Role},
 };
 
 use super::{DataDirectory, ServiceError};
@@ -28,6 +30,9 @@ pub const PARENT_PIPE: &str = "LOCKSTEP_PARENT_PIPE";
 
 /// First word of the line by which a coordinator tells its supervisor its address.
 pub const LISTENING: &str = "listening";
+
+/// Between two attempts to join.
+const JOIN_AGAIN: Duration = Duration::from_secs(2);
 
 /// Control threads of a process. They decide and copy; computing has threads of its own.
 const CONTROL_THREADS: usize = 2;
@@ -58,15 +63,31 @@ where
     system.block_on(main)
 }
 
+/// What runs a coordinator as a process.
+pub struct CoordinatorProcess {
+    pub data_dir: PathBuf,
+    /// Where it listens; port 0 is any.
+    pub listen: SocketAddr,
+    /// Where processes that hold a token come in; absent: none can.
+    pub join: Option<SocketAddr>,
+}
+
 /// Runs the coordinator of a data directory until it is told to stop; prints
 /// `listening ADDRESS` once it is bound.
-pub fn run_coordinator(data_dir: PathBuf, listen: SocketAddr) -> Result<(), ServiceError> {
+pub fn run_coordinator(process: CoordinatorProcess) -> Result<(), ServiceError> {
+    let CoordinatorProcess { data_dir, listen, join } = process;
     let data = DataDirectory::open(data_dir)?;
     data.prepare_identities()?;
     in_system("coordinator", async move {
-        let endpoint = Endpoint::quic(listen, data.identity("coordinator")?, ALPN)?;
+        let identity = data.identity("coordinator")?;
+        let doorway = join.map(|at| Doorway::bind(at, &identity, JOIN_ALPN)).transpose()?;
+        let endpoint = Endpoint::quic(listen, identity, ALPN)?;
         let address = endpoint.local_address();
         let stop = shutdown_requested()?;
+        if let Some(doorway) = doorway {
+            tracing::info!("processes with a token join at {}", doorway.local_address());
+            tokio::spawn(Desk::open(data.path())?.serve(doorway));
+        }
         let mut config = CoordinatorConfig::new(data.path());
         config.opened = Some(Box::new(move || announce(&data, &address)));
         Ok(coordinator::serve(config, endpoint, stop).await?)
@@ -81,14 +102,80 @@ fn announce(data: &DataDirectory, address: &str) {
     println!("{LISTENING} {address}");
 }
 
+/// What runs a node as a process.
+pub struct NodeProcess {
+    pub config: NodeConfig,
+    pub data_dir: PathBuf,
+    /// Where it listens; absent: any port of the address that reaches the coordinator.
+    pub listen: Option<SocketAddr>,
+    /// Shown at this doorway for an identity, if there is none yet.
+    pub join: Option<(String, JoinToken)>,
+}
+
 /// Runs a node until it, or the coordinator, is told to stop.
-pub fn run_node(config: NodeConfig, data_dir: PathBuf, listen: SocketAddr) -> Result<(), ServiceError> {
+pub fn run_node(process: NodeProcess) -> Result<(), ServiceError> {
+    let NodeProcess { config, data_dir, listen, join } = process;
     let data = DataDirectory::open(data_dir)?;
     in_system("node", async move {
-        let endpoint = Endpoint::quic(listen, data.identity("node")?, ALPN)?;
-        let stop = shutdown_requested()?;
+        let mut stop = std::pin::pin!(shutdown_requested()?);
+        let identity = tokio::select! {
+            () = &mut stop => return Ok(()),
+            identity = identity_of(&data, &config.name, join.as_ref()) => identity?,
+        };
+        let listen = match listen {
+            Some(listen) => listen,
+            None => SocketAddr::new(address_towards(&config.coordinator).await?, 0),
+        };
+        let endpoint = Endpoint::quic(listen, identity, ALPN)?;
         Ok(node::serve(config, endpoint, stop).await?)
     })
+}
+
+/// The identity that the data directory holds under this name, or one that a token gets. A doorway that
+/// can't be reached is tried again: the coordinator may be on its way.
+async fn identity_of(
+    data: &DataDirectory,
+    name: &str,
+    join: Option<&(String, JoinToken)>,
+) -> Result<Identity, ServiceError> {
+    let present = data.identity(name);
+    let Some((address, token)) = join else { return present };
+    if let Ok(identity) = present
+        && identity.ca_fingerprint() == token.ca
+    {
+        return Ok(identity);
+    }
+    loop {
+        match join::apply(address, token, name).await {
+            Ok(identity) if identity.role() != Role::Node => {
+                let reason = format!("the token makes a {}, not a node", identity.role());
+                return Err(ServiceError::Refused { part: "node".into(), reason });
+            }
+            Ok(identity) => {
+                identity.save(&data.identities(), name)?;
+                tracing::info!("joined the cluster as {name}");
+                return Ok(identity);
+            }
+            Err(error) if error.is_retryable() => {
+                tracing::warn!("{error}; trying again in {JOIN_AGAIN:?}");
+                tokio::time::sleep(JOIN_AGAIN).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// This machine's address on the way to the coordinator, which others reach it at as well.
+async fn address_towards(coordinator: &str) -> Result<IpAddr, ServiceError> {
+    let unreachable =
+        |source| ServiceError::Start { what: format!("towards the coordinator {coordinator}"), source };
+    let to = tokio::net::lookup_host(coordinator).await.map_err(unreachable)?.next();
+    let to = to.ok_or_else(|| unreachable(io::Error::other("the name has no address")))?;
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // Connecting a UDP socket sends nothing; it asks for the route.
+    let socket = tokio::net::UdpSocket::bind((any, 0)).await.map_err(unreachable)?;
+    socket.connect(to).await.map_err(unreachable)?;
+    Ok(socket.local_addr().map_err(unreachable)?.ip())
 }
 
 /// Resolves at SIGINT, SIGTERM, or when the supervisor that started this process is gone.

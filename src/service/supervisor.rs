@@ -2,16 +2,20 @@
 
 use std::{
     io::Write,
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
     path::PathBuf,
     process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     task::JoinHandle,
 };
 
@@ -21,6 +25,7 @@ use super::{
     DataDirectory, ServiceError,
     process::{EXIT_REFUSED, LISTENING, PARENT_PIPE},
     share::Share,
+    watchdog::Watchdog,
 };
 
 /// Pause before a part that died is started again: doubled each time, from the first to the
@@ -48,6 +53,8 @@ pub struct SupervisorConfig {
     pub data: DataDirectory,
     /// Where the coordinator listens (QUIC); port 0 is any, kept over restarts.
     pub listen: SocketAddr,
+    /// Where processes of other machines join; absent: none can.
+    pub join: Option<SocketAddr>,
     pub nodes: u32,
     pub trainers: u32,
     pub samplers: u32,
@@ -60,6 +67,7 @@ pub struct SupervisorConfig {
 
 /// Starts the parts, starts them again when they die, and stops them.
 pub struct Supervisor {
+    lives: Vec<Arc<Life>>,
     stop: watch::Sender<bool>,
     coordinator: JoinHandle<()>,
     nodes: Vec<JoinHandle<()>>,
@@ -67,9 +75,19 @@ pub struct Supervisor {
     address: String,
 }
 
+/// The present life of one part.
+#[derive(Default)]
+pub(super) struct Life {
+    /// 0 while it has none.
+    pub pid: AtomicU32,
+    /// Ends it.
+    pub kill: Notify,
+}
+
 /// One kind of process and how to start it.
 struct Part {
     name: String,
+    life: Arc<Life>,
     config: SupervisorConfig,
     arguments: Vec<String>,
 }
@@ -79,10 +97,12 @@ impl Supervisor {
     /// the thread that calls this, which should be the main one.
     pub async fn start(config: SupervisorConfig) -> Result<Self, ServiceError> {
         config.data.prepare_identities()?;
+        (0..config.nodes.max(1)).try_for_each(|index| config.data.prepare_node(&node_name(index)))?;
         let (stop, stopping) = watch::channel(false);
         let (failed, mut fatal) = mpsc::channel(8);
         let (listening, mut addresses) = mpsc::channel(8);
 
+        let config = SupervisorConfig { listen: former_address(&config), ..config };
         let coordinator = Part::coordinator(&config);
         let coordinator =
             tokio::spawn(coordinator.keep_running(stopping.clone(), failed.clone(), Some(listening)));
@@ -93,18 +113,22 @@ impl Supervisor {
         };
         // Later addresses are the same one; the channel only has to be read.
         tokio::spawn(async move { while addresses.recv().await.is_some() {} });
-        let nodes = (0..config.nodes.max(1))
-            .map(|index| {
-                let node = Part::node(&config, index, &address);
-                tokio::spawn(node.keep_running(stopping.clone(), failed.clone(), None))
-            })
-            .collect();
-        Ok(Self { stop, coordinator, nodes, fatal, address })
+        let parts: Vec<Part> =
+            (0..config.nodes.max(1)).map(|index| Part::node(&config, index, &address)).collect();
+        let lives = parts.iter().map(|part| part.life.clone()).collect();
+        let keep = |part: Part| tokio::spawn(part.keep_running(stopping.clone(), failed.clone(), None));
+        let nodes = parts.into_iter().map(keep).collect();
+        Ok(Self { lives, stop, coordinator, nodes, fatal, address })
     }
 
     /// The coordinator's QUIC address.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// What finds nodes that live and do nothing.
+    pub(super) fn watchdog(&self) -> Watchdog {
+        Watchdog::new(self.lives.clone())
     }
 
     /// Resolves when a part can't run at all; never while they all can.
@@ -131,6 +155,20 @@ impl Supervisor {
     }
 }
 
+/// Where the coordinator of an earlier start listened, if any port will do and that one is free: clients
+/// that are still there find the new one at once.
+fn former_address(config: &SupervisorConfig) -> SocketAddr {
+    let written = std::fs::read_to_string(config.data.endpoint_file()).unwrap_or_default();
+    let former = written.lines().next().and_then(|line| line.parse::<SocketAddr>().ok());
+    let usable = former.filter(|former| config.listen.port() == 0 && former.ip() == config.listen.ip());
+    usable.filter(|former| UdpSocket::bind(former).is_ok()).unwrap_or(config.listen)
+}
+
+/// Nodes of this machine are called so, in every life.
+fn node_name(index: u32) -> String {
+    format!("node-{index}")
+}
+
 fn not_ready(part: &str, config: &SupervisorConfig) -> ServiceError {
     let hint = match config.logs_to_files {
         true => format!(" ({})", config.data.logs().display()),
@@ -141,14 +179,15 @@ fn not_ready(part: &str, config: &SupervisorConfig) -> ServiceError {
 
 impl Part {
     fn coordinator(config: &SupervisorConfig) -> Self {
-        let arguments = vec![COORDINATOR.into(), "--listen".into(), config.listen.to_string()];
-        Self { name: COORDINATOR.into(), config: config.clone(), arguments }
+        let mut arguments = vec![COORDINATOR.into(), "--listen".into(), config.listen.to_string()];
+        arguments.extend(config.join.iter().flat_map(|join| ["--join-listen".to_owned(), join.to_string()]));
+        Self { name: COORDINATOR.into(), life: Arc::default(), config: config.clone(), arguments }
     }
 
     /// Node `index` with its share of ranks, replicas and cores.
     fn node(config: &SupervisorConfig, index: u32, coordinator: &str) -> Self {
         let share = Share::of(index, config.nodes, config.trainers, config.samplers, config.threads);
-        let name = format!("node-{index}");
+        let name = node_name(index);
         let mut arguments: Vec<String> = vec!["node".into()];
         let mut flag = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
         flag("--name", name.clone());
@@ -160,7 +199,7 @@ impl Part {
         for model in &config.models {
             flag("--model", format!("{}={}", model.name, model.path.display()));
         }
-        Self { name, config: config.clone(), arguments }
+        Self { name, life: Arc::default(), config: config.clone(), arguments }
     }
 
     /// Runs the part until the supervisor stops, again and again.
@@ -184,7 +223,7 @@ impl Part {
                 return;
             }
             if status == Some(EXIT_REFUSED.into()) {
-                let reason = "it said why above".to_owned();
+                let reason = self.last_words();
                 let _ = fatal.send(ServiceError::Refused { part: self.name.clone(), reason }).await;
                 return;
             }
@@ -204,6 +243,7 @@ impl Part {
         listening: Option<&mpsc::Sender<String>>,
     ) -> Result<Option<i32>, ServiceError> {
         let mut child = self.spawn()?;
+        self.life.pid.store(child.id().unwrap_or(0), Ordering::Relaxed);
         // `wait` would close it, and its end tells the part that its supervisor is gone.
         let _pipe = child.stdin.take();
         if let (Some(listening), Some(output)) = (listening, child.stdout.take()) {
@@ -216,11 +256,16 @@ impl Part {
                 let _ = listening.send(address).await;
             }
         }
-        tokio::select! {
+        let hangs = tokio::select! {
             status = child.wait() => return Ok(status.ok().and_then(|status| status.code())),
-            _ = stopping.wait_for(|stop| *stop) => {}
+            () = self.life.kill.notified() => true,
+            _ = stopping.wait_for(|stop| *stop) => false,
+        };
+        match hangs {
+            // Fails only if it has just ended.
+            true => drop(child.kill().await),
+            false => self.end(child).await,
         }
-        self.end(child).await;
         Ok(None)
     }
 
@@ -266,20 +311,38 @@ impl Part {
         if self.config.logs_to_files {
             command.stderr(self.log_file()?);
         }
+        // A part whose supervisor was killed is killed: what it had not made durable was told to
+        // nobody, and the next `up` needs its locks and ports at once.
         // SAFETY: between fork and exec only prctl(2) is called, which is async-signal-safe and
         // takes integers.
         unsafe {
             command.pre_exec(|| {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 Ok(())
             });
         }
         command.spawn().map_err(|source| ServiceError::Start { what: self.name.clone(), source })
     }
 
+    fn log_path(&self) -> PathBuf {
+        self.config.data.logs().join(format!("{}.log", self.name))
+    }
+
+    /// Why it ended, as far as it said.
+    fn last_words(&self) -> String {
+        if !self.config.logs_to_files {
+            return "it said why above".to_owned();
+        }
+        let path = self.log_path();
+        let log = std::fs::read(&path).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let last = log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+        format!("{} ({})", last.trim_start_matches("lockstep: "), path.display())
+    }
+
     /// `DATA/logs/<part>.log`, appended to over restarts.
     fn log_file(&self) -> Result<std::fs::File, ServiceError> {
-        let path = self.config.data.logs().join(format!("{}.log", self.name));
+        let path = self.log_path();
         let file = |source| ServiceError::File { path: path.clone(), source };
         std::fs::create_dir_all(self.config.data.logs()).map_err(file)?;
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(file)?;

@@ -1,15 +1,17 @@
 use std::{
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
+
+use tokio::sync::oneshot;
 
 use crate::{
     client::{ConnectTarget, ServiceClient},
     gateway,
 };
 
-use super::{ServiceError, Supervisor, SupervisorConfig, shutdown_requested};
+use super::{DataDirectory, ServiceError, Supervisor, SupervisorConfig, shutdown_requested};
 
 /// Longest that the nodes may take to join: they read the models' digests first.
 const JOIN_DEADLINE: Duration = Duration::from_secs(120);
@@ -34,26 +36,70 @@ async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
     let mut serving = config.gateway.clone();
     serving.presign_key.get_or_insert_with(|| config.supervisor.data.presign_key());
     let listener = gateway::Listener::bind(config.http, serving)?;
-    let stop = shutdown_requested()?;
-    let mut supervisor = Supervisor::start(config.supervisor.clone()).await?;
+    let mut stop = std::pin::pin!(shutdown_requested()?);
+    let mut supervisor = tokio::select! {
+        () = &mut stop => return Ok(()),
+        started = Supervisor::start(config.supervisor.clone()) => started?,
+    };
+    let (found, client) = oneshot::channel();
+    let watching = supervisor.watchdog().watch(client);
     let outcome = tokio::select! {
-        () = stop => Ok(()),
+        () = &mut stop => Ok(()),
         error = supervisor.failed() => Err(error),
-        ended = serve(listener, &config) => ended,
+        ended = serve(listener, &config, found) => ended,
+        () = watching => Ok(()),
     };
     supervisor.shutdown().await;
     outcome
 }
 
 /// Serves HTTP for ever, once the nodes are there.
-async fn serve(listener: gateway::Listener, config: &UpConfig) -> Result<(), ServiceError> {
+async fn serve(
+    listener: gateway::Listener,
+    config: &UpConfig,
+    found: oneshot::Sender<ServiceClient>,
+) -> Result<(), ServiceError> {
     let data = config.supervisor.data.path();
     let client = wait_until_joined(data, config.supervisor.nodes).await?;
+    // The watchdog is gone only if all of this is.
+    let _ = found.send(client.clone());
     let address = listener.address();
     let server = listener.serve(client)?;
     println!("ready http://{address}");
     tracing::info!("for Rust clients: ServiceClient::connect({:?})", data.display().to_string());
     Ok(server.await.map_err(gateway::GatewayError::Serve)?)
+}
+
+/// What runs a gateway as a process.
+pub struct GatewayProcess {
+    /// Of the coordinator, or with an identity and an `endpoint` file of its own.
+    pub data_dir: PathBuf,
+    /// Where HTTP is served; port 0 is any.
+    pub http: SocketAddr,
+    pub gateway: gateway::GatewayConfig,
+}
+
+/// Runs a gateway until it is told to stop; prints `ready http://HOST:PORT` once the coordinator
+/// answers.
+pub fn run_gateway(process: GatewayProcess) -> Result<(), ServiceError> {
+    super::process::in_system("gateway", async move {
+        let data = DataDirectory::open(process.data_dir)?;
+        let mut serving = process.gateway;
+        serving.presign_key.get_or_insert_with(|| data.presign_key());
+        let listener = gateway::Listener::bind(process.http, serving)?;
+        let mut stop = std::pin::pin!(shutdown_requested()?);
+        let serving = async {
+            let client = ServiceClient::connect(ConnectTarget::from(data.path())).await?;
+            let address = listener.address();
+            let server = listener.serve(client)?;
+            println!("ready http://{address}");
+            Ok(server.await.map_err(gateway::GatewayError::Serve)?)
+        };
+        tokio::select! {
+            () = &mut stop => Ok(()),
+            ended = serving => ended,
+        }
+    })
 }
 
 /// A client of the service, once all its nodes are there.

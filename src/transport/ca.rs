@@ -12,7 +12,7 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use sha2::{Digest as _, Sha256};
 
-use super::{Identity, Role, TransportError, files, name};
+use super::{Admission, Identity, PublicKey, Role, TransportError, files, name};
 
 /// The certificate authority of a cluster, in `DIR/ca` (mode 0600): made at first start.
 ///
@@ -38,6 +38,23 @@ impl ClusterCa {
 
     /// Issues an identity: a fresh key and a certificate that proves `role` and `name`.
     pub fn issue(&self, role: Role, name: &str) -> Result<Identity, TransportError> {
+        let key = KeyPair::generate().map_err(certificate_error)?;
+        let certificate = self.certify(role, name, &key)?;
+        Identity::new(certificate, key.into(), self.certificate.clone())
+    }
+
+    /// Issues a certificate for a key that its owner keeps to itself.
+    pub fn admit(&self, role: Role, name: &str, key: &PublicKey) -> Result<Admission, TransportError> {
+        let certificate = self.certify(role, name, key)?;
+        Ok(Admission { certificate: certificate.to_vec(), ca: self.certificate.to_vec() })
+    }
+
+    fn certify(
+        &self,
+        role: Role,
+        name: &str,
+        key: &impl PublicKeyData,
+    ) -> Result<CertificateDer<'static>, TransportError> {
         name::check_name(name)?;
         let cluster = cluster_id(&self.certificate);
         let names = vec![name::process_dns_name(role, name, &cluster), name::role_dns_name(role, &cluster)];
@@ -49,10 +66,8 @@ impl ClusterCa {
             vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
         set_validity(&mut params);
-
-        let key = KeyPair::generate().map_err(certificate_error)?;
-        let certificate = params.signed_by(&key, &self.issuer).map_err(certificate_error)?;
-        Identity::new(certificate.der().clone(), key.into(), self.certificate.clone())
+        let certificate = params.signed_by(key, &self.issuer).map_err(certificate_error)?;
+        Ok(certificate.der().clone())
     }
 
     /// SHA-256 of the CA certificate, hexadecimal.
@@ -69,7 +84,12 @@ pub(super) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
 /// Short name of the cluster whose CA this is: 64 bits of its fingerprint, enough to tell clusters
 /// apart by name. Trust comes from the signature.
 pub(super) fn cluster_id(ca: &CertificateDer<'_>) -> String {
-    fingerprint(ca)[..16].to_owned()
+    short_id(&fingerprint(ca)).to_owned()
+}
+
+/// The same of a CA's fingerprint (or of all of a shorter text, which names no cluster).
+pub(super) fn short_id(fingerprint: &str) -> &str {
+    fingerprint.get(..16).unwrap_or(fingerprint)
 }
 
 /// Builds the CA beside its place and renames it in: a reader, and a second coordinator that

@@ -6,6 +6,8 @@
 //!                                                                    (peer: role, name)           send │ recv
 //! ```
 //!
+//! A process without an identity reaches a [`Doorway`] and nothing else: it proves the server alone.
+//!
 //! Both twins behave the same: what is sent before `finish` arrives; dropping an unfinished half
 //! is seen at the other end; a closed connection says who closed it and why; every queue has a
 //! bound. The tests run each claim over both.
@@ -13,6 +15,7 @@
 mod error;
 mod name;
 
+mod applicant;
 mod ca;
 mod files;
 mod identity;
@@ -26,13 +29,17 @@ mod stream;
 mod memory;
 mod quic;
 
+mod doorway;
+
+pub use applicant::{Admission, Applicant, PublicKey};
 pub use ca::ClusterCa;
 pub use connection::Connection;
+pub use doorway::{Doorway, knock};
 pub use endpoint::Endpoint;
 pub use error::TransportError;
 pub use identity::Identity;
 pub use memory::MemoryNetwork;
-pub use name::{Peer, Role};
+pub use name::{Peer, Role, check_name};
 pub use stream::{RecvHalf, SendHalf, Stream};
 
 /// Streams of one connection that its peer may have open at once. A coordinator holds one per

@@ -25,6 +25,11 @@ pub struct Peer {
 impl Role {
     const ALL: [Self; 4] = [Self::Coordinator, Self::Node, Self::Gateway, Self::Client];
 
+    /// Reads a role by its name: `node`, ….
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == name)
+    }
+
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Coordinator => "coordinator",
@@ -53,8 +58,8 @@ pub(super) const MAX_NAME: usize = 50;
 /// Under which every certificate's names stand. `.internal` is reserved for private use.
 const DOMAIN: &str = "lockstep.internal";
 
-/// The rest of a DNS label after its role.
-pub(super) fn check_name(name: &str) -> Result<(), TransportError> {
+/// That a process can be called so: the rest of a DNS label after its role.
+pub fn check_name(name: &str) -> Result<(), TransportError> {
     let characters = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
     let ends = !name.starts_with('-') && !name.ends_with('-');
     if characters && ends && (1..=MAX_NAME).contains(&name.len()) {
@@ -77,7 +82,7 @@ pub(super) fn role_dns_name(role: Role, cluster: &str) -> String {
 pub(super) fn parse_process_dns_name(dns_name: &str, cluster: &str) -> Option<Peer> {
     let label = dns_name.strip_suffix(DOMAIN)?.strip_suffix('.')?.strip_suffix(cluster)?.strip_suffix('.')?;
     let (role, name) = label.split_once('-')?;
-    let role = Role::ALL.into_iter().find(|r| r.as_str() == role)?;
+    let role = Role::parse(role)?;
     check_name(name).ok()?;
     Some(Peer { role, name: name.into() })
 }

@@ -15,9 +15,13 @@ use std::{
 
 use bytes::Bytes;
 use quinn::{
-    ConnectionError, IdleTimeout, ReadError, StoppedError, TransportConfig, TransportErrorCode, WriteError,
+    ConnectionError, EndpointConfig, IdleTimeout, ReadError, StoppedError, TransportConfig,
+    TransportErrorCode, WriteError,
 };
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
 use rustls_pki_types::CertificateDer;
+use sha2::{Digest as _, Sha256};
 use tokio::{
     sync::{Mutex, Semaphore, mpsc},
     task::AbortHandle,
@@ -36,8 +40,9 @@ use super::{
 /// 30 s outlives a machine that swaps or a switch that restarts.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Six keep-alives fit into the idle timeout: five may be lost.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Also how soon the loss of a peer that was killed and is back is noticed: it disowns the first
+/// packet that it gets.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
 /// A handshake takes two round trips; one that takes longer than this is no peer of ours.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
@@ -100,13 +105,9 @@ impl Socket {
             _ => TransportError::Bind { address: bind.to_string(), source },
         };
         let socket = UdpSocket::bind(bind).map_err(bind_error)?;
-        let endpoint = quinn::Endpoint::new(
-            quinn::EndpointConfig::default(),
-            server,
-            socket,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .map_err(bind_error)?;
+        let endpoint =
+            quinn::Endpoint::new(endpoint_config(&identity), server, socket, Arc::new(quinn::TokioRuntime))
+                .map_err(bind_error)?;
         let local = endpoint.local_addr().map_err(bind_error)?;
 
         let (ready, accepted) = mpsc::channel(ACCEPT_QUEUE);
@@ -124,7 +125,7 @@ impl Socket {
     }
 
     pub(super) async fn connect(&self, address: &str, role: Role) -> Result<Connection, TransportError> {
-        let to = self.resolve(address).await?;
+        let to = resolve(address, self.local).await?;
         let connecting = self
             .endpoint
             .connect_with(self.client.clone(), to, &name::role_dns_name(role, &self.cluster))
@@ -142,23 +143,6 @@ impl Socket {
         Ok(Connection::new(peer, Wire::Quic(Link(connection))))
     }
 
-    /// The first address behind a name that this socket's family reaches.
-    async fn resolve(&self, address: &str) -> Result<SocketAddr, TransportError> {
-        let invalid =
-            |reason: &str| TransportError::InvalidAddress { address: address.into(), reason: reason.into() };
-        let (host, port) = address.rsplit_once(':').ok_or_else(|| invalid("expected HOST:PORT"))?;
-        match port.parse::<u16>() {
-            Ok(0) | Err(_) => return Err(invalid("expected a port from 1 to 65535 behind the last `:`")),
-            Ok(_) if host.is_empty() => return Err(invalid("expected HOST:PORT")),
-            Ok(_) => {}
-        }
-        let unreachable = |reason: String| TransportError::Unreachable { address: address.into(), reason };
-        let mut found = tokio::net::lookup_host(address).await.map_err(|e| unreachable(e.to_string()))?;
-        found.find(|a| a.is_ipv4() || self.local.is_ipv6()).ok_or_else(|| {
-            unreachable(format!("it has no IPv4 address, and this process listens on {}", self.local))
-        })
-    }
-
     pub(super) async fn accept(&self) -> Option<Connection> {
         self.accepted.lock().await.recv().await
     }
@@ -174,6 +158,41 @@ impl Drop for Socket {
     fn drop(&mut self) {
         self.acceptor.abort();
     }
+}
+
+/// The first address behind a name that a socket at `local` reaches.
+pub(super) async fn resolve(address: &str, local: SocketAddr) -> Result<SocketAddr, TransportError> {
+    let invalid =
+        |reason: &str| TransportError::InvalidAddress { address: address.into(), reason: reason.into() };
+    let (host, port) = address.rsplit_once(':').ok_or_else(|| invalid("expected HOST:PORT"))?;
+    match port.parse::<u16>() {
+        Ok(0) | Err(_) => return Err(invalid("expected a port from 1 to 65535 behind the last `:`")),
+        Ok(_) if host.is_empty() => return Err(invalid("expected HOST:PORT")),
+        Ok(_) => {}
+    }
+    let unreachable = |reason: String| TransportError::Unreachable { address: address.into(), reason };
+    let mut found = tokio::net::lookup_host(address).await.map_err(|e| unreachable(e.to_string()))?;
+    found
+        .find(|a| a.is_ipv4() || local.is_ipv6())
+        .ok_or_else(|| unreachable(format!("it has no IPv4 address, and this process listens on {}", local)))
+}
+
+/// Connection ids and reset tokens come from the identity's key, so that a process that was killed and
+/// started again recognises packets of its former life and resets those connections (RFC 9000,
+/// 10.3): the peer hears of it at once, and not when the idle timeout is over.
+fn endpoint_config(identity: &Identity) -> EndpointConfig {
+    let derive = |purpose: &[u8]| -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(purpose);
+        hash.update(identity.key().secret_pkcs8_der());
+        hash.finalize().into()
+    };
+    let reset = hmac::Key::new(hmac::HMAC_SHA256, &derive(b"lockstep stateless reset"));
+    let [a, b, c, d, e, f, g, h, ..] = derive(b"lockstep connection ids");
+    let ids = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    let mut config = EndpointConfig::new(Arc::new(reset));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+    config
 }
 
 fn transport_config() -> TransportConfig {
@@ -275,7 +294,7 @@ impl Link {
     }
 }
 
-fn into_stream((send, recv): (quinn::SendStream, quinn::RecvStream)) -> Stream {
+pub(super) fn into_stream((send, recv): (quinn::SendStream, quinn::RecvStream)) -> Stream {
     Stream::new(SendWire::Quic(Writer(send)), RecvWire::Quic(Reader(recv)))
 }
 
@@ -335,7 +354,7 @@ impl Reader {
 }
 
 /// Why a connection attempt failed. TLS alerts are QUIC errors 0x100 to 0x1ff (RFC 9001, 4.8).
-fn connect_error(address: &str, role: Role, error: ConnectionError) -> TransportError {
+pub(super) fn connect_error(address: &str, role: Role, error: ConnectionError) -> TransportError {
     let is_tls = |code: TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
     let address = address.to_owned();
     match error {
@@ -358,7 +377,7 @@ fn connect_error(address: &str, role: Role, error: ConnectionError) -> Transport
 }
 
 /// Why an established connection is gone.
-fn stream_error(error: ConnectionError) -> TransportError {
+pub(super) fn stream_error(error: ConnectionError) -> TransportError {
     match error {
         ConnectionError::ApplicationClosed(e) => {
             TransportError::ClosedByPeer { reason: String::from_utf8_lossy(&e.reason).into_owned() }

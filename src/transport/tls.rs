@@ -5,16 +5,19 @@ use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::{
-    RootCertStore,
-    client::Resumption,
-    crypto::CryptoProvider,
+    CertificateError, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::{
+        Resumption, WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{CryptoProvider, verify_tls13_signature},
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
     sign::CertifiedKey,
     version::TLS13,
 };
-use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 
-use super::{Identity, Peer, TransportError, name};
+use super::{Identity, Peer, TransportError, ca, name};
 
 /// Presents `identity`, and trusts servers of its CA under the name that is asked for.
 pub(super) fn client_config(identity: &Identity, alpn: &[u8]) -> Result<QuicClientConfig, TransportError> {
@@ -42,6 +45,84 @@ pub(super) fn server_config(identity: &Identity, alpn: &[u8]) -> Result<QuicServ
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     QuicServerConfig::try_from(config).map_err(|e| TransportError::Certificate(e.to_string()))
+}
+
+/// Presents `identity` with its CA behind it, so that whoever knows the CA's fingerprint can check
+/// both, and asks for nothing.
+pub(super) fn doorway_config(identity: &Identity, alpn: &[u8]) -> Result<QuicServerConfig, TransportError> {
+    let chain = vec![identity.certificate().clone(), identity.ca().clone()];
+    let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])
+        .map_err(tls_error)?
+        .with_no_client_auth()
+        .with_single_cert(chain, identity.key().clone_key().into())
+        .map_err(tls_error)?;
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    QuicServerConfig::try_from(config).map_err(|e| TransportError::Certificate(e.to_string()))
+}
+
+/// Presents nothing, and trusts servers of the CA with this fingerprint.
+pub(super) fn stranger_config(ca_fingerprint: &str, alpn: &[u8]) -> Result<QuicClientConfig, TransportError> {
+    let verifier = Arc::new(PinnedCa { fingerprint: ca_fingerprint.to_owned() });
+    let mut config = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])
+        .map_err(tls_error)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config.resumption = Resumption::disabled();
+    QuicClientConfig::try_from(config).map_err(|e| TransportError::Certificate(e.to_string()))
+}
+
+/// Trusts what the CA of one fingerprint has signed; the CA itself comes with the server's chain.
+#[derive(Debug)]
+struct PinnedCa {
+    fingerprint: String,
+}
+
+impl ServerCertVerifier for PinnedCa {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let ca = intermediates.iter().find(|ca| ca::fingerprint(ca) == self.fingerprint);
+        let ca = ca.ok_or(CertificateError::UnknownIssuer)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(ca.clone().into_owned())?;
+        WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+            .build()
+            .map_err(|e| rustls::Error::General(e.to_string()))?
+            .verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.2 is not spoken here".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, signature, &provider().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// Who a verified certificate of this cluster names.

@@ -115,7 +115,9 @@ impl<T: Clone> OperationFuture<T> {
     /// Blocks this thread for at most `timeout`. The outer error says that time ran out, the
     /// inner one that the operation failed.
     pub fn result_timeout(&self, timeout: Duration) -> Result<Result<T, OperationError>, ResultTimeout> {
-        let deadline = Instant::now() + timeout;
+        let Some(deadline) = Instant::now().checked_add(timeout) else {
+            return Ok(self.result()); // Further away than time is counted.
+        };
         let mut state = self.shared.lock();
         loop {
             if let Some(outcome) = &state.outcome {

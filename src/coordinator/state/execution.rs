@@ -145,12 +145,7 @@ impl State {
                 ErrorKind::ResourceExhausted => ErrorKind::ResourceExhausted,
                 _ => ErrorKind::Unavailable,
             };
-            let message = format!(
-                "operation {} of {} was given up: node {} says: {error} (ranks: {seats})",
-                token.seq.0,
-                token.run,
-                self.node_name(node)
-            );
+            let message = format!("node {} says: {error} (ranks: {seats})", self.node_name(node));
             self.lose_ranks(token.run, OperationError::new(kind, message));
         }
     }
@@ -254,7 +249,7 @@ impl State {
             Work::Execute(execution) if execution.deadline_ms <= now_ms => {
                 let silent = self.silent_nodes(run, |rank| !execution.answers.contains_key(&rank));
                 let message = format!(
-                    "operation {} of {id} was given up: node {silent} did not finish it within {} s",
+                    "node {silent} did not finish operation {} of {id} within {} s",
                     execution.token.seq.0,
                     self.limits.operation_deadline.as_secs()
                 );

@@ -66,6 +66,9 @@ impl State {
     pub(super) fn offer(&self, name: &str) -> Result<&ModelOffer, Refusal> {
         let by_alias = || self.models.values().find(|offer| offer.aliases.iter().any(|alias| alias == name));
         self.models.get(name).or_else(by_alias).ok_or_else(|| {
+            if !self.ever_joined {
+                return Refusal::NoNode;
+            }
             let offered: Vec<&str> = self.models.keys().map(String::as_str).collect();
             let offered = if offered.is_empty() { "nothing yet".to_owned() } else { offered.join(", ") };
             Refusal::UnknownModel { name: name.chars().take(128).collect(), offered }
@@ -81,10 +84,7 @@ impl State {
         let concerned: Vec<RunId> =
             self.runs.values().filter(|run| run.rank_nodes().contains(&id)).map(|run| run.id).collect();
         for run in concerned {
-            let message = format!(
-                "node {name} was lost while it held a rank of {run} ({reason}); \
-                 the run is restored from the journal, submit again"
-            );
+            let message = format!("node {name} was lost while it held a rank of {run} ({reason})");
             self.lose_ranks(run, OperationError::new(ErrorKind::Unavailable, message));
         }
         self.unstage_node(id);

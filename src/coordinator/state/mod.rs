@@ -5,9 +5,9 @@
 //! ```text
 //!   submit ─► journal ─► queue ─► Execute ─► all Prepared ─► journal ─► Commit ─► visible
 //!                                    │                          (a publish also waits for
-//!                                    └─ a rank lost: failure      Stage · Activate on every
-//!                                       journaled, ranks formed   sampler node)
-//!                                       anew, state replayed
+//!                                    └─ a rank lost: ranks       Stage · Activate on every
+//!                                       formed anew, state        sampler node)
+//!                                       replayed, executed again
 //! ```
 //!
 //! Where to read: `event` (the interface), `run` (what a run is), `operations` (its queue),
@@ -54,8 +54,9 @@ use super::{Limits, error::Refusal};
 pub const TICK_MS: u64 = 250;
 
 /// How long a request that needs a model is held while no node has ever joined: a service that
-/// is starting is slow, not wrong.
-const STARTING_HOLD_MS: u64 = 20_000;
+/// is starting is slow, not wrong. Longer than nodes need to notice that a coordinator was killed and
+/// is back, and to read their models' digests.
+const STARTING_HOLD_MS: u64 = 60_000;
 
 /// Requests held while the service starts.
 const HELD_MAX: usize = 1_024;

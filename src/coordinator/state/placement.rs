@@ -16,9 +16,9 @@ use super::{
     run::{RankSet, Ranks, Work},
 };
 
-/// Rank sets lost in a row before the operation at the head of the queue is given up, so that
-/// its caller learns why nothing moves.
-const SETBACKS_MAX: u32 = 3;
+/// Rank sets lost in a row, without an operation done in between, before the one at the head of
+/// the queue is given up: it may be what kills them, and its caller must learn why nothing moves.
+const SETBACKS_MAX: u32 = 6;
 
 /// First and longest pause before ranks are formed again after a setback.
 const RETRY_MS: u64 = 1_000;
@@ -77,7 +77,8 @@ impl State {
                 restore: run.snapshot.map(|(_, blob)| blob),
             },
         );
-        run.ranks = Ranks::Forming { set, ready: BTreeSet::new(), deadline_ms };
+        let restored = run.snapshot.map_or(OperationSeq(0), |(seq, _)| seq);
+        run.ranks = Ranks::Forming { set, restored, ready: BTreeSet::new(), deadline_ms };
         run.refill = false;
         for node in nodes {
             self.send(node, message.clone());
@@ -134,15 +135,14 @@ impl State {
     /// Every rank that `node` holds of the run is there.
     pub(super) fn ranks_ready(&mut self, node: NodeId, id: RunId, generation: Generation) {
         let Some(run) = self.runs.get_mut(&id) else { return };
-        let covered = run.snapshot.map_or(OperationSeq(0), |(seq, _)| seq);
-        let Ranks::Forming { set, ready, .. } = &mut run.ranks else { return };
+        let Ranks::Forming { set, restored, ready, .. } = &mut run.ranks else { return };
         let nodes = set.nodes();
         if run.generation != generation || !nodes.contains(&node) {
             return;
         }
         ready.insert(node);
         if ready.len() == nodes.len() {
-            run.ranks = Ranks::Formed { set: set.clone(), applied: covered };
+            run.ranks = Ranks::Formed { set: set.clone(), applied: *restored };
             self.advance(id);
         }
     }
@@ -170,7 +170,7 @@ impl State {
 
     /// The deadline of a rank set that is being formed.
     pub(super) fn expire_forming(&mut self, id: RunId) {
-        let Some(Ranks::Forming { set, ready, deadline_ms }) = self.runs.get(&id).map(|run| &run.ranks)
+        let Some(Ranks::Forming { set, ready, deadline_ms, .. }) = self.runs.get(&id).map(|run| &run.ranks)
         else {
             return;
         };
@@ -184,8 +184,10 @@ impl State {
         self.lose_ranks(id, OperationError::new(ErrorKind::Unavailable, message));
     }
 
-    /// Gives up the run's rank set. An operation that it was executing fails with `cause`: with
-    /// other ranks it might do, but that is for the caller to ask.
+    /// Gives up the run's rank set. What it was executing has no outcome, and the next set executes
+    /// it again: a lost node costs its callers time and nothing else. Only after
+    /// [`SETBACKS_MAX`] sets, or for want of memory, which the next set would not have either,
+    /// the operation at the head of the queue fails with `cause`.
     pub(super) fn lose_ranks(&mut self, id: RunId, cause: OperationError) {
         let now_ms = self.now_ms;
         let Some(run) = self.runs.get_mut(&id) else { return };
@@ -194,38 +196,34 @@ impl State {
             return;
         }
         tracing::warn!(run = %id, generation = generation.0, "ranks given up: {cause}");
-        let at_rest = matches!(run.ranks, Ranks::Formed { .. }) && !matches!(run.work, Work::Execute(_));
+        let executing = matches!(run.work, Work::Execute(_));
+        let at_rest = matches!(run.ranks, Ranks::Formed { .. }) && !executing;
         run.ranks = Ranks::Absent;
         run.snapshotting = None;
         run.setbacks += u32::from(!at_rest);
         run.retry_ms = now_ms + backoff(run.setbacks);
-        let in_flight = match &run.work {
-            Work::Execute(execution) => Some((execution.token.seq, execution.replay)),
-            Work::Idle | Work::Conclude(_) => None,
-        };
-        let hopeless = run.setbacks >= SETBACKS_MAX && run.broken.is_none();
-        if in_flight.is_some() {
+        if executing {
             run.work = Work::Idle;
         }
+        let hopeless = run.setbacks >= SETBACKS_MAX || cause.kind == ErrorKind::ResourceExhausted;
         let idle = matches!(run.work, Work::Idle);
-        let head = run.head();
+        let given_up = run.head().filter(|_| hopeless && idle && run.broken.is_none());
+        let setbacks = run.setbacks;
+        if given_up.is_some() {
+            run.setbacks = 0; // The next operation gets as many tries.
+        }
         for node in nodes {
             if self.nodes.contains_key(&node) {
                 self.send(node, CoordinatorMessage::ReleaseRanks { run: id, generation });
             }
         }
-        let given_up = match in_flight {
-            Some((seq, false)) => Some(seq),
-            _ if hopeless && idle => head,
-            _ => None,
-        };
-        if hopeless && let Some(run) = self.runs.get_mut(&id) {
-            run.setbacks = 0; // The next operation gets as many tries.
-        }
-        match given_up {
-            Some(seq) => self.conclude(id, seq, Outcome::Failed { error: cause }, None, None, None),
-            None => self.advance(id),
-        }
+        let Some(seq) = given_up else { return self.advance(id) };
+        let message = format!(
+            "operation {} of {id} was given up after {setbacks} rank sets; of the last: {}",
+            seq.0, cause.message
+        );
+        let error = OperationError::new(cause.kind, message);
+        self.conclude(id, seq, Outcome::Failed { error }, None, None, None);
     }
 
     /// Moves a run that has fewer ranks than it asked for to a larger rank set; says whether it

@@ -89,8 +89,10 @@ pub(super) struct Entry {
 /// The ranks that hold the run's state.
 pub(super) enum Ranks {
     Absent,
+    /// `restored`: the last operation that is in the snapshot they are made from.
     Forming {
         set: RankSet,
+        restored: OperationSeq,
         ready: BTreeSet<NodeId>,
         deadline_ms: u64,
     },

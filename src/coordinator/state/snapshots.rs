@@ -8,7 +8,7 @@ use crate::{
 
 use super::{
     Appending, State,
-    run::{Ranks, Snapshotting},
+    run::{Ranks, Snapshotting, Work},
 };
 
 /// Operations that changed the state and that no snapshot covers: a run that only accumulates
@@ -86,10 +86,28 @@ impl State {
                     run.snapshotting = None;
                 }
                 run.forget_covered();
+                self.start_over_if_behind(id, seq);
             }
             Err(why) => self.give_up_snapshot(id, &why),
         }
         self.advance(id);
+    }
+
+    /// Ranks that were lost after they wrote a snapshot may have successors, made from an earlier one
+    /// before it was durable. Those would repeat operations that are forgotten now.
+    fn start_over_if_behind(&mut self, id: RunId, seq: OperationSeq) {
+        let Some(run) = self.runs.get_mut(&id) else { return };
+        let has = match &run.ranks {
+            Ranks::Absent => return,
+            Ranks::Forming { restored, .. } => *restored,
+            Ranks::Formed { applied, .. } => *applied,
+        };
+        if has < seq {
+            if matches!(run.work, Work::Execute(_)) {
+                run.work = Work::Idle;
+            }
+            self.release(id);
+        }
     }
 
     pub(super) fn expire_snapshot(&mut self, id: RunId) {

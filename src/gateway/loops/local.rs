@@ -57,7 +57,7 @@ pub async fn find_or_create(
         return Err(InvalidInput::new("base_model", "is missing, and there is no run yet").into());
     };
     let create = CreateRun {
-        session: gateway.upstream.own_session(),
+        session: gateway.upstream.own_session().await?,
         base_model: base_model.to_owned(),
         lora: LoraConfig::new(lora_rank, 0),
         replicas: None,

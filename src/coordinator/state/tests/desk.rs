@@ -32,6 +32,8 @@ pub struct Desk {
     pub durable: bool,
     /// Nodes answer at once, as they should.
     pub answering: bool,
+    /// The operation that no node answers.
+    pub kills: Option<OperationSeq>,
     /// Everything durable, in order.
     pub records: Vec<Record>,
     /// What was sent to nodes since the test last looked.
@@ -67,6 +69,7 @@ impl Desk {
             now_ms,
             durable: true,
             answering: true,
+            kills: None,
             records: Vec::new(),
             sent: Vec::new(),
             generated: Vec::new(),
@@ -112,7 +115,9 @@ impl Desk {
             }
             Effect::Send { node, message } => {
                 self.sent.push((node, message.clone()));
-                if self.answering {
+                let deadly = matches!(&message, CoordinatorMessage::Execute { token, .. }
+                    if Some(token.seq) == self.kills);
+                if self.answering && !deadly {
                     for answer in self.ideal_answers(node, message) {
                         self.say(node, answer);
                     }

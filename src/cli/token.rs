@@ -1,0 +1,126 @@
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use lockstep::{
+    join::{Ledger, Terms},
+    transport::{ClusterCa, Role},
+};
+
+use super::up::DATA_DIR;
+
+/// What lets processes on other machines into the cluster of a data directory. Works whether its
+/// coordinator runs or not.
+#[derive(Subcommand)]
+pub enum Token {
+    /// Print a fresh token.
+    Create(Create),
+    /// List the tokens, without their secrets.
+    List(Place),
+    /// Forget a token; those that it let in stay.
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+#[derive(Args)]
+pub struct Place {
+    #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
+    data_dir: PathBuf,
+}
+
+#[derive(Args)]
+pub struct Create {
+    /// What its holders become.
+    #[arg(long, default_value = "node", value_parser = ["node", "gateway", "client"])]
+    role: String,
+    /// How often it is taken. A node that keeps its data directory needs it once.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    uses: u32,
+    /// Any number of times: for launchers that start the same node anew with an empty disk.
+    #[arg(long, conflicts_with = "uses")]
+    unlimited: bool,
+    /// How long it is good for: a number and s, m, h or d; `ever` is until it is revoked.
+    #[arg(long, default_value = "24h")]
+    valid: String,
+    #[command(flatten)]
+    place: Place,
+}
+
+impl Token {
+    pub fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Create(create) => create.run(),
+            Self::List(place) => place.list(),
+            Self::Revoke { id, place } => Ok(Ledger::open(&place.data_dir)?.revoke(&id)?),
+        }
+    }
+}
+
+impl Create {
+    fn run(self) -> anyhow::Result<()> {
+        let role = Role::parse(&self.role).context("--role")?;
+        let expires_at = match self.valid.as_str() {
+            "ever" => None,
+            span => Some(now() + duration(span)?.as_secs()),
+        };
+        let terms = Terms { role, uses: (!self.unlimited).then_some(self.uses), expires_at };
+        let ca = ClusterCa::open_or_create(&self.place.data_dir)?.fingerprint();
+        println!("{}", Ledger::open(&self.place.data_dir)?.create(terms, ca)?);
+        Ok(())
+    }
+}
+
+impl Place {
+    fn list(self) -> anyhow::Result<()> {
+        let now = now();
+        for token in Ledger::open(&self.data_dir)?.list()? {
+            let uses =
+                token.uses_left.map_or("any number of uses".into(), |left| format!("{left} uses left"));
+            let until = match token.expires_at {
+                None => "until it is revoked".to_owned(),
+                Some(at) if at <= now => "expired".to_owned(),
+                Some(at) => format!("for {} more minutes", (at - now).div_ceil(60)),
+            };
+            println!("{}  {}  {uses}  {until}  let in: {}", token.id, token.role, token.names.join(", "));
+        }
+        Ok(())
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Reads `90s`, `10m`, `24h` or `7d`.
+fn duration(text: &str) -> anyhow::Result<Duration> {
+    let (number, unit) = text.split_at(text.len() - text.chars().next_back().map_or(0, char::len_utf8));
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => bail!("--valid {text}: expected a number and s, m, h or d"),
+    };
+    let number: u32 = number.parse().with_context(|| format!("--valid {text}"))?;
+    Ok(Duration::from_secs(u64::from(number) * seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_read() {
+        assert_eq!(duration("90s").unwrap().as_secs(), 90);
+        assert_eq!(duration("24h").unwrap().as_secs(), 86_400);
+        for bad in ["", "5", "h", "-1h", "1w", "1 h", "é"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+use bincode::{Decode, Encode};
+
+/// ALPN name of the doorway, where processes without a certificate come in.
+pub const JOIN_ALPN: &[u8] = b"lockstep-join/1";
+
+/// Largest message at the doorway: names, a key, two certificates.
+pub const MAX_JOIN_MESSAGE: usize = 8 << 10;
+
+/// A process asks for an identity.
+#[derive(Clone, PartialEq, Eq, Encode, Decode)]
+pub struct JoinRequest {
+    pub protocol_version: u32,
+    /// Which token, and what only its holders know.
+    pub token: String,
+    pub secret: [u8; 32],
+    /// The name that the certificate shall prove.
+    pub name: String,
+    /// An uncompressed point on P-256.
+    pub public_key: Vec<u8>,
+}
+
+/// What it is told.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum JoinReply {
+    /// Certificate and CA, in DER.
+    Admitted { certificate: Vec<u8>, ca: Vec<u8> },
+    /// Why not, in a sentence.
+    Refused { reason: String },
+}
+
+impl std::fmt::Debug for JoinRequest {
+    /// Never shows the secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "JoinRequest({} as {:?})", self.token, self.name)
+    }
+}

@@ -1,0 +1,140 @@
+//! A node on a machine of its own: it comes with a token, gets a certificate, and needs no token after.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    net::UdpSocket,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use lockstep::client::ServiceClient;
+
+use crate::up::{MODEL, PATIENCE, connect, lockstep, model_of, sample, send_signal, step, train};
+
+/// A coordinator process; killed with the test.
+struct Coordinator {
+    process: Child,
+    address: String,
+    doorway: String,
+}
+
+impl Coordinator {
+    fn start(directory: &Path) -> Self {
+        // Free a moment ago; whoever takes it in between fails the test loudly.
+        let doorway =
+            UdpSocket::bind("127.0.0.1:0").and_then(|s| s.local_addr()).expect("a port").to_string();
+        let mut process = lockstep()
+            .args(["coordinator", "--listen", "127.0.0.1:0", "--join-listen", &doorway, "--data-dir"])
+            .arg(directory.join("data"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let mut lines = BufReader::new(process.stdout.take().expect("piped")).lines();
+        let line = lines.next().expect("it says where it listens, or dies").expect("text");
+        let address = line.strip_prefix("listening ").unwrap_or_else(|| panic!("{line:?}")).to_owned();
+        Self { process, address, doorway }
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn token(directory: &Path, arguments: &[&str]) -> String {
+    let output = lockstep()
+        .args(["token", "create", "--data-dir"])
+        .arg(directory.join("data"))
+        .args(arguments)
+        .output()
+        .expect("the binary starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text").trim().to_owned()
+}
+
+/// A node with a disk of its own.
+fn node(coordinator: &Coordinator, directory: &Path, name: &str, token: Option<&str>) -> Command {
+    let mut command = lockstep();
+    command
+        .args(["node", "--name", name, "--coordinator", &coordinator.address, "--threads", "1"])
+        .args(["--model", &format!("{MODEL}={}", model_of(directory).display())])
+        .arg("--data-dir")
+        .arg(directory.join(name))
+        .env("LOCKSTEP_LOG", "warn,lockstep=info")
+        .stderr(Stdio::piped());
+    if let Some(token) = token {
+        command.args(["--join", &coordinator.doorway, "--token", token]);
+    }
+    command
+}
+
+fn wait_for_nodes(service: &ServiceClient, count: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    while service.cluster_status_blocking().expect("status").nodes.len() != count {
+        assert!(Instant::now() < deadline, "not {count} nodes");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What a node says that must refuse to run.
+fn refused(mut command: Command) -> String {
+    let mut process = command.spawn().expect("the binary starts");
+    let deadline = Instant::now() + PATIENCE;
+    while process.try_wait().expect("waited for").is_none() {
+        assert!(Instant::now() < deadline, "the node neither refused nor ended");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut said = String::new();
+    process.stderr.take().expect("piped").read_to_string(&mut said).expect("text");
+    assert_eq!(process.wait().expect("ended").code(), Some(78), "a restart would change nothing: {said}");
+    said
+}
+
+#[test]
+fn a_node_joins_with_a_token_and_comes_back_without() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let directory = directory.path();
+    let coordinator = Coordinator::start(directory);
+    let service = connect(directory);
+    let once = token(directory, &[]);
+    let mut process = node(&coordinator, directory, "far-1", Some(&once)).spawn().expect("a node");
+    wait_for_nodes(&service, 1);
+    let training = train(&service);
+    step(&training);
+    let before = sample(&training, "before");
+
+    send_signal("-KILL", process.id());
+    process.wait().expect("killed");
+    let process = node(&coordinator, directory, "far-1", None).spawn().expect("a node");
+    assert_eq!(sample(&training, "again"), before, "it is back under its certificate");
+
+    let said = refused(node(&coordinator, directory, "far-2", Some(&once)));
+    assert!(said.contains("used up"), "{said}");
+    let expired = token(directory, &["--valid", "0s"]);
+    let said = refused(node(&coordinator, directory, "far-2", Some(&expired)));
+    assert!(said.contains("expired"), "{said}");
+    let forged = token(directory, &[]).replacen(['0', '1', '2', '3', '4', '5'], "f", 64);
+    let said = refused(node(&coordinator, directory, "far-2", Some(&forged)));
+    assert!(said.contains("no such token") || said.contains("not the expected coordinator"), "{said}");
+    let said = refused(node(&coordinator, directory, "far-2", None));
+    assert!(said.contains("far-2"), "there is no certificate: {said}");
+
+    // A client's token makes no node.
+    let client = token(directory, &["--role", "client"]);
+    let said = refused(node(&coordinator, directory, "far-2", Some(&client)));
+    assert!(said.contains("node"), "{said}");
+
+    let several = token(directory, &["--uses", "2"]);
+    let second = node(&coordinator, directory, "far-3", Some(&several)).spawn().expect("a node");
+    wait_for_nodes(&service, 2);
+    step(&training);
+    for id in [process.id(), second.id()] {
+        send_signal("-KILL", id);
+    }
+    for mut process in [process, second] {
+        process.wait().expect("killed");
+    }
+}

@@ -1,0 +1,6 @@
+//! `lockstep up` as a user runs it: real processes on loopback, a model of a few kilobytes.
+
+mod chaos;
+mod join;
+mod lifecycle;
+mod up;
