@@ -1,6 +1,5 @@
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Args;
 use lockstep::{
     client::{ConnectTarget, ServiceClient},
@@ -8,7 +7,7 @@ use lockstep::{
     types::{CheckpointTarget, RunId},
 };
 
-use super::up::{DATA_DIR, all_cores};
+use super::up::DATA_DIR;
 
 /// Which service to look at.
 #[derive(Args)]
@@ -82,28 +81,4 @@ impl Checkpoints {
         }
         Ok(())
     }
-}
-
-/// What this machine has and what Lockstep makes of it.
-pub fn doctor() -> anyhow::Result<()> {
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu = cpu
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .map(|name| name.trim_matches([' ', '\t', ':']));
-    println!("lockstep {}", env!("CARGO_PKG_VERSION"));
-    println!("cpu      {} ({} cores)", cpu.unwrap_or("unknown"), all_cores());
-    println!("kernels  {} (f32)", lockstep::kernels::path());
-    println!("memory   {}", memory().context("the memory of this machine is not known")?);
-    println!("gpu      not built in (this binary computes on the CPU)");
-    Ok(())
-}
-
-fn memory() -> Option<String> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = |field: &str| -> Option<f64> {
-        info.lines().find_map(|line| line.strip_prefix(field))?.trim().trim_end_matches(" kB").parse().ok()
-    };
-    let gib = |kib: f64| kib / (1 << 20) as f64;
-    Some(format!("{:.1} GiB, {:.1} available", gib(kib("MemTotal:")?), gib(kib("MemAvailable:")?)))
 }

@@ -1,6 +1,7 @@
 //! The command line: one file a family of subcommands, each parsing into the configuration
 //! of the room that does the work.
 
+mod doctor;
 mod http;
 mod look;
 mod model;
@@ -21,6 +22,10 @@ pub struct Cli {
     /// Say more on stderr; twice for everything. LOCKSTEP_LOG overrides (tracing's filter syntax).
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// Compute with these kernels instead of the fastest that this machine has: a common path for all nodes of a
+    /// cluster, which share runs only if they have the same. `lockstep doctor` lists them.
+    #[arg(long, global = true, env = "LOCKSTEP_KERNELS")]
+    kernels: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -50,12 +55,16 @@ enum Command {
     /// Show the nodes of a service and what they do.
     Cluster(look::Look),
     /// Say what this machine has and what Lockstep makes of it.
-    Doctor,
+    Doctor(doctor::Doctor),
 }
 
 impl Cli {
     /// Does what was asked.
     pub fn run(self) -> anyhow::Result<()> {
+        if let Some(path) = self.kernels.filter(|path| !lockstep::kernels::choose_path(path)) {
+            let have = lockstep::kernels::paths().join(", ");
+            anyhow::bail!("--kernels {path}: this machine has {have}");
+        }
         match self.command {
             Command::Quickstart(quickstart) => quickstart.run(),
             Command::Up(up) => up.run(),
@@ -67,7 +76,7 @@ impl Cli {
             Command::Runs(look) => look.runs(),
             Command::Checkpoints(checkpoints) => checkpoints.run(),
             Command::Cluster(look) => look.cluster(),
-            Command::Doctor => look::doctor(),
+            Command::Doctor(doctor) => doctor.run(),
         }
     }
 }

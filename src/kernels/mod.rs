@@ -18,7 +18,7 @@ mod threads;
 mod tile;
 
 pub use matrix::Matrix;
-pub use simd::path;
+pub use simd::{choose_path, path, paths};
 pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};
 
 pub(crate) use attention::{

@@ -19,7 +19,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::model::ModelSource;
+use crate::{kernels, model::ModelSource};
 
 use super::{
     DataDirectory, ServiceError,
@@ -41,6 +41,9 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Longest that a drain may take (an operation's end, a snapshot a run) before parts are killed.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Tells the parts which kernels this process was told to use.
+const KERNELS: &str = "LOCKSTEP_KERNELS";
 
 /// Name and subcommand of the part that decides.
 const COORDINATOR: &str = "coordinator";
@@ -301,6 +304,7 @@ impl Part {
             .arg("--data-dir")
             .arg(self.config.data.path())
             .env(PARENT_PIPE, "1")
+            .env(KERNELS, kernels::path())
             // Candle's own thread pools would fight the node's leased cores.
             .envs([("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "1")])
             .stdin(Stdio::piped())

@@ -167,17 +167,26 @@ pub(crate) fn run_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
     }
 }
 
-/// Name of the kernel path of this machine: `avx512`, `avx2`, `neon` or `scalar`.
+/// Name of the kernel path of this process: `avx512`, `avx2`, `neon` or `scalar`. The fastest of the
+/// machine, unless another was chosen.
 pub fn path() -> &'static str {
-    match Path::best() {
-        #[cfg(target_arch = "x86_64")]
-        Path::Avx512 => "avx512",
-        #[cfg(target_arch = "x86_64")]
-        Path::Avx2 => "avx2",
-        Path::Plain if cfg!(target_arch = "aarch64") => "neon",
-        Path::Plain => "scalar",
-    }
+    Path::best().name()
 }
+
+/// Names of the kernel paths that this machine has, the fastest first.
+pub fn paths() -> Vec<&'static str> {
+    Path::available().map(Path::name).collect()
+}
+
+/// Computes on the path of this name from now on; for a slower one that all machines of a cluster have, and
+/// for measuring. False if this machine lacks it, or has computed on another already.
+pub fn choose_path(name: &str) -> bool {
+    let Some(path) = Path::available().find(|path| path.name() == name) else { return false };
+    *BEST.get_or_init(|| path) == path
+}
+
+/// The path of this process; set when it is first asked for.
+static BEST: OnceLock<Path> = OnceLock::new();
 
 impl Path {
     /// From the fastest to the slowest.
@@ -189,6 +198,17 @@ impl Path {
         Self::Plain,
     ];
 
+    fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            Self::Plain if cfg!(target_arch = "aarch64") => "neon",
+            Self::Plain => "scalar",
+        }
+    }
+
     /// The paths of this machine, the fastest first; there is always one.
     pub(crate) fn available() -> impl Iterator<Item = Self> {
         Self::ALL.iter().copied().filter(|path| path.is_available())
@@ -196,7 +216,6 @@ impl Path {
 
     #[inline]
     fn best() -> Self {
-        static BEST: OnceLock<Path> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().next().unwrap_or(Self::Plain))
     }
 

@@ -1,0 +1,252 @@
+//! What this machine has, what Lockstep makes of it, and what to do about what is wrong.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener, UdpSocket},
+    path::{Path, PathBuf},
+};
+
+use anyhow::bail;
+use clap::Args;
+use lockstep::{
+    kernels,
+    model::ModelSource,
+    pull,
+    service::COORDINATOR_PORT,
+    transport::{ClusterCa, Identity},
+};
+
+use super::up::{DATA_DIR, all_cores, parse_models};
+
+/// Receive buffer that QUIC fills at 1 Gbit/s while a control thread waits its turn.
+const UDP_BUFFER: u64 = 2 << 20;
+
+/// Least free space for a journal and a few checkpoints.
+const FREE_BYTES: u64 = 2 << 30;
+
+/// Clocks before this are wrong: certificates are valid from 2020 on, and tokens expire.
+const YEAR_2024: u64 = 1_704_067_200;
+
+#[derive(Args)]
+pub struct Doctor {
+    /// A model that this machine shall serve, as NAME=PATH; by default those that were pulled.
+    #[arg(long = "model", value_name = "NAME=PATH")]
+    models: Vec<String>,
+    #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
+    data_dir: PathBuf,
+}
+
+/// One thing that was looked at.
+enum Finding {
+    Fine(String),
+    /// It works, but not as well as it could: what to do.
+    Poor(String, &'static str),
+    /// It does not work: what to do.
+    Broken(String, String),
+}
+
+use Finding::{Broken, Fine, Poor};
+
+impl Doctor {
+    /// Prints a line for each thing; fails if one does not work.
+    pub fn run(self) -> anyhow::Result<()> {
+        let models = match self.models.is_empty() {
+            true => pull::installed(&self.data_dir),
+            false => parse_models(&self.models)?,
+        };
+        let findings = [
+            ("lockstep", Fine(env!("CARGO_PKG_VERSION").into())),
+            ("cpu", cpu()),
+            ("kernels", Fine(format!("{} of {} (f32)", kernels::path(), kernels::paths().join(", ")))),
+            ("memory", memory(&models)),
+            ("gpu", gpu()),
+            ("data", data(&self.data_dir)),
+            ("trust", trust(&self.data_dir)),
+            ("http", port("TCP", 8000, |at| TcpListener::bind(at).is_ok())),
+            ("quic", port("UDP", COORDINATOR_PORT, |at| UdpSocket::bind(at).is_ok())),
+            ("udp", udp_buffer()),
+            ("shm", shared_memory()),
+            ("clock", clock()),
+        ];
+        let mut broken = 0;
+        for (what, finding) in findings {
+            match finding {
+                Fine(is) => println!("{what:<9} {is}"),
+                Poor(is, advice) => println!("{what:<9} {is}\n          better: {advice}"),
+                Broken(is, advice) => {
+                    broken += 1;
+                    println!("{what:<9} {is}\n          do: {advice}");
+                }
+            }
+        }
+        match broken {
+            0 => Ok(()),
+            1 => bail!("one thing does not work"),
+            n => bail!("{n} things do not work"),
+        }
+    }
+}
+
+fn cpu() -> Finding {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name"));
+    let name = name.map_or("unknown", |name| name.trim_matches([' ', '\t', ':']));
+    Fine(format!("{name} ({} cores)", all_cores()))
+}
+
+/// Base weights are held once, in f32; a step's activations come on top.
+fn memory(models: &[ModelSource]) -> Finding {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = |field: &str| -> Option<u64> {
+        info.lines().find_map(|line| line.strip_prefix(field))?.trim().trim_end_matches(" kB").parse().ok()
+    };
+    let (Some(total), Some(available)) = (kib("MemTotal:"), kib("MemAvailable:")) else {
+        return Poor("unknown".into(), "mount /proc");
+    };
+    let gib = |kib: u64| kib as f64 / (1 << 20) as f64;
+    let is = format!("{:.1} GiB, {:.1} available", gib(total), gib(available));
+    let needed: u64 = models.iter().map(|model| size_of_model(&model.path)).sum::<u64>() >> 10;
+    match models.len() {
+        0 => Fine(is),
+        _ if needed > available => Broken(
+            format!("{is}; the models' files alone are {:.1} GiB", gib(needed)),
+            "serve fewer or smaller models".into(),
+        ),
+        count => Fine(format!("{is}; {count} models of {:.1} GiB on disk", gib(needed))),
+    }
+}
+
+/// Bytes of a model's weight files as they lie on disk: quantised ones take more in memory.
+fn size_of_model(path: &Path) -> u64 {
+    let size = |path: &Path| fs::metadata(path).map_or(0, |file| file.len());
+    match fs::read_dir(path) {
+        Err(_) => size(path),
+        Ok(files) => {
+            let weights = files.flatten().map(|file| file.path());
+            let weights = weights.filter(|path| path.extension().is_some_and(|kind| kind == "safetensors"));
+            weights.map(|path| size(&path)).sum()
+        }
+    }
+}
+
+fn gpu() -> Finding {
+    let driver = fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    match driver.lines().next() {
+        Some(version) => Poor(
+            format!("{}; this binary computes on the CPU", version.trim()),
+            "nothing yet: GPUs are not supported in this version",
+        ),
+        None => Fine("no NVIDIA driver; this binary computes on the CPU".into()),
+    }
+}
+
+fn data(directory: &Path) -> Finding {
+    let probe = directory.join(format!(".doctor-{}", std::process::id()));
+    if !directory.exists() {
+        return Fine(format!("{} is not there yet; it is made at first start", directory.display()));
+    }
+    let written = fs::write(&probe, b"x").and_then(|()| fs::remove_file(&probe));
+    if let Err(error) = written {
+        let advice = format!("make {} writable, or choose another --data-dir", directory.display());
+        return Broken(format!("{}: {error}", directory.display()), advice);
+    }
+    match free_bytes(directory) {
+        Some(free) if free < FREE_BYTES => Broken(
+            format!("{} has {} MiB free", directory.display(), free >> 20),
+            "make room: a service that can't write accepts nothing".into(),
+        ),
+        Some(free) => Fine(format!("{}, {} GiB free", directory.display(), free >> 30)),
+        None => Fine(directory.display().to_string()),
+    }
+}
+
+fn free_bytes(directory: &Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(directory.as_os_str().as_bytes()).ok()?;
+    // SAFETY: all zeroes is a valid value of this plain C struct.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the path ends with a zero and the struct is ours; both outlive the call.
+    let failed = unsafe { libc::statvfs(path.as_ptr(), &mut stat) } != 0;
+    (!failed).then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
+}
+
+/// Whether the certificates of the data directory belong together.
+fn trust(directory: &Path) -> Finding {
+    let identities = directory.join("identity");
+    let names = fs::read_dir(&identities).map_or_else(
+        |_| Vec::new(),
+        |files| {
+            let names = files.flatten().filter_map(|file| {
+                let name = file.file_name().into_string().ok()?;
+                name.strip_suffix(".key").map(str::to_owned)
+            });
+            names.collect::<Vec<_>>()
+        },
+    );
+    if names.is_empty() {
+        return Fine("no certificates yet; they are made at first start, or with a token".into());
+    }
+    let ca = directory.join("ca").exists().then(|| ClusterCa::open_or_create(directory));
+    let ca = match ca.transpose() {
+        Ok(ca) => ca.map(|ca| ca.fingerprint()),
+        Err(error) => return Broken(error.to_string(), "restore DATA/ca from a backup".into()),
+    };
+    for name in &names {
+        let advice = || format!("delete {}/{name}.* and start again", identities.display());
+        match Identity::load(&identities, name) {
+            Err(error) => return Broken(error.to_string(), advice()),
+            Ok(identity) if ca.as_ref().is_some_and(|ca| *ca != identity.ca_fingerprint()) => {
+                return Broken(format!("the certificate of {name} is of another cluster"), advice());
+            }
+            Ok(_) => {}
+        }
+    }
+    Fine(format!("certificates of {}", names.join(", ")))
+}
+
+fn port(kind: &str, port: u16, free: impl Fn(SocketAddr) -> bool) -> Finding {
+    match free(SocketAddr::from(([127, 0, 0, 1], port))) {
+        true => Fine(format!("{kind} port {port} is free")),
+        false => Poor(
+            format!("{kind} port {port} is taken (by a running lockstep?)"),
+            "choose another with --http or --listen, if it is not lockstep's",
+        ),
+    }
+}
+
+fn udp_buffer() -> Finding {
+    let limit = fs::read_to_string("/proc/sys/net/core/rmem_max").ok();
+    match limit.and_then(|limit| limit.trim().parse::<u64>().ok()) {
+        Some(limit) if limit < UDP_BUFFER => Poor(
+            format!("receive buffers of at most {} KiB", limit >> 10),
+            "between machines: sysctl -w net.core.rmem_max=7500000 net.core.wmem_max=7500000",
+        ),
+        Some(limit) => Fine(format!("receive buffers of up to {} KiB", limit >> 10)),
+        None => Fine("receive buffers are not known".into()),
+    }
+}
+
+/// Ranks of one machine exchange gradients here.
+fn shared_memory() -> Finding {
+    match free_bytes(Path::new("/dev/shm")) {
+        Some(free) if free < 256 << 20 => Poor(
+            format!("/dev/shm has {} MiB free", free >> 20),
+            "give containers a larger one (--shm-size, or an emptyDir with medium Memory)",
+        ),
+        Some(free) => Fine(format!("/dev/shm has {} MiB free", free >> 20)),
+        None => {
+            Poor("there is no /dev/shm".into(), "mount a tmpfs there; ranks of this machine use QUIC without")
+        }
+    }
+}
+
+fn clock() -> Finding {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    match now.map_or(0, |since| since.as_secs()) {
+        now if now < YEAR_2024 => Broken(
+            "it says a time before 2024".into(),
+            "set the clock: certificates and tokens need it".into(),
+        ),
+        _ => Fine("plausible".into()),
+    }
+}
