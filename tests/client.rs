@@ -9,7 +9,7 @@ use lockstep::{
     service::{Cluster, ClusterConfig},
     types::{
         AdamParams, CheckpointTarget, Datum, ErrorKind, LossFn, LossSpec, ModelInput, OperationError,
-        SampleFlags, SamplingParams, Stop, TensorData, TensorValues,
+        SampleFlags, SamplingParams, Stop, TensorData, TensorValues, WandbConfig,
     },
 };
 
@@ -307,4 +307,41 @@ fn bad_input_is_refused_by_field_and_the_run_stays_usable() {
     let stop = Some(Stop::Text(String::new()));
     refused(sample(vec![1], 1, SamplingParams { stop, ..params.clone() }), "stop");
     assert_eq!(sample(vec![1], 3, params).expect("a sample").sequences.len(), 3);
+}
+
+/// Writes where `LOCKSTEP_WANDB` says, for `tests/python/test_wandb.py` to read back; `tests/run` sets it and
+/// `WANDB_MODE=offline`.
+#[test]
+fn metrics_reach_weights_and_biases() {
+    let Ok(proof) = std::env::var("LOCKSTEP_WANDB") else { return };
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let cluster = cluster(directory.path());
+    let service = service(&cluster);
+    let wandb = WandbConfig { project: "lockstep".into(), name: Some("proof".into()) };
+    let options = LoraOptions { wandb: Some(wandb), ..LoraOptions::default() };
+    let training = service.create_lora_training_client_blocking(MODEL, 4, options).expect("a run");
+    let mut losses = Vec::new();
+    for _ in 0..3 {
+        let pass = training.forward_backward(data(), cross_entropy());
+        training.optim_step(adam()).result().expect("a step");
+        losses.push(pass.result().expect("a pass").loss);
+    }
+    let expected = format!("{{\"run\": \"{}\", \"losses\": {losses:?}}}", training.run());
+    std::fs::write(Path::new(&proof).join("expected.json"), expected).expect("written");
+}
+
+/// The same without the package: one clear error, and no run. `tests/run` sets a `PATH` that has none.
+#[test]
+fn without_wandb_there_is_one_clear_error_and_no_run() {
+    if std::env::var_os("LOCKSTEP_NO_WANDB").is_none() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let cluster = cluster(directory.path());
+    let service = service(&cluster);
+    let wandb = WandbConfig { project: "lockstep".into(), name: None };
+    let options = LoraOptions { wandb: Some(wandb), ..LoraOptions::default() };
+    let error = service.create_lora_training_client_blocking(MODEL, 4, options).err().expect("refused");
+    assert!(error.to_string().contains("Weights & Biases logging can't start"), "{error}");
+    assert!(service.cluster_status_blocking().expect("status").runs.is_empty(), "it left a run behind");
 }
