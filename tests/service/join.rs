@@ -13,19 +13,20 @@ use lockstep::client::ServiceClient;
 use crate::up::{MODEL, PATIENCE, connect, lockstep, model_of, sample, send_signal, step, train};
 
 /// A coordinator process; killed with the test.
-struct Coordinator {
+pub struct Coordinator {
     process: Child,
     address: String,
     doorway: String,
 }
 
 impl Coordinator {
-    fn start(directory: &Path) -> Self {
+    /// Listens on any ports of this address of ours.
+    pub fn start(directory: &Path, host: &str) -> Self {
         // Free a moment ago; whoever takes it in between fails the test loudly.
-        let doorway =
-            UdpSocket::bind("127.0.0.1:0").and_then(|s| s.local_addr()).expect("a port").to_string();
+        let any = format!("{host}:0");
+        let doorway = UdpSocket::bind(&any).and_then(|s| s.local_addr()).expect("a port").to_string();
         let mut process = lockstep()
-            .args(["coordinator", "--listen", "127.0.0.1:0", "--join-listen", &doorway, "--data-dir"])
+            .args(["coordinator", "--listen", &any, "--join-listen", &doorway, "--data-dir"])
             .arg(directory.join("data"))
             .stdout(Stdio::piped())
             .spawn()
@@ -44,7 +45,7 @@ impl Drop for Coordinator {
     }
 }
 
-fn token(directory: &Path, arguments: &[&str]) -> String {
+pub fn token(directory: &Path, arguments: &[&str]) -> String {
     let output = lockstep()
         .args(["token", "create", "--data-dir"])
         .arg(directory.join("data"))
@@ -57,7 +58,17 @@ fn token(directory: &Path, arguments: &[&str]) -> String {
 
 /// A node with a disk of its own.
 fn node(coordinator: &Coordinator, directory: &Path, name: &str, token: Option<&str>) -> Command {
-    let mut command = lockstep();
+    node_of(lockstep(), coordinator, directory, name, token)
+}
+
+/// The same behind the words that begin `command`.
+pub fn node_of(
+    mut command: Command,
+    coordinator: &Coordinator,
+    directory: &Path,
+    name: &str,
+    token: Option<&str>,
+) -> Command {
     command
         .args(["node", "--name", name, "--coordinator", &coordinator.address, "--threads", "1"])
         .args(["--model", &format!("{MODEL}={}", model_of(directory).display())])
@@ -71,7 +82,7 @@ fn node(coordinator: &Coordinator, directory: &Path, name: &str, token: Option<&
     command
 }
 
-fn wait_for_nodes(service: &ServiceClient, count: usize) {
+pub fn wait_for_nodes(service: &ServiceClient, count: usize) {
     let deadline = Instant::now() + PATIENCE;
     while service.cluster_status_blocking().expect("status").nodes.len() != count {
         assert!(Instant::now() < deadline, "not {count} nodes");
@@ -97,7 +108,7 @@ fn refused(mut command: Command) -> String {
 fn a_node_joins_with_a_token_and_comes_back_without() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let directory = directory.path();
-    let coordinator = Coordinator::start(directory);
+    let coordinator = Coordinator::start(directory, "127.0.0.1");
     let service = connect(directory);
     let once = token(directory, &[]);
     let mut process = node(&coordinator, directory, "far-1", Some(&once)).spawn().expect("a node");
