@@ -9,9 +9,9 @@ use std::{hint::black_box, sync::Arc, time::Instant};
 use lockstep::{
     kernels::{CoreBudget, Matrix, Priority, Team, path},
     model::{
-        Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, Family, KvCache, LayerWeights,
-        LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape, TextCodec, Workspace, backward, forward,
-        head_logits, head_logprobs,
+        Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, Family, HeadGradient,
+        HeadRequest, KvCache, LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape,
+        TextCodec, Workspace, backward, forward, head_logits, head_logprobs,
     },
     types::{Digest, LoraConfig},
 };
@@ -119,18 +119,9 @@ impl Bench {
         let hidden = forward(model, &mut batch, Some(&mut tape), workspace, team);
         let targets: Vec<(usize, u32)> = sequences.concat().into_iter().enumerate().collect();
         let mut d_hidden = vec![0.0; hidden.len()];
-        head_logprobs(
-            model,
-            &hidden,
-            &targets,
-            &mut |_, _| -1.0,
-            &mut Vec::new(),
-            Some(&mut d_hidden),
-            0,
-            &mut Vec::new(),
-            workspace,
-            team,
-        );
+        let request = HeadRequest { targets: &targets, top_k: 0, entropy: false };
+        let onward = HeadGradient { factor: &mut |_, _| -1.0, d_hidden: &mut d_hidden };
+        head_logprobs(model, &hidden, request, Some(onward), workspace, team);
         backward(model, (&*adapter).into(), &mut tape, &d_hidden, gradient, workspace, team);
     }
 

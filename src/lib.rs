@@ -1,5 +1,6 @@
 //! Lockstep: an open, self-hosted training service for language models.
 
+pub mod archive;
 pub mod client;
 pub mod collective;
 pub mod coordinator;

@@ -18,11 +18,12 @@ use std::{
 };
 
 use lockstep::{
+    archive,
     kernels::Team,
     model::{
-        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, KvCache, LoraLayout,
-        MicroBatchOutput, ModelConfig, RopeScaling, TrainState, Workspace, cut_micro_batches, forward,
-        head_logits, head_logprobs, prepare, run_micro_batch,
+        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, HeadRequest, KvCache,
+        LoraLayout, MicroBatchOutput, ModelConfig, RopeScaling, TrainState, Workspace, cut_micro_batches,
+        forward, head_logits, head_logprobs, prepare, run_micro_batch,
     },
     types::{
         AdamParams, Datum, ErrorKind, ForwardBackwardOutput, LoraConfig, LossSpec, TensorData, TensorValues,
@@ -258,20 +259,8 @@ fn adapters_survive_their_export() {
             let (mut workspace, team) = (Workspace::default(), Team::solo());
             let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
             let targets: Vec<(usize, u32)> = tokens[1..].iter().copied().enumerate().collect();
-            let (mut logprobs, mut factor) = (Vec::new(), |_: usize, _: f32| 0.0);
-            head_logprobs(
-                &golden.model,
-                &hidden,
-                &targets,
-                &mut factor,
-                &mut logprobs,
-                None,
-                0,
-                &mut Vec::new(),
-                &mut workspace,
-                &team,
-            );
-            logprobs
+            let request = HeadRequest { targets: &targets, top_k: 0, entropy: false };
+            head_logprobs(&golden.model, &hidden, request, None, &mut workspace, &team).logprobs
         };
         let family = Path::new(&golden.family).file_name().unwrap();
         let directory = root.join(family).join("adapter");
@@ -285,6 +274,49 @@ fn adapters_survive_their_export() {
         let report =
             serde_json::json!({ "model": golden.family, "tokens": tokens, "logprobs": logprobs(&back) });
         std::fs::write(root.join(family).join("logprobs.json"), report.to_string()).unwrap();
+    }
+}
+
+/// An adapter that PEFT saved: the same numbers. (PEFT adapts no single expert.)
+#[test]
+fn adapters_of_peft_are_imported() {
+    let mut imported = 0;
+    for golden in goldens().filter(|golden| golden.directory.join("peft").exists()) {
+        let adapter = archive::read_adapter(&golden.directory.join("peft")).unwrap();
+        assert_eq!(adapter.layout.config, golden.file.lora, "{}", golden.family);
+        golden.for_each_tensor(&adapter.layout, |tensor, range| {
+            // float16 has 11 bits: where PEFT stored it, it is this far from the float32.
+            golden.assert_near(&format!("adapter.{tensor}"), &adapter.values[range], 5e-4);
+        });
+        // Onto the model, as a rank loads it.
+        Adapter::from_bytes(&golden.model.config, &adapter.to_bytes()).unwrap();
+        imported += 1;
+    }
+    assert!(imported >= 5, "of {imported} families");
+}
+
+/// The adapter added to the weights gives the logits of the adapted model.
+#[test]
+fn merged_models_give_the_same_logits() {
+    for golden in goldens() {
+        let directory = tempfile::tempdir().unwrap();
+        let (adapter, merged) = (directory.path().join("adapter"), directory.path().join("merged"));
+        std::fs::create_dir(&adapter).unwrap();
+        for (name, bytes) in golden.initial_state().adapter().to_peft("golden") {
+            std::fs::write(adapter.join(name), bytes).unwrap();
+        }
+        archive::merge(&adapter, &golden.directory, &merged).unwrap();
+        let model = BaseModel::load("merged", &merged).unwrap();
+        for (i, tokens) in golden.file.sequences.iter().enumerate() {
+            let sequence = BatchSequence { tokens, kv_cache: None, adapter: None };
+            let mut batch = Batch { sequences: vec![sequence] };
+            let (mut workspace, team, mut logits) = (Workspace::default(), Team::solo(), Vec::new());
+            let hidden = forward(&model, &mut batch, None, &mut workspace, &team);
+            let rows: Vec<usize> = (0..tokens.len()).collect();
+            head_logits(&model, &hidden, &rows, &mut logits, &mut workspace, &team);
+            // The merged weights are rounded once more to f32 than the sum of two products.
+            golden.assert_near(&format!("logits.{i}"), &logits, LOGPROB_TOLERANCE);
+        }
     }
 }
 
@@ -316,6 +348,7 @@ fn refuses_a_loss_that_is_not_finite() {
 /// One family's model and reference values.
 struct Golden {
     family: String,
+    directory: PathBuf,
     model: BaseModel,
     file: GoldenFile,
     tensors: BTreeMap<String, TensorData>,
@@ -400,7 +433,7 @@ impl Golden {
             };
             (name, TensorData::new(values, dtype, view.shape().to_vec()).unwrap())
         });
-        Self { family, model, file, tensors: tensors.collect() }
+        Self { family, directory: directory.to_owned(), model, file, tensors: tensors.collect() }
     }
 
     /// The golden's adapter at step 0.

@@ -4,7 +4,6 @@ use clap::Args;
 use lockstep::{
     client::{ConnectTarget, ServiceClient},
     protocol::RunInfo,
-    types::{CheckpointTarget, RunId},
 };
 
 use super::up::DATA_DIR;
@@ -16,17 +15,8 @@ pub struct Look {
     data_dir: PathBuf,
 }
 
-#[derive(Args)]
-pub struct Checkpoints {
-    /// Only those of one run, `run-N`.
-    #[arg(long)]
-    run: Option<RunId>,
-    #[command(flatten)]
-    service: Look,
-}
-
 impl Look {
-    fn connect(&self) -> anyhow::Result<ServiceClient> {
+    pub(super) fn connect(&self) -> anyhow::Result<ServiceClient> {
         Ok(ServiceClient::connect_blocking(ConnectTarget::from(&self.data_dir))?)
     }
 
@@ -64,21 +54,4 @@ fn line(run: &RunInfo) -> String {
         "{}  {}  rank {}  {} replicas  step {}  {live}  {} queued  {}",
         run.run, run.name, run.lora.rank, run.replicas, run.step, run.queued, run.phase
     )
-}
-
-impl Checkpoints {
-    pub fn run(self) -> anyhow::Result<()> {
-        let client = self.service.connect()?;
-        for checkpoint in futures::executor::block_on(client.list_checkpoints(self.run))? {
-            let target = match checkpoint.target {
-                CheckpointTarget::Trainer => "trainer",
-                CheckpointTarget::Sampler => "sampler",
-            };
-            println!(
-                "{}  {}  {target}  step {}  {} bytes",
-                checkpoint.id, checkpoint.path, checkpoint.step, checkpoint.size_bytes
-            );
-        }
-        Ok(())
-    }
 }

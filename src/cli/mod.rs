@@ -1,6 +1,7 @@
 //! The command line: one file a family of subcommands, each parsing into the configuration
 //! of the room that does the work.
 
+mod checkpoints;
 mod doctor;
 mod http;
 mod look;
@@ -50,8 +51,8 @@ enum Command {
     Model(model::Model),
     /// List the runs of a service.
     Runs(look::Look),
-    /// List the checkpoints of a service.
-    Checkpoints(look::Checkpoints),
+    /// List, export, verify, import and merge checkpoints.
+    Checkpoints(checkpoints::Checkpoints),
     /// Show the nodes of a service and what they do.
     Cluster(look::Look),
     /// Say what this machine has and what Lockstep makes of it.

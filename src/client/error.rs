@@ -1,6 +1,9 @@
 use std::path::PathBuf;
 
-use crate::types::{InvalidInput, OperationError};
+use crate::{
+    archive::ArchiveError,
+    types::{InvalidInput, OperationError},
+};
 
 /// Why a client can't be made or a call has failed.
 #[derive(Debug, thiserror::Error)]
@@ -23,9 +26,24 @@ pub enum ClientError {
     /// The service refused the request or the operation failed.
     #[error(transparent)]
     Operation(#[from] OperationError),
+    /// A checkpoint's directory, or what a checkpoint holds.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
     /// A file of the local machine.
     #[error("{}: {source}", .path.display())]
     File { path: PathBuf, source: std::io::Error },
+}
+
+impl ClientError {
+    /// Names the file that an operation's error is about.
+    pub(super) fn about_file(self, name: &str) -> Self {
+        match self {
+            Self::Operation(OperationError { kind, message }) => {
+                OperationError::new(kind, format!("`{name}`: {message}")).into()
+            }
+            other => other,
+        }
+    }
 }
 
 impl From<ClientError> for OperationError {
@@ -34,6 +52,7 @@ impl From<ClientError> for OperationError {
         match error {
             ClientError::Operation(error) => error,
             ClientError::Invalid(error) => error.into(),
+            ClientError::Archive(error) => Self::new(ErrorKind::InvalidInput, error.to_string()),
             ClientError::Protocol(_) | ClientError::File { .. } => {
                 Self::new(ErrorKind::Internal, error.to_string())
             }

@@ -27,6 +27,7 @@ mod error;
 mod link;
 mod runtime;
 
+mod archive;
 mod blocking;
 mod custom;
 mod sampling;

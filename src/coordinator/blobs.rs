@@ -99,15 +99,15 @@ impl Blobs {
         Ok((bytes, share))
     }
 
-    /// Why an operation that names `blob` can't be accepted.
-    pub(super) async fn missing(&self, blob: &BlobRef) -> Option<OperationError> {
+    /// Why an operation whose `field` names `blob` can't be accepted.
+    pub(super) async fn missing(&self, field: &str, blob: &BlobRef) -> Option<OperationError> {
         let problem = match self.store.size(&blob.digest).await {
             Ok(Some(size)) if size == blob.size => return None,
             Ok(Some(size)) => format!("blob {} has {size} bytes, not {}", blob.digest, blob.size),
             Ok(None) => format!("blob {} is not in the store; put it first", blob.digest),
             Err(error) => return Some(internal(error)),
         };
-        Some(OperationError::new(ErrorKind::InvalidInput, format!("`data`: {problem}")))
+        Some(OperationError::new(ErrorKind::InvalidInput, format!("`{field}`: {problem}")))
     }
 
     /// A transfer's share of the budget.

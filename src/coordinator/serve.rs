@@ -265,13 +265,15 @@ impl Server {
     /// A blob must be durable before the operation that names it is accepted.
     async fn missing_blob(&self, request: &ClientRequest) -> Option<OperationError> {
         let ClientRequest::Submit(submit) = request else { return None };
-        let (Operation::Forward { data, .. } | Operation::ForwardBackward { data, .. }) = &submit.operation
-        else {
-            return None;
-        };
-        match data {
-            Payload::Inline(_) => None,
-            Payload::Blob(blob) => self.blobs.missing(blob).await,
+        match &submit.operation {
+            Operation::Forward { data: Payload::Blob(blob), .. }
+            | Operation::ForwardBackward { data: Payload::Blob(blob), .. } => {
+                self.blobs.missing("data", blob).await
+            }
+            Operation::LoadState { path, .. } => {
+                self.blobs.missing("path", &BlobRef::from_load_path(path)?).await
+            }
+            _ => None,
         }
     }
 

@@ -31,5 +31,5 @@ pub(crate) use norm::{rms_norm, rms_norm_backward};
 pub(crate) use rotary::{RotaryTable, Turn};
 pub(crate) use route::Router;
 pub(crate) use rows::for_rows;
-pub(crate) use softmax::{log_sum_exp, softmax_gradient};
+pub(crate) use softmax::{entropy, log_sum_exp, softmax_gradient};
 pub(crate) use swiglu::{add, add_bias, swiglu, swiglu_backward};

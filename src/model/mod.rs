@@ -14,6 +14,7 @@ mod kv_cache;
 
 mod lora;
 mod loss;
+mod merge;
 mod micro_batch;
 mod param_vector;
 mod state;
@@ -22,12 +23,14 @@ pub mod tiny;
 
 pub use config::{ExpertsConfig, Family, ModelConfig, RopeScaling};
 pub use decoder::{
-    AdapterRows, Batch, BatchSequence, Tape, Workspace, backward, forward, head_logits, head_logprobs,
+    AdapterRows, Batch, BatchSequence, HeadGradient, HeadRequest, HeadScores, Tape, Workspace, backward,
+    forward, head_logits, head_logprobs,
 };
 pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use library::Library;
 pub use lora::{Adapter, AdapterError, LoraEntry, LoraLayout};
+pub use merge::merge_into_weights;
 pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
 pub use param_vector::ParamVector;
 pub use source::ModelSource;

@@ -39,8 +39,8 @@ pub use node::{
     Numerics, RankPart, RankSeat, RunSpec,
 };
 pub use operation::{
-    ADAPTER_FILE, BlobRef, LoadSource, MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload, STATE_FILE,
-    Saved, SavedFile,
+    ADAPTER_FILE, BLOB_PATH, BlobRef, LoadSource, MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload,
+    STATE_FILE, Saved, SavedFile,
 };
 pub use stream::{BlobReply, StreamOpen};
 

@@ -25,6 +25,22 @@ pub struct BlobRef {
     pub size: u64,
 }
 
+/// How the path of a `LoadState` begins that names a blob instead of a checkpoint.
+pub const BLOB_PATH: &str = "blob:";
+
+impl BlobRef {
+    /// The path under which a `LoadState` reads it: `blob:DIGEST/SIZE`, an [`ADAPTER_FILE`].
+    pub fn load_path(&self) -> String {
+        format!("{BLOB_PATH}{}/{}", self.digest, self.size)
+    }
+
+    /// What [`load_path`](Self::load_path) wrote.
+    pub fn from_load_path(path: &str) -> Option<Self> {
+        let (digest, size) = path.strip_prefix(BLOB_PATH)?.split_once('/')?;
+        Some(Self { digest: digest.parse().ok()?, size: size.parse().ok()? })
+    }
+}
+
 /// One file that an operation saved.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct SavedFile {
@@ -76,7 +92,8 @@ pub enum Operation {
     /// Replaces the weights by those of a checkpoint, dropping the accumulated gradient; without
     /// the optimiser also the moments, and the step is 0 again. `source` is filled in by the
     /// coordinator when the operation's turn comes (a save queued before it is then found), and
-    /// journaled with the outcome, so that the name can move later.
+    /// journaled with the outcome, so that the name can move later. A path `blob:DIGEST/SIZE`
+    /// names an adapter that the client has stored.
     LoadState { path: String, with_optimizer: bool, source: Option<LoadSource> },
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     kernels::{CoreBudget, Priority, Team},
-    model::{BaseModel, Batch, Workspace, forward, head_logits, head_logprobs},
+    model::{BaseModel, Batch, HeadRequest, Workspace, forward, head_logits, head_logprobs},
 };
 
 use super::{
@@ -118,20 +118,10 @@ impl Engine {
         let Part { job, rows, first_row, .. } = part;
         if job.scores_prompt() {
             let targets: Vec<_> = (*first_row..).zip(job.predicted(*rows).iter().copied()).collect();
-            let (mut logprobs, mut alternatives) = (Vec::new(), Vec::new());
-            head_logprobs(
-                model,
-                hidden_rd,
-                &targets,
-                &mut |_, _| 0.0,
-                &mut logprobs,
-                None,
-                job.flags.topk_prompt_logprobs as usize,
-                &mut alternatives,
-                &mut self.workspace,
-                team,
-            );
-            part.failure = job.push_scores(&logprobs, alternatives).err();
+            let top_k = job.flags.topk_prompt_logprobs as usize;
+            let request = HeadRequest { targets: &targets, top_k, entropy: false };
+            let scores = head_logprobs(model, hidden_rd, request, None, &mut self.workspace, team);
+            part.failure = job.push_scores(&scores.logprobs, scores.alternatives).err();
         }
         job.prompt_computed(*rows);
     }

@@ -67,6 +67,14 @@ pub(super) fn run(
     mode: Mode,
 ) -> Result<Outcome, Failure> {
     let deadline = Instant::now() + OPERATION_DEADLINE;
+    let kind = match loss.skip_token_normalization {
+        true => GradientKind::Sum,
+        false => GradientKind::TokenMean,
+    };
+    if mode == Mode::ForwardBackward {
+        // All ranks hold the same state, so all refuse, and none waits for another.
+        run.state.refuse_other_kind(kind)?;
+    }
     let (part, leaves, partials) = match own_share(run, tools, token, loss, data, mode) {
         Ok(OwnShare { part, leaves, partials }) => (part, leaves, partials),
         Err(Failure { error, blame }) => (RankPart::Failed { error, blame }, 0, Vec::new()),
@@ -80,10 +88,6 @@ pub(super) fn run(
         Mode::ForwardBackward => {
             let mut gradient = vec![0.0; run.state.layout.len()];
             run.collective.all_reduce(token, leaves, partials, &mut gradient, deadline)?;
-            let kind = match loss.skip_token_normalization {
-                true => GradientKind::Sum,
-                false => GradientKind::TokenMean,
-            };
             run.state.accumulate(&gradient, active, kind)?
         }
     };

@@ -120,9 +120,13 @@ fn load_state(
     let LoadSource { target, blob } = source.ok_or_else(|| {
         OperationError::new(ErrorKind::NotFound, format!("no checkpoint was found at {path:?}"))
     })?;
-    let bytes = blobs.get(blob)?;
+    let file = match target {
+        CheckpointTarget::Trainer => STATE_FILE,
+        CheckpointTarget::Sampler => ADAPTER_FILE,
+    };
+    let bytes = blobs.get(blob).map_err(|e| unreadable(path, file, e))?;
     let unusable = |e: crate::model::AdapterError| {
-        OperationError::new(ErrorKind::InvalidInput, format!("{path:?} does not fit this run's model: {e}"))
+        OperationError::new(ErrorKind::InvalidInput, format!("{path:?} can't be loaded: `{file}`: {e}"))
     };
     let loaded = match (target, with_optimizer) {
         (CheckpointTarget::Trainer, _) => {
@@ -139,4 +143,13 @@ fn load_state(
     let next = if with_optimizer { loaded } else { loaded.without_optimizer() };
     let result = OperationResult::LoadState(LoadWeightsResponse { step: next.step });
     Ok(Outcome { next, result, saved: None })
+}
+
+/// Names the file. One that is damaged in the store is damaged for every rank, now and later.
+fn unreadable(path: &str, file: &str, error: OperationError) -> OperationError {
+    let kind = match error.kind {
+        ErrorKind::Internal => ErrorKind::NotFound,
+        other => other,
+    };
+    OperationError::new(kind, format!("{path:?} can't be loaded: `{file}`: {}", error.message))
 }

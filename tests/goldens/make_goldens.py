@@ -15,10 +15,14 @@ adapted model generates greedily, and `golden.safetensors` with the tensors:
     CALL.gradient.NAME        of the call's sum S, at the weights before the first step
     step.T.NAME               LoRA weights after T optimiser steps
 
+and in `peft/` the same adapter as PEFT saves it (in float16 for every second family), except of a
+mixture of experts.
+
 NAME is PEFT's, without `base_model.model.`. The model is transformers', the adapter PEFT's (on a
 mixture of experts families.py's own, because PEFT adapts no single expert), the gradients
 autograd's; losses and Adam are written out below from their specification, because no library
-has them in this form. Every sequence runs alone, unpadded, in float32.
+has them in this form, and Adam is held against PyTorch's AdamW at each step. Every sequence runs
+alone, unpadded, in float32.
 
 Versions: tests/requirements.txt. The values depend on them and on the CPU in their last bits only.
 """
@@ -31,7 +35,7 @@ import peft
 import torch
 import transformers
 from families import FAMILIES, ExpertLora, generate, has_gguf, make_model, write_gguf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 COMMITTED_SEED = 20261124
@@ -92,6 +96,8 @@ def make_family(directory, shape, seed):
         "lora": {"rank": lora["rank"], "alpha": lora["alpha"], "seed": 0, "targets": projections(lora)},
         "sequences": [tokens(n, shape["vocab_size"], random) for n in (1, 7, 26)],
     }
+    if not isinstance(model, ExpertLora):
+        save_as_peft(model, directory / "peft", half=seed % 2 == 1)
     for i, sequence in enumerate(golden["sequences"]):
         tensors[f"logits.{i}"] = model(torch.tensor([sequence])).logits[0].detach().clone()
 
@@ -153,6 +159,19 @@ def make_adapter(base, lora, random):
                 parameter.copy_((2 * torch.rand(parameter.shape, generator=random) - 1) * bound)
             parameters[short] = parameter
     return model, parameters
+
+
+def save_as_peft(model, directory, half):
+    model.save_pretrained(directory)
+    (directory / "README.md").unlink()
+    if half:
+        path = directory / "adapter_model.safetensors"
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    # A set: its order changes from run to run.
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def make_calls(model, vocab, random):
@@ -339,6 +358,7 @@ def evaluate(model, parameters, call):
         metrics = {}
         if loss_fn != "cross_entropy":
             metrics = policy_gap(torch.cat([d["difference"][d["is_active"]] for d in read]).detach().double())
+            metrics["entropy"] = float(torch.cat([d["entropy"][d["is_active"]] for d in read]).mean())
         for side in ("low", "high"):
             if all(side in sides for _, sides in parts):
                 clipped = sum(int((sides[side] & d["is_active"]).sum()) for d, (_, sides) in zip(read, parts))
@@ -381,6 +401,8 @@ def read_datum(loss_fn, config, log_probabilities, sequence, inputs):
         shape = (n,)
     datum = {name: inputs[name].reshape(n, 1) for name in ("clip_low_threshold", "clip_high_threshold") if name in inputs}
     datum["lp"] = log_probabilities.gather(1, target.clamp(min=0))
+    scores = log_probabilities.detach()
+    datum["entropy"] = -(scores.exp() * scores).sum(1, keepdim=True)
     datum["weights"] = inputs.get("weights", torch.ones(shape)).reshape(target.shape)
     datum["is_active"] = has_target & (datum["weights"] != 0)
     q = inputs.get("ref_logprobs" if loss_fn == "dpo" else "logprobs", torch.zeros(n)).reshape(n, 1)
@@ -481,10 +503,15 @@ def policy_gap(difference):
 
 
 class Adam:
-    """Decoupled weight decay, bias correction, clipping by global norm, float32 state."""
+    """Decoupled weight decay, bias correction, clipping by global norm, float32 state.
+
+    Every step is also taken by PyTorch's own AdamW and clip_grad_norm_, on a copy.
+    """
 
     def __init__(self, parameters):
         self.parameters = parameters
+        self.copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+        self.torch = torch.optim.AdamW(self.copies.values())
         self.m = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.v = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.t = 0
@@ -500,6 +527,7 @@ class Adam:
                 g[name] += gradient
         g = {name: value / count for name, value in g.items()}
         norm = float(torch.cat([value.flatten() for value in g.values()]).double().norm())
+        self.step_of_torch(g, adam)
         clip = adam["grad_clip_norm"]
         scale = clip / norm if clip > 0 and norm > clip else 1.0
         b1, b2 = adam["beta1"], adam["beta2"]
@@ -510,7 +538,23 @@ class Adam:
             m_hat, v_hat = m / (1 - b1**self.t), v / (1 - b2**self.t)
             update = m_hat / (v_hat.sqrt() + adam["eps"]) + adam["weight_decay"] * theta
             theta -= adam["learning_rate"] * update
+            # Its clipping divides by norm + 1e-6; and it decays the weights before the step.
+            torch.testing.assert_close(theta, self.copies[name], rtol=1e-4, atol=1e-6)
         return norm
+
+    def step_of_torch(self, gradients, adam):
+        for name, copy in self.copies.items():
+            copy.grad = gradients[name].clone()
+        if adam["grad_clip_norm"] > 0:
+            torch.nn.utils.clip_grad_norm_(self.copies.values(), adam["grad_clip_norm"])
+        self.torch.param_groups[0] |= {
+            "lr": adam["learning_rate"],
+            "betas": (adam["beta1"], adam["beta2"]),
+            "eps": adam["eps"],
+            "weight_decay": adam["weight_decay"],
+        }
+        with torch.enable_grad():
+            self.torch.step()
 
 
 def tokens(n, vocab, random):

@@ -1,6 +1,7 @@
 //! `lockstep up` as a user runs it: real processes on loopback, a model of a few kilobytes.
 
 mod chaos;
+mod checkpoints;
 mod hosts;
 mod join;
 mod lifecycle;

@@ -6,7 +6,7 @@ use crate::{
     types::{CheckpointPath, InvalidInput, LoraConfig, ModelInput, ModelInputChunk},
 };
 
-use super::checkpoints;
+use super::checkpoints::LoadPath;
 
 /// Largest adapter rank: above it full fine-tuning is cheaper.
 const LORA_RANK_MAX: u32 = 1_024;
@@ -53,8 +53,7 @@ pub(super) fn operation(operation: &mut Operation) -> Result<(), InvalidInput> {
         Operation::LoadState { path, with_optimizer, source } => {
             // Only the coordinator says which bytes a name means.
             *source = None;
-            let path: CheckpointPath = path.parse()?;
-            checkpoints::loadable(&path, *with_optimizer)
+            LoadPath::parse(path, *with_optimizer).map(drop)
         }
     }
 }

@@ -128,11 +128,27 @@ impl StoredCheckpoint {
     }
 }
 
-/// Whether a `LoadState` may name the path.
-pub(super) fn loadable(path: &CheckpointPath, with_optimizer: bool) -> Result<(), InvalidInput> {
-    if with_optimizer && path.target == CheckpointTarget::Sampler {
-        let problem = format!("{path} holds no optimiser state; load a `weights` path, or without it");
-        return Err(InvalidInput::new("path", problem));
+/// What a `LoadState` may name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum LoadPath {
+    Checkpoint(CheckpointPath),
+    /// An adapter that a client has stored.
+    Adapter(BlobRef),
+}
+
+impl LoadPath {
+    /// Reads the path, and whether it holds what is asked for.
+    pub fn parse(path: &str, with_optimizer: bool) -> Result<Self, InvalidInput> {
+        let parsed = match BlobRef::from_load_path(path) {
+            Some(blob) => Self::Adapter(blob),
+            None => Self::Checkpoint(path.parse()?),
+        };
+        let has_optimizer =
+            matches!(&parsed, Self::Checkpoint(path) if path.target == CheckpointTarget::Trainer);
+        if with_optimizer && !has_optimizer {
+            let problem = format!("{path} holds no optimiser state; load a `weights` path, or without it");
+            return Err(InvalidInput::new("path", problem));
+        }
+        Ok(parsed)
     }
-    Ok(())
 }

@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 
 use crate::{
     journal::Outcome,
-    protocol::{CoordinatorMessage, NodeId, OpToken, Operation, OperationSeq, RankIndex},
-    types::{CheckpointPath, ErrorKind, OperationError, RunId},
+    protocol::{CoordinatorMessage, LoadSource, NodeId, OpToken, Operation, OperationSeq, RankIndex},
+    types::{CheckpointTarget, ErrorKind, OperationError, RunId},
 };
 
 use super::{
-    State, fault, ms,
+    State,
+    checkpoints::LoadPath,
+    fault, ms,
     run::{Answer, Execution, Ranks, Run, Work},
 };
 
@@ -65,8 +67,13 @@ impl State {
     /// are (`None`).
     fn resolve(&self, id: RunId, operation: Operation) -> Result<Option<Operation>, OperationError> {
         let Operation::LoadState { path, with_optimizer, .. } = operation else { return Ok(None) };
-        let parsed: CheckpointPath = path.parse()?;
-        let stored = self.checkpoints.find(&parsed)?;
+        let stored = match LoadPath::parse(&path, with_optimizer)? {
+            LoadPath::Checkpoint(parsed) => self.checkpoints.find(&parsed)?,
+            LoadPath::Adapter(blob) => {
+                let source = Some(LoadSource { target: CheckpointTarget::Sampler, blob });
+                return Ok(Some(Operation::LoadState { path, with_optimizer, source }));
+            }
+        };
         let base_model = &self.runs[&id].create.base_model;
         if stored.checkpoint.base_model != *base_model {
             let problem = format!(

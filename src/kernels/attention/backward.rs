@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use crate::kernels::{
     Team,
     buffer::{Shared, with_scratch},
@@ -6,7 +8,11 @@ use crate::kernels::{
     tile::{Block, Factors, Start},
 };
 
-use super::{BLOCK, Heads, Span, forward::visible, locate};
+use super::{
+    BLOCK, Heads, Span,
+    forward::{hide_later, visible},
+    locate,
+};
 
 /// What the backward reads, and where it writes.
 pub(crate) struct AttentionGradients<'a> {
@@ -134,7 +140,7 @@ impl Sequence<'_> {
         ((self.span.first + row) * self.heads.keys + head) * self.heads.dim
     }
 
-    fn rows_of(&self, block: usize) -> std::ops::Range<usize> {
+    fn rows_of(&self, block: usize) -> Range<usize> {
         block * BLOCK..self.span.rows.min((block + 1) * BLOCK)
     }
 
@@ -177,7 +183,7 @@ impl Sequence<'_> {
     }
 
     /// Keys and values of a block, as they are and transposed; missing rows are zero.
-    fn load_keys(&self, rows: std::ops::Range<usize>, scratch: &mut Scratch<'_>) {
+    fn load_keys(&self, rows: Range<usize>, scratch: &mut Scratch<'_>) {
         let (dim, padded) = (self.heads.dim, self.heads.padded());
         scratch.k.fill(0.0);
         scratch.k_transposed.fill(0.0);
@@ -194,7 +200,7 @@ impl Sequence<'_> {
     }
 
     /// Scaled queries and output gradients of a block.
-    fn load_queries(&self, rows: std::ops::Range<usize>, scratch: &mut Scratch<'_>) {
+    fn load_queries(&self, rows: Range<usize>, scratch: &mut Scratch<'_>) {
         let (dim, padded) = (self.heads.dim, self.heads.padded());
         for (i, row) in rows.enumerate() {
             let q = &self.q[self.query(row)..][..dim];
@@ -220,7 +226,7 @@ impl Sequence<'_> {
         let (dim, padded) = (self.heads.dim, self.heads.padded());
         let rows = self.rows_of(query_block);
         self.load_queries(rows.clone(), scratch);
-        let Scratch { k_transposed, v_transposed, k, q, d_out, dk, dv, weights, d_scores, dots } = scratch;
+        let Scratch { k_transposed, v_transposed, q, d_out, weights, d_scores, dots, .. } = scratch;
         for (a, b, c) in [(&*q, &*k_transposed, &mut *weights), (&*d_out, &*v_transposed, &mut *d_scores)] {
             let product =
                 Factors { a: a.as_ptr(), a_row: padded, a_step: 1, b: b.as_ptr(), b_step: BLOCK, depth: dim };
@@ -238,27 +244,60 @@ impl Sequence<'_> {
             dots: &dots[rows.clone()],
             diagonal: query_block == key_block,
         });
-        for (a, b, c) in [(&*weights, &*d_out, &mut *dv), (&*d_scores, &*q, &mut *dk)] {
+        if query_block != key_block {
+            self.key_gradients(0..rows.len(), 0..keys, scratch);
+            self.query_gradients(rows.start, 0..rows.len(), 0..keys, start, dq, scratch);
+            return;
+        }
+        // Each position with its own past. What is later has no weight, but no weight times an
+        // infinite value is not nothing.
+        for i in 0..keys {
+            self.key_gradients(i..keys, i..i + 1, scratch);
+            self.query_gradients(rows.start, i..i + 1, 0..i + 1, start, dq, scratch);
+        }
+    }
+
+    /// Adds what the `rows` of the query block mean for the `keys` of the key block.
+    fn key_gradients(&self, rows: Range<usize>, keys: Range<usize>, scratch: &mut Scratch<'_>) {
+        let padded = self.heads.padded();
+        let Scratch { q, d_out, dk, dv, weights, d_scores, .. } = scratch;
+        for (a, b, c) in [(&*weights, &*d_out, dv), (&*d_scores, &*q, dk)] {
             let product = Factors {
-                a: a.as_ptr(),
+                a: a[rows.start * BLOCK + keys.start..].as_ptr(),
                 a_row: 1,
                 a_step: BLOCK,
-                b: b.as_ptr(),
+                b: b[rows.start * padded..].as_ptr(),
                 b_step: padded,
                 depth: rows.len(),
             };
-            // SAFETY: as above.
-            unsafe { product_of(keys, padded, product, (c.as_mut_ptr(), padded), Start::Stored) };
+            let c = (c[keys.start * padded..].as_mut_ptr(), padded);
+            // SAFETY: all operands are this task's own memory, padded rows and 32 columns.
+            unsafe { product_of(keys.len(), padded, product, c, Start::Stored) };
         }
+    }
+
+    /// Adds what the `keys` of the key block mean for the `rows` of the query block, which begins
+    /// at row `first`.
+    fn query_gradients(
+        &self,
+        first: usize,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        start: Start,
+        dq: Shared<'_>,
+        scratch: &Scratch<'_>,
+    ) {
+        let Heads { dim, queries, .. } = self.heads;
+        let padded = self.heads.padded();
         let product = Factors {
-            a: d_scores.as_ptr(),
+            a: scratch.d_scores[rows.start * BLOCK + keys.start..].as_ptr(),
             a_row: BLOCK,
             a_step: 1,
-            b: k.as_ptr(),
+            b: scratch.k[keys.start * padded..].as_ptr(),
             b_step: padded,
-            depth: keys,
+            depth: keys.len(),
         };
-        let to = (dq.at(self.query(rows.start)), self.heads.queries * dim);
+        let to = (dq.at(self.query(first + rows.start)), queries * dim);
         // SAFETY: as above, and no other task has this head of this sequence's dq.
         unsafe { product_of(rows.len(), dim, product, to, start) };
     }
@@ -333,12 +372,14 @@ impl Kernel for ScoreGradients<'_> {
             let keys = if self.diagonal { row + 1 } else { BLOCK };
             let lse = s.splat(self.lse[row * self.lse_step]);
             let dot = s.splat(self.dots[row]);
-            let visible = visible(s, weights, keys);
+            let scores = visible(s, weights, keys);
+            let d_weights = [s.read(&d_scores[..LANES]), s.read(&d_scores[LANES..])];
+            let d_weights = hide_later(s, d_weights, keys, 0.0);
             let parts = weights.chunks_exact_mut(LANES).zip(d_scores.chunks_exact_mut(LANES));
-            for ((weights, d_scores), score) in parts.zip(visible) {
+            for ((weights, d_scores), (score, d_weight)) in parts.zip(scores.into_iter().zip(d_weights)) {
                 let weight = exp(s, s.sub(score, lse));
                 s.write(weights, weight);
-                let d_score = s.mul(weight, s.sub(s.read(d_scores), dot));
+                let d_score = s.mul(weight, s.sub(d_weight, dot));
                 s.write(d_scores, d_score);
             }
         }

@@ -221,15 +221,21 @@ impl Kernel for OnlineSoftmax<'_> {
 /// A row's scores; those of keys from `keys` on are -inf.
 #[inline(always)]
 pub(super) fn visible<S: Simd>(s: S, scores: &[f32], keys: usize) -> [S::V; 2] {
-    let (low, high) = (s.read(&scores[..LANES]), s.read(&scores[LANES..]));
+    let scores = [s.read(&scores[..LANES]), s.read(&scores[LANES..])];
+    hide_later(s, scores, keys, f32::NEG_INFINITY)
+}
+
+/// A row's values of a block of keys, with `fill` for those of keys from `keys` on.
+#[inline(always)]
+pub(super) fn hide_later<S: Simd>(s: S, [low, high]: [S::V; 2], keys: usize, fill: f32) -> [S::V; 2] {
     if keys >= BLOCK {
         return [low, high];
     }
     let lane: [f32; BLOCK] = LANE;
-    let (end, hidden) = (s.splat(keys as f32), s.splat(f32::NEG_INFINITY));
+    let (end, fill) = (s.splat(keys as f32), s.splat(fill));
     [
-        s.select_less(s.read(&lane[..LANES]), end, low, hidden),
-        s.select_less(s.read(&lane[LANES..]), end, high, hidden),
+        s.select_less(s.read(&lane[..LANES]), end, low, fill),
+        s.select_less(s.read(&lane[LANES..]), end, high, fill),
     ]
 }
 

@@ -215,19 +215,17 @@ fn attend(q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
     (out, lse)
 }
 
-#[test]
-fn attention_has_its_gradients() {
-    let (wide, narrow) = (ROWS * HEADS.queries * HEADS.dim, ROWS * HEADS.keys * HEADS.dim);
-    let (q, k, v) = (noise(1, wide), noise(2, narrow), noise(3, narrow));
-    let (out, lse) = attend(&q, &k, &v);
-    let [mut dq, mut dk_shares, mut dv_shares] = [(); 3].map(|()| vec![f32::NAN; wide]);
-    let [mut dk, mut dv] = [(); 2].map(|()| vec![f32::NAN; narrow]);
+/// Gradients of q, k and v.
+fn attend_back(q: &[f32], k: &[f32], v: &[f32], d_out: &[f32]) -> [Vec<f32>; 3] {
+    let (out, lse) = attend(q, k, v);
+    let [mut dq, mut dk_shares, mut dv_shares] = [(); 3].map(|()| vec![f32::NAN; q.len()]);
+    let [mut dk, mut dv] = [(); 2].map(|()| vec![f32::NAN; k.len()]);
     let grads = AttentionGradients {
-        q: &q,
-        k: &k,
-        v: &v,
+        q,
+        k,
+        v,
         out: &out,
-        d_out: &noise(77, wide),
+        d_out,
         lse: &lse,
         dq: &mut dq,
         dk_shares: &mut dk_shares,
@@ -236,6 +234,14 @@ fn attention_has_its_gradients() {
         dv: &mut dv,
     };
     attention_backward(HEADS, &SPANS, grads, &Team::solo());
+    [dq, dk, dv]
+}
+
+#[test]
+fn attention_has_its_gradients() {
+    let (wide, narrow) = (ROWS * HEADS.queries * HEADS.dim, ROWS * HEADS.keys * HEADS.dim);
+    let (q, k, v) = (noise(1, wide), noise(2, narrow), noise(3, narrow));
+    let [dq, dk, dv] = attend_back(&q, &k, &v, &noise(77, wide));
     let value = |q: &[f32], k: &[f32], v: &[f32]| weighted(&attend(q, k, v).0);
     assert_gradient("q", &q, &dq, |q| value(q, &k, &v));
     assert_gradient("k", &k, &dk, |k| value(&q, k, &v));
@@ -287,4 +293,33 @@ fn attention_never_looks_ahead() {
     v[later..].fill(f32::INFINITY);
     let seen = 20 * HEADS.queries * HEADS.dim;
     assert_eq!(super::bits(&attend(&q, &k, &v).0[..seen]), super::bits(&before[..seen]));
+}
+
+#[test]
+fn attentions_gradients_never_look_ahead() {
+    let (wide, narrow) = (ROWS * HEADS.queries * HEADS.dim, ROWS * HEADS.keys * HEADS.dim);
+    let (mut q, mut k, mut v) = (noise(1, wide), noise(2, narrow), noise(3, narrow));
+    let mut d_out = noise(77, wide);
+    let before = attend_back(&q, &k, &v, &d_out);
+    // Row 20 stands within a block that earlier rows attend to.
+    let (row_q, row_k) = (20 * HEADS.queries * HEADS.dim, 20 * HEADS.keys * HEADS.dim);
+    for infinite in [f32::INFINITY, f32::NAN] {
+        let (mut k, mut v) = (k.clone(), v.clone());
+        k[row_k..].fill(infinite);
+        v[row_k..].fill(infinite);
+        let [dq, ..] = attend_back(&q, &k, &v, &d_out);
+        assert_eq!(super::bits(&dq[..row_q]), super::bits(&before[0][..row_q]));
+    }
+    // Nor does a key see the queries before it.
+    let first = SPANS[1].first;
+    let (start_q, start_k) = (first * HEADS.queries * HEADS.dim, first * HEADS.keys * HEADS.dim);
+    q[start_q..row_q].fill(f32::INFINITY);
+    d_out[start_q..row_q].fill(f32::NAN);
+    let [_, dk, dv] = attend_back(&q, &k, &v, &d_out);
+    assert_eq!(super::bits(&dk[row_k..]), super::bits(&before[1][row_k..]));
+    assert_eq!(super::bits(&dv[row_k..]), super::bits(&before[2][row_k..]));
+    // All of that matters where it is seen.
+    k[start_k..].fill(f32::INFINITY);
+    v[start_k..].fill(f32::INFINITY);
+    assert!(attend_back(&q, &k, &v, &d_out)[0][row_q..].iter().any(|value| value.is_nan()));
 }

@@ -2,7 +2,8 @@ use std::{ops::Range, sync::OnceLock};
 
 use crate::{
     kernels::{
-        Gradients, Layer, Matrix, Shared, Team, linear, linear_backward, log_sum_exp, softmax_gradient,
+        Gradients, Layer, Matrix, Shared, Team, entropy, linear, linear_backward, log_sum_exp,
+        softmax_gradient,
     },
     model::BaseModel,
 };
@@ -32,50 +33,69 @@ pub fn head_logits(
     project(head, hidden_cd, rows.len(), logits, team);
 }
 
+/// What the head is asked.
+#[derive(Clone, Copy)]
+pub struct HeadRequest<'a> {
+    /// `(row of hidden, token id)`, sorted by row.
+    pub targets: &'a [(usize, u32)],
+    /// How many most likely tokens to name of each target's row.
+    pub top_k: usize,
+    /// Whether to measure the entropy of each target's row.
+    pub entropy: bool,
+}
+
+/// What the head answers, one entry per target.
+#[derive(Debug, Default)]
+pub struct HeadScores {
+    /// `ln softmax(logits)` of the target, in nats.
+    pub logprobs: Vec<f32>,
+    /// The row's most likely (token, logprob), descending, lowest id first on a tie; empty if
+    /// none are asked for.
+    pub alternatives: Vec<Vec<(u32, f32)>>,
+    /// The row's entropy in nats; empty if not asked for.
+    pub entropies: Vec<f32>,
+}
+
+/// How the gradient goes on from the head.
+pub struct HeadGradient<'a> {
+    /// `factor(i, logprob_i)` is ∂S/∂logprob_i of target i. Where it is 0, nothing is computed.
+    pub factor: &'a mut dyn FnMut(usize, f32) -> f32,
+    /// `[rows, hidden]`, zeroed by the caller; ∂S/∂hidden is added to it:
+    /// `Σ_i factor_i · (onehot(token_i) − softmax(row_i)) · W_head`.
+    pub d_hidden: &'a mut [f32],
+}
+
 /// Log-probabilities of chosen targets, in chunks of rows so that the full logits never exist.
-///
-/// `targets[i] = (row of hidden, token id)`, sorted by row. For each, `logprob_i` is written
-/// to `logprobs`, and `factor(i, logprob_i)` returns ∂S/∂logprob_i. If `d_hidden` is given
-/// (`[rows, hidden]`, zeroed by the caller), ∂S/∂hidden is added to it:
-/// `Σ_i factor_i · (onehot(token_i) − softmax(row_i)) · W_head`. Targets whose factor is 0
-/// cost no backward.
-///
-/// With `top_k` above 0, `alternatives` receives for each target's row the `top_k` most
-/// likely (token, logprob), descending, lowest id first on a tie.
 ///
 /// # Panics
 ///
 /// If a target's row or token does not exist, or targets are not sorted by row.
-#[allow(clippy::too_many_arguments)]
 pub fn head_logprobs(
     model: &BaseModel,
     hidden: &[f32],
-    targets: &[(usize, u32)],
-    factor: &mut dyn FnMut(usize, f32) -> f32,
-    logprobs: &mut Vec<f32>,
-    mut d_hidden: Option<&mut [f32]>,
-    top_k: usize,
-    alternatives: &mut Vec<Vec<(u32, f32)>>,
+    request: HeadRequest<'_>,
+    mut gradient: Option<HeadGradient<'_>>,
     workspace: &mut Workspace,
     team: &Team,
-) {
+) -> HeadScores {
+    let targets = request.targets;
     assert!(targets.is_sorted_by_key(|(row, _)| *row), "targets are sorted by row");
-    logprobs.clear();
-    alternatives.clear();
     let head = &model.weights.head;
     let buffers = &mut workspace.head;
     let rows_most = (CHUNK_VALUES / head.out_features()).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
+    let mut scores = HeadScores::default();
     let mut first = 0;
     while first < targets.len() {
         let chunk = Chunk::new(targets, first, rows_most);
         chunk.forward(head, hidden, buffers, team);
-        let lse = chunk.read(targets, top_k, logprobs, alternatives, &buffers.logits_cv, team);
-        let factors: Vec<f32> = chunk.targets.clone().map(|i| factor(i, logprobs[i])).collect();
-        if let Some(d_hidden) = d_hidden.as_deref_mut() {
+        let lse = chunk.read(request, &buffers.logits_cv, &mut scores, team);
+        if let Some(HeadGradient { factor, d_hidden }) = &mut gradient {
+            let factors: Vec<f32> = chunk.targets.clone().map(|i| factor(i, scores.logprobs[i])).collect();
             chunk.backward(head, targets, &factors, &lse, d_hidden, buffers, team);
         }
         first = chunk.targets.end;
     }
+    scores
 }
 
 /// Rows of `hidden` that are wanted, end to end.
@@ -130,33 +150,39 @@ impl Chunk {
         project(head, hidden_cd, self.rows.len(), logits_cv, team);
     }
 
-    /// Appends the targets' log-probabilities and alternatives; returns each row's log-sum-exp.
+    /// Appends what is asked of the targets; returns each row's log-sum-exp.
     fn read(
         &self,
-        targets: &[(usize, u32)],
-        top_k: usize,
-        logprobs: &mut Vec<f32>,
-        alternatives: &mut Vec<Vec<(u32, f32)>>,
+        request: HeadRequest<'_>,
         logits_cv: &[f32],
+        scores: &mut HeadScores,
         team: &Team,
     ) -> Vec<f32> {
+        let HeadRequest { targets, top_k, entropy: wants_entropy } = request;
         let vocab = logits_cv.len() / self.rows.len();
-        let mut lse = vec![0.0; self.rows.len()];
+        let (mut lse, mut entropies) = (vec![0.0; self.rows.len()], vec![0.0; self.rows.len()]);
         let likeliest: Vec<OnceLock<Vec<(u32, f32)>>> = vec![OnceLock::new(); self.rows.len()];
-        let shared_lse = Shared::new(&mut lse);
+        let (shared_lse, shared_entropies) = (Shared::new(&mut lse), Shared::new(&mut entropies));
         team.run(self.rows.len(), |row| {
             let logits = &logits_cv[row * vocab..][..vocab];
             let row_lse = log_sum_exp(logits);
             // SAFETY: each task has a row of its own.
             unsafe { shared_lse.part(row..row + 1)[0] = row_lse };
+            if wants_entropy {
+                // SAFETY: as above.
+                unsafe { shared_entropies.part(row..row + 1)[0] = entropy(logits, row_lse) };
+            }
             if top_k > 0 {
                 likeliest[row].get_or_init(|| likeliest_tokens(logits, row_lse, top_k));
             }
         });
         for (i, &row) in self.targets.clone().zip(&self.row_of) {
-            logprobs.push(logits_cv[row * vocab + targets[i].1 as usize] - lse[row]);
+            scores.logprobs.push(logits_cv[row * vocab + targets[i].1 as usize] - lse[row]);
+            if wants_entropy {
+                scores.entropies.push(entropies[row]);
+            }
             if top_k > 0 {
-                alternatives.push(likeliest[row].get().cloned().unwrap_or_default());
+                scores.alternatives.push(likeliest[row].get().cloned().unwrap_or_default());
             }
         }
         lse

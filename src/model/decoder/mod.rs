@@ -22,7 +22,7 @@ use crate::model::{Adapter, KvCache, LoraLayout};
 
 pub use backward::backward;
 pub use forward::forward;
-pub use head::{head_logits, head_logprobs};
+pub use head::{HeadGradient, HeadRequest, HeadScores, head_logits, head_logprobs};
 pub use tape::{Tape, Workspace};
 
 /// Sequences packed end to end, without padding; each sees only itself.

@@ -80,6 +80,11 @@ impl ModelFiles {
         Ok(hasher.finish())
     }
 
+    /// Every file it is made of, sorted by name.
+    pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        self.files.iter()
+    }
+
     /// Size and time of every file, to see later whether one has changed.
     pub fn stamps(&self) -> Result<Vec<Stamp>, ModelError> {
         self.files.iter().map(|path| Stamp::of(path)).collect()

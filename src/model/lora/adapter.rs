@@ -76,7 +76,18 @@ impl Adapter {
     pub fn from_bytes(model: &ModelConfig, bytes: &[u8]) -> Result<Self, AdapterError> {
         let reader = Reader::new(bytes)?;
         let metadata: Metadata = reader.metadata(VERSION)?;
-        let layout = LoraLayout::new(model, &metadata.lora)?;
+        Self::read(&reader, LoraLayout::new(model, &metadata.lora)?, &metadata)
+    }
+
+    /// The same without its model: shapes are those that the file has.
+    pub fn of_any_model(bytes: &[u8]) -> Result<Self, AdapterError> {
+        let reader = Reader::new(bytes)?;
+        let metadata: Metadata = reader.metadata(VERSION)?;
+        let layout = LoraLayout::of_tensors(&metadata.lora, |name| reader.shape(name))?;
+        Self::read(&reader, layout, &metadata)
+    }
+
+    fn read(reader: &Reader<'_>, layout: LoraLayout, metadata: &Metadata) -> Result<Self, AdapterError> {
         let rank = metadata.lora.rank as usize;
         let mut values = Vec::with_capacity(layout.len());
         let mut names = std::collections::HashSet::new();
@@ -186,6 +197,28 @@ pub(crate) mod tests {
         assert_eq!(back.layout, adapter.layout);
         assert_eq!(back.digest(), adapter.digest());
         assert!(back.to_bytes() == bytes);
+    }
+
+    #[test]
+    fn without_its_model_a_file_is_read_as_strictly() {
+        let adapter = dense_adapter();
+        let bytes = adapter.to_bytes();
+        let back = Adapter::of_any_model(&bytes).unwrap();
+        assert_eq!((&back.values, &back.layout), (&adapter.values, &adapter.layout));
+        let mut altered = bytes.clone();
+        *altered.last_mut().unwrap() ^= 1;
+        assert!(matches!(Adapter::of_any_model(&altered), Err(AdapterError::Altered { .. })));
+        for remove in 0..4 {
+            let bytes = file(metadata(), |tensors| drop(tensors.remove(remove)));
+            let error = Adapter::of_any_model(&bytes).unwrap_err();
+            assert!(matches!(error, AdapterError::MissingTensor { .. }), "{remove}: {error}");
+        }
+        // The last layer gone as a whole leaves another adapter, which the digest tells.
+        let shorter = file(metadata(), |tensors| tensors.truncate(tensors.len() / 2));
+        assert!(matches!(Adapter::of_any_model(&shorter), Err(AdapterError::Altered { .. })));
+        let bytes = file(metadata(), |tensors| tensors[1].1.shape = vec![3, 16]);
+        let error = Adapter::of_any_model(&bytes).unwrap_err();
+        assert!(matches!(error, AdapterError::Shape { .. }), "{error}");
     }
 
     #[test]

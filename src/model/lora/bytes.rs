@@ -6,7 +6,7 @@
 
 use std::{borrow::Cow, collections::HashMap};
 
-use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
+use safetensors::{Dtype, SafeTensorError, SafeTensors, View, tensor::TensorView};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -38,13 +38,16 @@ pub enum AdapterError {
     UnknownTensor { name: String },
     #[error("tensor `{name}` has shape {found:?}, this model needs {expected:?}")]
     Shape { name: String, expected: Vec<usize>, found: Vec<usize> },
-    #[error("tensor `{name}` is {found:?}, expected F32")]
+    #[error("tensor `{name}` is {found:?}, which is not read here")]
     Type { name: String, found: Dtype },
     #[error("tensor `{name}` holds {value} at index {index}")]
     NotFinite { name: String, index: usize, value: f32 },
     /// The counts contradict each other.
     #[error("the file's counts contradict each other: {0}")]
     Inconsistent(&'static str),
+    /// A PEFT configuration that asks for another computation than Lockstep's.
+    #[error("`adapter_config.json`: `{field}` {problem}")]
+    Peft { field: String, problem: String },
     /// The content was changed after it was written.
     #[error("the file was altered: its content has digest {found}, it was written with {expected}")]
     Altered { expected: Digest, found: Digest },
@@ -93,14 +96,14 @@ pub(in crate::model) fn write<M: serde::Serialize>(
 /// A file that was read, not yet believed.
 pub(in crate::model) struct Reader<'a> {
     file: SafeTensors<'a>,
-    metadata: String,
+    /// Of [`METADATA_KEY`].
+    metadata: Option<String>,
 }
 
 impl<'a> Reader<'a> {
     pub(in crate::model) fn new(bytes: &'a [u8]) -> Result<Self, AdapterError> {
         let (_, header) = SafeTensors::read_metadata(bytes)?;
-        let metadata = header.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY));
-        let metadata = metadata.ok_or(AdapterError::NoMetadata)?.clone();
+        let metadata = header.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY).cloned());
         Ok(Self { file: SafeTensors::deserialize(bytes)?, metadata })
     }
 
@@ -110,11 +113,12 @@ impl<'a> Reader<'a> {
         struct Versioned {
             version: u32,
         }
-        let Versioned { version } = serde_json::from_str(&self.metadata).map_err(AdapterError::Metadata)?;
+        let metadata = self.metadata.as_ref().ok_or(AdapterError::NoMetadata)?;
+        let Versioned { version } = serde_json::from_str(metadata).map_err(AdapterError::Metadata)?;
         if version != expected {
             return Err(AdapterError::Version { expected, found: version });
         }
-        serde_json::from_str(&self.metadata).map_err(AdapterError::Metadata)
+        serde_json::from_str(metadata).map_err(AdapterError::Metadata)
     }
 
     /// Refuses tensors whose name `is_known` does not know.
@@ -133,6 +137,10 @@ impl<'a> Reader<'a> {
         self.file.tensor(name).is_ok()
     }
 
+    pub(in crate::model) fn shape(&self, name: &str) -> Result<Vec<usize>, AdapterError> {
+        self.file.tensor(name).map(|tensor| tensor.shape().to_vec()).map_err(|_| missing(name))
+    }
+
     /// Appends the values of a float32 tensor of exactly this shape to `values`.
     pub(in crate::model) fn read(
         &self,
@@ -140,18 +148,39 @@ impl<'a> Reader<'a> {
         shape: &[usize],
         values: &mut Vec<f32>,
     ) -> Result<(), AdapterError> {
-        let missing = |_| AdapterError::MissingTensor { name: name.to_owned() };
-        let tensor = self.file.tensor(name).map_err(missing)?;
+        let tensor = self.tensor(name, shape)?;
         if tensor.dtype() != Dtype::F32 {
             return Err(AdapterError::Type { name: name.to_owned(), found: tensor.dtype() });
-        }
-        if tensor.shape() != shape {
-            let (expected, found) = (shape.to_vec(), tensor.shape().to_vec());
-            return Err(AdapterError::Shape { name: name.to_owned(), expected, found });
         }
         let (words, _) = tensor.data().as_chunks::<4>();
         values.extend(words.iter().map(|word| f32::from_le_bytes(*word)));
         Ok(())
+    }
+
+    /// [`Reader::read`] of a float32, float16 or bfloat16 tensor, which f32 all hold exactly.
+    pub(in crate::model) fn read_widened(
+        &self,
+        name: &str,
+        shape: &[usize],
+        values: &mut Vec<f32>,
+    ) -> Result<(), AdapterError> {
+        let tensor = self.tensor(name, shape)?;
+        let (halves, _) = tensor.data().as_chunks::<2>();
+        match tensor.dtype() {
+            Dtype::F16 => values.extend(halves.iter().map(|half| half::f16::from_le_bytes(*half).to_f32())),
+            Dtype::BF16 => values.extend(halves.iter().map(|half| half::bf16::from_le_bytes(*half).to_f32())),
+            _ => self.read(name, shape, values)?,
+        }
+        Ok(())
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, AdapterError> {
+        let tensor = self.file.tensor(name).map_err(|_| missing(name))?;
+        if tensor.shape() != shape {
+            let (expected, found) = (shape.to_vec(), tensor.shape().to_vec());
+            return Err(AdapterError::Shape { name: name.to_owned(), expected, found });
+        }
+        Ok(tensor)
     }
 
     /// [`Reader::read`], refusing NaN and infinities.
@@ -163,12 +192,18 @@ impl<'a> Reader<'a> {
     ) -> Result<(), AdapterError> {
         let start = values.len();
         self.read(name, shape, values)?;
-        match values[start..].iter().position(|value| !value.is_finite()) {
-            Some(index) => {
-                let value = values[start + index];
-                Err(AdapterError::NotFinite { name: name.to_owned(), index, value })
-            }
-            None => Ok(()),
-        }
+        refuse_infinite(name, &values[start..])
     }
+}
+
+/// Refuses NaN and infinities.
+pub(super) fn refuse_infinite(name: &str, values: &[f32]) -> Result<(), AdapterError> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(AdapterError::NotFinite { name: name.to_owned(), index, value: values[index] }),
+        None => Ok(()),
+    }
+}
+
+fn missing(name: &str) -> AdapterError {
+    AdapterError::MissingTensor { name: name.to_owned() }
 }

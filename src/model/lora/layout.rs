@@ -5,6 +5,8 @@ use crate::{
     types::{InvalidInput, LoraConfig, LoraTarget},
 };
 
+use super::AdapterError;
+
 /// Where each LoRA matrix stands in one flat vector of f32.
 ///
 /// Order: layer by layer, within a layer by [`LoraTarget`], within a target by expert where the
@@ -43,7 +45,7 @@ impl LoraLayout {
             return Err(InvalidInput::new("targets", problem));
         }
         let rank = config.rank as usize;
-        let mut layout = Self { config: config.clone(), entries: Vec::new(), starts: vec![0], len: 0 };
+        let mut layout = Self::empty(config);
         for layer in 0..model.num_layers {
             for &target in &config.targets {
                 let (in_features, out_features) = model.linear_shape(layer, target);
@@ -60,15 +62,84 @@ impl LoraLayout {
                 let experts = model.layer_experts(layer).filter(|_| target.parent() == "mlp");
                 let experts = experts.map_or(vec![None], |experts| (0..experts.count).map(Some).collect());
                 for expert in experts {
-                    let a = layout.len..layout.len + rank * in_features;
-                    let b = a.end..a.end + out_features * rank;
-                    layout.len = b.end;
-                    layout.entries.push(LoraEntry { layer, target, expert, in_features, out_features, a, b });
+                    layout.push(Module { layer, target, expert }, in_features, out_features);
                 }
                 layout.starts.push(layout.entries.len());
             }
         }
         Ok(layout)
+    }
+
+    /// The layout that the matrices of a file have, whatever model they are for; `shape` is that
+    /// of a tensor. Refuses shapes that don't belong together.
+    pub(super) fn of_tensors(
+        config: &LoraConfig,
+        shape: impl Fn(&str) -> Result<Vec<usize>, AdapterError>,
+    ) -> Result<Self, AdapterError> {
+        config.validate()?;
+        let is_held = |module: Module| shape(&module.tensor_names()[0]).is_ok();
+        let mut layout = Self::empty(config);
+        let mut layer = 0;
+        loop {
+            let modules = |target| Module::held(layer, target, is_held);
+            if layer > 0 && config.targets.iter().all(|target| modules(*target).is_empty()) {
+                return Ok(layout);
+            }
+            for &target in &config.targets {
+                let held = modules(target);
+                if held.is_empty() {
+                    let [name, _] = Module { layer, target, expert: None }.tensor_names();
+                    return Err(AdapterError::MissingTensor { name });
+                }
+                for module in held {
+                    layout.push_shaped(module, &shape)?;
+                }
+                layout.starts.push(layout.entries.len());
+            }
+            layer += 1;
+        }
+    }
+
+    /// A layout of which only the length is known.
+    pub(in crate::model) fn of_length(config: &LoraConfig, len: usize) -> Result<Self, InvalidInput> {
+        config.validate()?;
+        Ok(Self { len, ..Self::empty(config) })
+    }
+
+    fn empty(config: &LoraConfig) -> Self {
+        Self { config: config.clone(), entries: Vec::new(), starts: vec![0], len: 0 }
+    }
+
+    /// Adds a module with the widths that its tensors have.
+    fn push_shaped(
+        &mut self,
+        module: Module,
+        shape: impl Fn(&str) -> Result<Vec<usize>, AdapterError>,
+    ) -> Result<(), AdapterError> {
+        let rank = self.config.rank as usize;
+        let [name_a, name_b] = module.tensor_names();
+        let (a, b) = (shape(&name_a)?, shape(&name_b)?);
+        match (&a[..], &b[..]) {
+            (&[rows, in_features], &[out_features, columns]) if rows == rank && columns == rank => {
+                self.push(module, in_features, out_features);
+                Ok(())
+            }
+            (&[rows, _], &[out_features, ..]) if rows == rank => {
+                Err(AdapterError::Shape { name: name_b, expected: vec![out_features, rank], found: b })
+            }
+            _ => {
+                let expected = vec![rank, a.last().copied().unwrap_or(0)];
+                Err(AdapterError::Shape { name: name_a, expected, found: a })
+            }
+        }
+    }
+
+    fn push(&mut self, Module { layer, target, expert }: Module, in_features: usize, out_features: usize) {
+        let rank = self.config.rank as usize;
+        let a = self.len..self.len + rank * in_features;
+        let b = a.end..a.end + out_features * rank;
+        self.len = b.end;
+        self.entries.push(LoraEntry { layer, target, expert, in_features, out_features, a, b });
     }
 
     /// Number of f32 values.
@@ -118,6 +189,39 @@ impl LoraEntry {
     /// Name of the adapted linear layer in a Hugging Face model: `model.layers.3.self_attn.q_proj`
     /// or `model.layers.3.mlp.experts.17.up_proj`.
     pub fn module_name(&self) -> String {
+        self.module().name()
+    }
+
+    /// Names of A and B in a PEFT adapter file.
+    pub fn tensor_names(&self) -> [String; 2] {
+        self.module().tensor_names()
+    }
+
+    fn module(&self) -> Module {
+        Module { layer: self.layer, target: self.target, expert: self.expert }
+    }
+}
+
+/// A linear layer that may carry an adapter, by its place.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Module {
+    layer: usize,
+    target: LoraTarget,
+    expert: Option<usize>,
+}
+
+impl Module {
+    /// The modules of a layer's target that a file holds: one, or one an expert.
+    pub(super) fn held(layer: usize, target: LoraTarget, is_held: impl Fn(Self) -> bool) -> Vec<Self> {
+        let dense = Self { layer, target, expert: None };
+        if is_held(dense) {
+            return vec![dense];
+        }
+        let experts = (0..).map(|expert| Self { expert: Some(expert), ..dense });
+        experts.take_while(|module| is_held(*module)).collect()
+    }
+
+    fn name(self) -> String {
         let (layer, parent, name) = (self.layer, self.target.parent(), self.target.name());
         match self.expert {
             None => format!("model.layers.{layer}.{parent}.{name}"),
@@ -126,8 +230,8 @@ impl LoraEntry {
     }
 
     /// Names of A and B in a PEFT adapter file.
-    pub fn tensor_names(&self) -> [String; 2] {
-        let module = self.module_name();
+    pub(super) fn tensor_names(self) -> [String; 2] {
+        let module = self.name();
         ["lora_A", "lora_B"].map(|matrix| format!("base_model.model.{module}.{matrix}.weight"))
     }
 }

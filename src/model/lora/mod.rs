@@ -9,6 +9,7 @@ pub(super) mod layout;
 mod adapter;
 pub(super) mod bytes;
 mod init;
+mod peft;
 
 pub use adapter::Adapter;
 pub use bytes::AdapterError;

@@ -13,6 +13,7 @@
 
 mod prepare;
 
+mod metrics;
 mod output;
 mod run;
 

@@ -3,14 +3,14 @@ use std::collections::BTreeMap;
 use crate::{
     kernels::Team,
     model::{
-        AdapterRows, BaseModel, Batch, BatchSequence, Tape, Workspace,
+        AdapterRows, BaseModel, Batch, BatchSequence, HeadGradient, HeadRequest, HeadScores, Tape, Workspace,
         decoder::{backward, forward, head_logprobs},
-        loss::{Loss, LossAt, PolicyGap, Scored, Side},
+        loss::{Loss, LossAt, Scored},
     },
     types::{DatumOutput, Dtype, ErrorKind, LossSpec, OperationError, TensorData, TensorValues},
 };
 
-use super::{Example, MicroBatchOutput, Target, groups};
+use super::{Example, MicroBatchOutput, Target, groups, metrics};
 
 /// Loss and log-probabilities of one micro-batch; with `gradient` (`layout.len()` zeroed
 /// values) also the gradient of the loss's sum.
@@ -19,6 +19,11 @@ use super::{Example, MicroBatchOutput, Target, groups};
 /// `top_k_logprobs` also `top_k_token_ids` (int64, `[N, k]`) and `top_k_logprobs` (float32,
 /// `[N, k]`), descending. Fails with `NotFinite`, naming the datum, if a loss or its
 /// derivative leaves the range of f32; `gradient` is then of no use.
+///
+/// # Panics
+///
+/// If the examples begin or end within a pair, which [`cut_micro_batches`](super::cut_micro_batches)
+/// never does.
 pub fn run_micro_batch(
     model: &BaseModel,
     adapter: AdapterRows<'_>,
@@ -43,11 +48,11 @@ pub fn run_micro_batch(
 }
 
 /// Examples end to end, without those of which nothing is wanted.
-struct Packed<'a> {
+pub(super) struct Packed<'a> {
     all: &'a [Example],
     examples: Vec<&'a Example>,
     /// Every target with its row in the packed batch, by row.
-    targets: Vec<(usize, &'a Target)>,
+    pub(super) targets: Vec<(usize, &'a Target)>,
     /// Which datum each target is of.
     datums: Vec<usize>,
 }
@@ -68,12 +73,11 @@ impl<'a> Packed<'a> {
 
 /// What was computed, one entry per packed target.
 #[derive(Default)]
-struct Scores {
-    logprobs: Vec<f32>,
-    alternatives: Vec<Vec<(u32, f32)>>,
-    losses: Vec<Option<LossAt>>,
-    /// Further sums, over pairs.
-    sums: BTreeMap<String, f64>,
+pub(super) struct Scores {
+    pub(super) head: HeadScores,
+    pub(super) losses: Vec<Option<LossAt>>,
+    /// Rewards of the chosen and the rejected sequence, of each active pair.
+    pub(super) rewards: Vec<[f64; 2]>,
 }
 
 struct Scorer {
@@ -126,52 +130,35 @@ impl Scorer {
         team: &Team,
     ) -> Scores {
         let targets: Vec<(usize, u32)> = packed.targets.iter().map(|(row, t)| (*row, t.token)).collect();
+        let request = HeadRequest { targets: &targets, top_k: self.top_k, entropy: self.is_of_sampled_data };
         let mut scores = Scores::default();
-        let mut head = |factor: &mut dyn FnMut(usize, f32) -> f32,
-                        logprobs: &mut Vec<f32>,
-                        d_hidden: Option<&mut [f32]>,
-                        top_k: usize,
-                        alternatives: &mut Vec<Vec<(u32, f32)>>| {
-            head_logprobs(
-                model,
-                hidden,
-                &targets,
-                factor,
-                logprobs,
-                d_hidden,
-                top_k,
-                alternatives,
-                workspace,
-                team,
-            );
-        };
-        let at = |i: usize, logprob: f32| match (self.loss, &packed.targets[i].1.loss) {
-            (Loss::Position(loss), Some(inputs)) => Some(loss.at(logprob, inputs)),
-            _ => None,
-        };
-        if let Loss::Position(_) = self.loss {
+        if let Loss::Position(loss) = self.loss {
+            let at = |i: usize, logprob: f32| {
+                packed.targets[i].1.loss.as_ref().map(|inputs| loss.at(logprob, inputs))
+            };
             let mut factor = |i, logprob| at(i, logprob).map_or(0.0, |at| at.derivative as f32);
-            head(&mut factor, &mut scores.logprobs, d_hidden, self.top_k, &mut scores.alternatives);
-            scores.losses = (0..).zip(&scores.logprobs).map(|(i, logprob)| at(i, *logprob)).collect();
+            let onward = d_hidden.map(|d_hidden| HeadGradient { factor: &mut factor, d_hidden });
+            scores.head = head_logprobs(model, hidden, request, onward, workspace, team);
+            scores.losses = (0..).zip(&scores.head.logprobs).map(|(i, logprob)| at(i, *logprob)).collect();
             return scores;
         }
         // No derivative is known before a whole sequence, or pair, is scored; keeping its logits
         // meanwhile would take more memory than all else, so they are computed a second time.
-        head(&mut |_, _| 0.0, &mut scores.logprobs, None, self.top_k, &mut scores.alternatives);
+        scores.head = head_logprobs(model, hidden, request, None, workspace, team);
         self.coupled_losses(packed, &mut scores);
-        if d_hidden.is_some() {
+        if let Some(d_hidden) = d_hidden {
+            let again = HeadRequest { targets: &targets, top_k: 0, entropy: false };
             let mut factor = |i: usize, _| scores.losses[i].map_or(0.0, |at| at.derivative as f32);
-            head(&mut factor, &mut Vec::new(), d_hidden, 0, &mut Vec::new());
+            let onward = HeadGradient { factor: &mut factor, d_hidden };
+            head_logprobs(model, hidden, again, Some(onward), workspace, team);
         }
         scores
     }
 
     /// The losses of sequences or pairs, from the log-probabilities of all their targets.
     fn coupled_losses(&self, packed: &Packed<'_>, scores: &mut Scores) {
-        let mut scored = packed.targets.iter().zip(&scores.logprobs).map(|((_, target), logprob)| Scored {
-            logprob: *logprob,
-            loss: target.loss,
-            ratio_logprob: target.ratio_logprob,
+        let mut scored = packed.targets.iter().zip(&scores.head.logprobs).map(|((_, target), logprob)| {
+            Scored { logprob: *logprob, loss: target.loss, ratio_logprob: target.ratio_logprob }
         });
         for group in groups(packed.all) {
             let mut of =
@@ -183,7 +170,7 @@ impl Scorer {
                         scores.losses.resize(scores.losses.len() + chosen.len() + rejected.len(), None);
                         continue;
                     };
-                    add_rewards(pair.rewards, &mut scores.sums);
+                    scores.rewards.push(pair.rewards);
                     scores.losses.extend(pair.at);
                 }
                 (Loss::Sequence(clip), [example]) => scores.losses.extend(clip.of_sequence(&of(example))),
@@ -194,28 +181,26 @@ impl Scorer {
     }
 
     /// Sums in the order of the targets, outputs in that of the examples.
-    fn output(&self, examples: &[Example], packed: &Packed<'_>, mut scores: Scores) -> MicroBatchOutput {
+    fn output(&self, examples: &[Example], packed: &Packed<'_>, scores: Scores) -> MicroBatchOutput {
         let mut output = MicroBatchOutput {
             loss_sum: scores.losses.iter().flatten().map(|at| at.value).sum(),
             active: examples.iter().map(|example| example.active).sum(),
-            sums: std::mem::take(&mut scores.sums),
             ..MicroBatchOutput::default()
         };
         if self.is_of_sampled_data {
-            add_policy_gap(packed, &scores, &mut output);
+            metrics::add_policy(packed, &scores, &mut output);
         }
-        if self.loss.has_bounds() {
-            for (name, side) in [("clip_low_fraction", Side::Low), ("clip_high_fraction", Side::High)] {
-                let clipped = scores.losses.iter().flatten().filter(|at| at.clipped == Some(side));
-                output.sums.insert(name.to_owned(), clipped.count() as f64);
-            }
+        match self.loss {
+            Loss::Pair(_) => metrics::add_rewards(&scores, &mut output),
+            loss if loss.has_bounds() => metrics::add_clipping(&scores, &mut output),
+            _ => {}
         }
         let mut scored = 0;
         for example in examples {
             let range = scored..scored + example.targets.len();
             scored = range.end;
-            let alternatives = scores.alternatives.get(range.clone()).unwrap_or_default();
-            output.outputs.push(self.datum_output(example, &scores.logprobs[range], alternatives));
+            let alternatives = scores.head.alternatives.get(range.clone()).unwrap_or_default();
+            output.outputs.push(self.datum_output(example, &scores.head.logprobs[range], alternatives));
         }
         output
     }
@@ -262,7 +247,7 @@ fn refuse_infinite(packed: &Packed<'_>, scores: &Scores) -> Result<(), Operation
     match scores.losses.iter().position(|at| at.as_ref().is_some_and(is_infinite)) {
         None => Ok(()),
         Some(i) => {
-            let (target, logprob) = (packed.targets[i].1, scores.logprobs[i]);
+            let (target, logprob) = (packed.targets[i].1, scores.head.logprobs[i]);
             let q = target.loss.map_or(0.0, |inputs| inputs.logprob);
             Err(OperationError::new(
                 ErrorKind::NotFinite,
@@ -273,37 +258,6 @@ fn refuse_infinite(packed: &Packed<'_>, scores: &Scores) -> Result<(), Operation
                 ),
             ))
         }
-    }
-}
-
-/// How far trainer and sampler are apart over the active positions.
-fn add_policy_gap(packed: &Packed<'_>, scores: &Scores, output: &mut MicroBatchOutput) {
-    let (mut sums, mut largest) = ([0.0; 5], 0.0f64);
-    for ((_, target), logprob) in packed.targets.iter().zip(&scores.logprobs) {
-        let Some(inputs) = target.loss else { continue };
-        let at = PolicyGap::at(*logprob, inputs.logprob);
-        let terms = [at.k1, at.k2, at.k3, at.ratio, at.ratio * at.ratio];
-        sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
-        largest = largest.max(at.gap);
-    }
-    let names = ["kl_k1", "kl_k2", "kl_k3", "ratio", "ratio_squared"];
-    output.sums.extend(names.map(str::to_owned).into_iter().zip(sums));
-    output.maxima.insert("max_token_gap".to_owned(), largest);
-}
-
-/// How much the trainer prefers either sequence of a pair, relative to the reference: sums over
-/// pairs of `reward_chosen`, `reward_rejected`, their `reward_margin`, and `reward_accuracy`, 1
-/// where the chosen one is preferred.
-fn add_rewards([chosen, rejected]: [f64; 2], sums: &mut BTreeMap<String, f64>) {
-    let margin = chosen - rejected;
-    let terms = [
-        ("reward_chosen", chosen),
-        ("reward_rejected", rejected),
-        ("reward_margin", margin),
-        ("reward_accuracy", f64::from(u8::from(margin > 0.0))),
-    ];
-    for (name, term) in terms {
-        *sums.entry(name.to_owned()).or_default() += term;
     }
 }
 

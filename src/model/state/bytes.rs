@@ -81,6 +81,26 @@ impl TrainState {
         let reader = Reader::new(bytes)?;
         let Metadata { header, digest: expected } = reader.metadata(VERSION)?;
         let layout = LoraLayout::new(model, &header.lora)?;
+        Self::read(&reader, layout, header, expected)
+    }
+
+    /// Checks what can be checked of [`TrainState::to_bytes`] without its model: everything but
+    /// that the lengths are the model's. Returns the adapter's configuration and the step.
+    pub fn check_bytes(bytes: &[u8]) -> Result<(LoraConfig, u64), AdapterError> {
+        let reader = Reader::new(bytes)?;
+        let Metadata { header, digest: expected } = reader.metadata(VERSION)?;
+        let len = reader.shape("weights")?.iter().product();
+        let layout = LoraLayout::of_length(&header.lora, len)?;
+        let state = Self::read(&reader, layout, header, expected)?;
+        Ok((state.layout.config.clone(), state.step))
+    }
+
+    fn read(
+        reader: &Reader<'_>,
+        layout: LoraLayout,
+        header: Header,
+        expected: Digest,
+    ) -> Result<Self, AdapterError> {
         let shape = [layout.len()];
         let finite = |name| {
             let mut values = Vec::with_capacity(layout.len());
@@ -211,6 +231,16 @@ mod tests {
         bytes[last] ^= 1;
         let error = TrainState::from_bytes(&tiny_model(), &bytes).unwrap_err();
         assert!(matches!(error, AdapterError::Altered { .. }), "{error}");
+    }
+
+    #[test]
+    fn without_its_model_a_file_is_checked_as_strictly() {
+        let bytes = busy().to_bytes();
+        assert_eq!(TrainState::check_bytes(&bytes).unwrap(), (busy().layout.config.clone(), 1));
+        let mut altered = bytes.clone();
+        *altered.last_mut().unwrap() ^= 1;
+        assert!(matches!(TrainState::check_bytes(&altered), Err(AdapterError::Altered { .. })));
+        assert!(matches!(TrainState::check_bytes(&bytes[..bytes.len() - 4]), Err(AdapterError::File(_))));
     }
 
     #[test]

@@ -67,6 +67,18 @@ impl TrainState {
         }
     }
 
+    /// Refuses a gradient that must not join those accumulated so far.
+    pub fn refuse_other_kind(&self, kind: GradientKind) -> Result<(), OperationError> {
+        match self.kind {
+            Some(accumulated) if accumulated != kind => Err(OperationError::new(
+                ErrorKind::InvalidInput,
+                "gradients with and without `skip_token_normalization` can't meet in one optimiser step; \
+                 call optim_step between them",
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// The state after adding one operation's gradient sum. Refuses mixing kinds. Tokens count
     /// only for the token mean.
     ///
@@ -79,13 +91,7 @@ impl TrainState {
         kind: GradientKind,
     ) -> Result<Self, OperationError> {
         assert_eq!(gradient.len(), self.layout.len(), "a gradient has the layout of the weights");
-        if self.kind.is_some_and(|accumulated| accumulated != kind) {
-            return Err(OperationError::new(
-                ErrorKind::InvalidInput,
-                "gradients with and without `skip_token_normalization` can't meet in one optimiser step; \
-                 call optim_step between them",
-            ));
-        }
+        self.refuse_other_kind(kind)?;
         let sum: Vec<f32> = match &self.gradient {
             None => gradient.to_vec(),
             Some(before) => before.iter().zip(gradient).map(|(sum, more)| sum + more).collect(),

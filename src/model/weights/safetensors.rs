@@ -62,6 +62,11 @@ impl Shards {
         self.index.iter().map(|index| &index.path).chain(&self.shards)
     }
 
+    /// The shards alone.
+    pub fn shards(&self) -> impl Iterator<Item = &PathBuf> {
+        self.shards.iter()
+    }
+
     /// Maps the files and reads their headers.
     pub fn open(&self) -> Result<Tensors, ModelError> {
         let mut files = Vec::with_capacity(self.shards.len());
@@ -132,6 +137,12 @@ impl Tensors {
     fn info(&self, tensor: &str) -> Result<(&ShardFile, &TensorInfo), ModelError> {
         let found = self.file(tensor).and_then(|file| Some((file, file.metadata.info(tensor)?)));
         found.ok_or_else(|| self.missing(tensor))
+    }
+
+    /// The file that holds a tensor, and the tensor's shape.
+    pub fn place_and_shape(&self, tensor: &str) -> Result<(&Path, Vec<usize>), ModelError> {
+        let (file, info) = self.info(tensor)?;
+        Ok((&file.path, info.shape.clone()))
     }
 
     fn missing(&self, tensor: &str) -> ModelError {

@@ -4,8 +4,8 @@ use crate::{
     coordinator::state::{Effect, Event, operations::QUEUE_MAX},
     journal::{Outcome, Record},
     protocol::{
-        Blame, ClientRequest, ClientResponse, CoordinatorMessage, NodeId, NodeMessage, Operation,
-        OperationKey, OperationSeq, RankIndex, SubmitOperation,
+        Blame, BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, LoadSource, NodeId, NodeMessage,
+        Operation, OperationKey, OperationSeq, RankIndex, SubmitOperation,
     },
     types::{CheckpointTarget, Digest, ErrorKind, LoraConfig, OperationError, SessionId},
 };
@@ -185,10 +185,14 @@ fn refuses_operations_that_no_rank_needs_to_see() {
     {
         assert!(refused(load(path)).starts_with("`path`"), "{path:?}");
     }
-    let path = "bt://loops:run-1/sampler_weights/x".to_owned();
-    assert!(
-        refused(Operation::LoadState { path, with_optimizer: true, source: None }).contains("no optimiser")
-    );
+    for path in ["blob:", "blob:abc/1", &format!("blob:{}/x", Digest::of(b"x"))] {
+        assert!(refused(load(path)).starts_with("`path`"), "{path:?}");
+    }
+    let adapter = BlobRef { digest: Digest::of(b"x"), size: 1 }.load_path();
+    for path in ["bt://loops:run-1/sampler_weights/x".to_owned(), adapter] {
+        let load = Operation::LoadState { path, with_optimizer: true, source: None };
+        assert!(refused(load).contains("no optimiser"));
+    }
     let Operation::OptimStep { mut adam } = optim_step() else { unreachable!() };
     adam.beta1 = 1.0;
     assert!(refused(Operation::OptimStep { adam }).starts_with("`adam_params.beta1`"));
@@ -367,4 +371,16 @@ fn a_run_is_found_by_its_newest_name() {
     assert_eq!((found.run.0, found.vocab_size), (2, Some(100)));
     let error = desk.refused(ClientRequest::FindRun { name: "c".into() });
     assert_eq!((error.kind, error.message.as_str()), (ErrorKind::NotFound, "no run is called \"c\""));
+}
+
+#[test]
+fn an_adapter_that_a_client_stored_is_loaded_by_its_digest() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.answering = false;
+    let blob = BlobRef { digest: Digest::of(b"an adapter"), size: 10 };
+    desk.run(1, load(&blob.load_path()));
+    let [(_, _, Operation::LoadState { source: Some(source), .. })] = &desk.executed()[..] else {
+        panic!("the load runs");
+    };
+    assert_eq!(*source, LoadSource { target: CheckpointTarget::Sampler, blob });
 }

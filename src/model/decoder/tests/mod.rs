@@ -7,8 +7,9 @@ use std::sync::{Arc, OnceLock};
 use crate::{
     kernels::{CoreBudget, Priority, Team},
     model::{
-        Adapter, BaseModel, Batch, BatchSequence, ExpertsConfig, Family, KvCache, LoraLayout, ModelConfig,
-        RopeScaling, Tape, Workspace, backward, forward, head_logits, head_logprobs, tiny,
+        Adapter, BaseModel, Batch, BatchSequence, ExpertsConfig, Family, HeadGradient, HeadRequest, KvCache,
+        LoraLayout, ModelConfig, RopeScaling, Tape, Workspace, backward, forward, head_logits, head_logprobs,
+        tiny,
     },
     types::{LoraConfig, LoraTarget},
 };
@@ -143,19 +144,10 @@ fn train(
     let mut tape = Tape::default();
     let hidden = forward(model, &mut batch, Some(&mut tape), workspace, team);
     let (targets, factors) = targets(sequences);
-    let (mut logprobs, mut d_hidden) = (Vec::new(), vec![0.0; hidden.len()]);
-    head_logprobs(
-        model,
-        &hidden,
-        &targets,
-        &mut |i, _| factors[i],
-        &mut logprobs,
-        Some(&mut d_hidden),
-        0,
-        &mut Vec::new(),
-        workspace,
-        team,
-    );
+    let mut d_hidden = vec![0.0; hidden.len()];
+    let request = HeadRequest { targets: &targets, top_k: 0, entropy: false };
+    let onward = HeadGradient { factor: &mut |i, _| factors[i], d_hidden: &mut d_hidden };
+    let logprobs = head_logprobs(model, &hidden, request, Some(onward), workspace, team).logprobs;
     let mut gradient = vec![0.0; adapter.layout.len()];
     backward(model, adapter.into(), &mut tape, &d_hidden, &mut gradient, workspace, team);
     Trained { gradient, logprobs }
@@ -345,20 +337,11 @@ fn head_gives_the_same_numbers_by_row_and_by_target() {
     let sequences = sequences();
     let hidden = hidden_of(model(), &sequences, None, &Team::solo());
     let (targets, _) = targets(&sequences);
-    let (mut logprobs, mut alternatives, mut workspace) = (Vec::new(), Vec::new(), Workspace::default());
-    head_logprobs(
-        model(),
-        &hidden,
-        &targets,
-        &mut |_, _| 0.0,
-        &mut logprobs,
-        None,
-        4,
-        &mut alternatives,
-        &mut workspace,
-        &Team::solo(),
-    );
-    for ((&(row, token), logprob), alternatives) in targets.iter().zip(logprobs).zip(alternatives) {
+    let mut workspace = Workspace::default();
+    let request = HeadRequest { targets: &targets, top_k: 4, entropy: false };
+    let scores = head_logprobs(model(), &hidden, request, None, &mut workspace, &Team::solo());
+    let scores = scores.logprobs.into_iter().zip(scores.alternatives);
+    for (&(row, token), (logprob, alternatives)) in targets.iter().zip(scores) {
         let mut logits = Vec::new();
         head_logits(model(), &hidden, &[row], &mut logits, &mut workspace, &Team::solo());
         let max = logits.iter().copied().fold(f32::MIN, f32::max);
