@@ -46,6 +46,14 @@ impl Buffer {
     }
 }
 
+#[cfg(test)]
+impl Buffer {
+    /// Bytes of memory that it holds.
+    pub(crate) fn allocated(&self) -> usize {
+        self.lines.len() * size_of::<Line>()
+    }
+}
+
 impl Deref for Buffer {
     type Target = [f32];
 

@@ -75,6 +75,11 @@ impl Matrix {
         }
     }
 
+    /// Bytes of memory that the weights take, missing outputs included.
+    pub fn bytes(&self) -> usize {
+        self.panels.len() * size_of::<f32>()
+    }
+
     /// Number of panels.
     pub(crate) fn panels(&self) -> usize {
         self.out_features.div_ceil(PANEL)

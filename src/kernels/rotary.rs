@@ -58,6 +58,14 @@ impl RotaryTable {
     }
 }
 
+#[cfg(test)]
+impl RotaryTable {
+    /// Bytes of the sines and cosines that it holds.
+    pub(crate) fn allocated(&self) -> usize {
+        (self.cos.len() + self.sin.len()) * size_of::<f32>()
+    }
+}
+
 struct TurnRows<'a> {
     table: &'a RotaryTable,
     x: &'a mut [f32],

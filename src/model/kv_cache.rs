@@ -79,6 +79,14 @@ impl KvCache {
     }
 }
 
+#[cfg(test)]
+impl KvCache {
+    /// Bytes of memory that it holds.
+    pub(super) fn allocated(&self) -> usize {
+        self.blocks.iter().map(|block| block.allocated()).sum()
+    }
+}
+
 impl ModelConfig {
     /// Attention's heads, as the kernels take them.
     pub(super) fn heads(&self) -> Heads {

@@ -11,6 +11,7 @@ mod weights;
 
 mod decoder;
 mod kv_cache;
+mod memory;
 
 mod lora;
 mod loss;
@@ -30,6 +31,7 @@ pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use library::Library;
 pub use lora::{Adapter, AdapterError, LoraEntry, LoraLayout};
+pub use memory::{Footprint, RunMemory};
 pub use merge::merge_into_weights;
 pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
 pub use param_vector::ParamVector;

@@ -82,7 +82,7 @@ pub fn head_logprobs(
     assert!(targets.is_sorted_by_key(|(row, _)| *row), "targets are sorted by row");
     let head = &model.weights.head;
     let buffers = &mut workspace.head;
-    let rows_most = (CHUNK_VALUES / head.out_features()).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end);
+    let rows_most = head_chunk_rows(head.out_features());
     let mut scores = HeadScores::default();
     let mut first = 0;
     while first < targets.len() {
@@ -96,6 +96,11 @@ pub fn head_logprobs(
         first = chunk.targets.end;
     }
     scores
+}
+
+/// Most rows whose logits are in memory at a time.
+pub fn head_chunk_rows(vocab: usize) -> usize {
+    (CHUNK_VALUES / vocab).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end)
 }
 
 /// Rows of `hidden` that are wanted, end to end.

@@ -22,6 +22,7 @@ use crate::model::{Adapter, KvCache, LoraLayout};
 
 pub use backward::backward;
 pub use forward::forward;
+pub(super) use head::head_chunk_rows;
 pub use head::{HeadGradient, HeadRequest, HeadScores, head_logits, head_logprobs};
 pub use tape::{Tape, Workspace};
 

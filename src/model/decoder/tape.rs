@@ -95,3 +95,69 @@ pub(super) struct HeadBuffers {
     pub logits_cv: Buffer,
     pub d_hidden_cd: Buffer,
 }
+
+#[cfg(test)]
+impl Workspace {
+    /// Bytes of memory that it holds, the last tape's included.
+    pub(super) fn allocated(&self) -> usize {
+        let LayerGradients {
+            residual_rd,
+            gated_ri,
+            gate_ri,
+            up_ri,
+            slots_sd,
+            logits_re,
+            attended_rq,
+            q_rq,
+            k_shares_rq,
+            v_shares_rq,
+            k_rk,
+            v_rk,
+            low,
+        } = &self.gradients;
+        let gradients = [
+            residual_rd,
+            gated_ri,
+            gate_ri,
+            up_ri,
+            slots_sd,
+            logits_re,
+            attended_rq,
+            q_rq,
+            k_shares_rq,
+            v_shares_rq,
+            k_rk,
+            v_rk,
+        ];
+        let own = [&self.normed_rd, &self.gated_ri, &self.change_rd, &self.next_rd, &self.slots_sd];
+        let head = [&self.head.hidden_cd, &self.head.logits_cv, &self.head.d_hidden_cd];
+        let layers: usize = self.spare.iter().chain([&self.activations]).map(Activations::allocated).sum();
+        let caches: usize = self.own_caches.iter().map(KvCache::allocated).sum();
+        let buffers = own.into_iter().chain(gradients).chain(head).chain(low);
+        layers + caches + self.rotary.allocated() + buffers.map(Buffer::allocated).sum::<usize>()
+    }
+}
+
+#[cfg(test)]
+impl Activations {
+    fn allocated(&self) -> usize {
+        let Self {
+            input_rd,
+            q_raw_rq,
+            k_raw_rk,
+            q_rq,
+            k_rk,
+            v_rk,
+            attended_rq,
+            lse,
+            middle_rd,
+            gate_ri,
+            up_ri,
+            routing,
+            low,
+        } = self;
+        let buffers =
+            [input_rd, q_raw_rq, k_raw_rk, q_rq, k_rk, v_rk, attended_rq, lse, middle_rd, gate_ri, up_ri];
+        buffers.into_iter().chain(low).map(Buffer::allocated).sum::<usize>() + routing.allocated()
+    }
+}

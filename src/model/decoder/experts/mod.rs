@@ -148,3 +148,13 @@ impl Routing {
         gradients
     }
 }
+
+#[cfg(test)]
+impl Routing {
+    /// Bytes of memory that it holds.
+    pub(super) fn allocated(&self) -> usize {
+        let places = self.starts.capacity() + self.choice_of.capacity() + self.slot_of.capacity();
+        let choices = self.chosen.capacity() + self.weights.capacity();
+        self.probabilities_re.allocated() + places * size_of::<usize>() + choices * size_of::<u32>()
+    }
+}

@@ -5,11 +5,11 @@ mod reference;
 use std::sync::{Arc, OnceLock};
 
 use crate::{
-    kernels::{CoreBudget, Priority, Team},
+    kernels::{CoreBudget, Matrix, Priority, Team},
     model::{
         Adapter, BaseModel, Batch, BatchSequence, ExpertsConfig, Family, HeadGradient, HeadRequest, KvCache,
-        LoraLayout, ModelConfig, RopeScaling, Tape, Workspace, backward, forward, head_logits, head_logprobs,
-        tiny,
+        LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape, Workspace, backward,
+        forward, head_logits, head_logprobs, tiny,
     },
     types::{LoraConfig, LoraTarget},
 };
@@ -330,6 +330,48 @@ fn mixed_adapters_in_one_batch_are_each_alone() {
             .collect();
         assert_eq!(bits(&mixed), bits(&alone));
     }
+}
+
+/// The formula of model/memory.rs against what a pass over a micro-batch holds: never less, and
+/// little more.
+#[test]
+fn memory_is_what_the_formula_says() {
+    let sequence = vec![tokens(21, 256)];
+    for model in models() {
+        let adapter = adapter(model, 3, &ALL);
+        let mut workspace = Workspace::default();
+        train(model, &sequence, &adapter, &mut workspace, &Team::solo());
+        // Hidden states and their gradient are the caller's.
+        let results = 2 * 4 * 256 * model.config.hidden_size;
+        let held = (workspace.allocated() + results) as f64;
+        let footprint = model.config.footprint();
+        let sums = footprint.run(&adapter.layout.config, 0).work - footprint.workspace;
+        let said = (footprint.run(&adapter.layout.config, 256).work - sums) as f64;
+        let ratio = said / held;
+        assert!((1.0..1.1).contains(&ratio), "{}: {said} said, {held} held", model.name);
+
+        let weights = model.weights.layers.iter().map(layer_bytes).sum::<usize>();
+        let tables = [&model.weights.embed, &model.weights.head].map(Matrix::bytes);
+        let tables = if model.config.tie_word_embeddings { tables[0] } else { tables[0] + tables[1] };
+        let norm = 4 * model.weights.final_norm.len();
+        assert_eq!(footprint.weights, (weights + tables + norm) as u64, "{}", model.name);
+    }
+}
+
+fn layer_bytes(layer: &LayerWeights) -> usize {
+    let LayerWeights { attn_norm, q, k, v, o, qkv_bias, qk_norm, mlp_norm, mlp } = layer;
+    let mlp_bytes =
+        |mlp: &MlpWeights| [&mlp.gate, &mlp.up, &mlp.down].map(Matrix::bytes).iter().sum::<usize>();
+    let mlp = match mlp {
+        Mlp::Dense(mlp) => mlp_bytes(mlp),
+        Mlp::Experts(mixture) => {
+            mixture.router.bytes() + mixture.experts.iter().map(mlp_bytes).sum::<usize>()
+        }
+    };
+    let bias = qkv_bias.as_ref().map_or(0, |bias| bias.q.len() + bias.k.len() + bias.v.len());
+    let heads = qk_norm.as_ref().map_or(0, |norm| norm.q.len() + norm.k.len());
+    let vectors = 4 * (attn_norm.len() + mlp_norm.len() + bias + heads);
+    vectors + mlp + [q, k, v, o].map(Matrix::bytes).iter().sum::<usize>()
 }
 
 #[test]
