@@ -1,5 +1,7 @@
 //! The models that a process serves: described at once, loaded when first asked for.
 
+#[cfg(test)]
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{
     collections::HashMap,
     path::Path,
@@ -27,6 +29,8 @@ struct Entry {
     stamps: Vec<Stamp>,
     /// Held while loading, so that whoever comes meanwhile waits for the one load.
     loaded: Mutex<Option<Arc<BaseModel>>>,
+    #[cfg(test)]
+    loads: AtomicUsize,
 }
 
 impl Library {
@@ -57,7 +61,15 @@ impl Library {
                     digest
                 }
             };
-            library.models.push(Entry { source, digest, files, stamps, loaded: Mutex::default() });
+            library.models.push(Entry {
+                source,
+                digest,
+                files,
+                stamps,
+                loaded: Mutex::default(),
+                #[cfg(test)]
+                loads: AtomicUsize::new(0),
+            });
         }
         Ok(library)
     }
@@ -88,7 +100,15 @@ impl Library {
             digest: entry.digest,
         });
         *loaded = Some(model.clone());
+        #[cfg(test)]
+        entry.loads.fetch_add(1, Ordering::Relaxed);
         Ok(model)
+    }
+
+    /// How often weights were read into memory, of all models.
+    #[cfg(test)]
+    pub(crate) fn loads(&self) -> usize {
+        self.models.iter().map(|entry| entry.loads.load(Ordering::Relaxed)).sum()
     }
 
     /// Tokenizer and chat template of a model, without its weights.
@@ -152,6 +172,7 @@ mod tests {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert!(models.iter().all(|model| Arc::ptr_eq(model, &models[0])));
+        assert_eq!(library.loads(), 1);
         let model = library.load("ORG/tiny").unwrap();
         assert!(Arc::ptr_eq(&model, &models[0]), "alias and name are one model");
 

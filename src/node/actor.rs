@@ -33,7 +33,7 @@ const REPORTS: usize = 1024;
 
 /// Keys and values of all sequences of a replica: 45,000 positions of a model of SmolLM2's
 /// shape.
-const KV_BYTES: usize = 2 << 30;
+pub(super) const KV_BYTES: usize = 2 << 30;
 
 /// Sequences decoded together: past 64 a step of a small model gains little on a CPU.
 const MAX_BATCH: usize = 64;

@@ -19,6 +19,7 @@ mod state;
 
 mod blobs;
 mod generate;
+mod memory;
 mod peers;
 mod session;
 

@@ -16,17 +16,17 @@ use crate::{
     collective, kernels,
     model::Library,
     protocol::{
-        CoordinatorMessage, Epoch, MAX_MESSAGE, ModelOffer, NodeHello, NodeId, NodeMessage, Numerics,
-        PROTOCOL_VERSION, StreamOpen, decode, encode,
+        CoordinatorMessage, Epoch, MAX_MESSAGE, ModelOffer, NodeHello, NodeId, NodeMemory, NodeMessage,
+        Numerics, PROTOCOL_VERSION, StreamOpen, decode, encode,
     },
     transport::{Connection, Endpoint, RecvHalf, Role, SendHalf, Stream},
 };
 
 use super::{
     AbortOnDrop, NodeConfig, NodeError,
-    actor::{Connected, NodeActor, Notice, Uplink},
+    actor::{Connected, KV_BYTES, NodeActor, Notice, Uplink},
     blobs::BlobClient,
-    generate,
+    generate, memory,
     state::{Event, SessionNumber},
 };
 
@@ -170,6 +170,7 @@ impl Sessions {
                 vocab: config.vocab_size as u32,
                 tokenizer: tokenizer.digest,
                 tokenizer_size: tokenizer.size,
+                footprint: config.footprint(),
             });
         }
         Ok(NodeHello {
@@ -186,6 +187,8 @@ impl Sessions {
             },
             address: self.config.advertise.clone().unwrap_or_else(|| self.endpoint.local_address()),
             host: collective::host_id(),
+            memory: memory::machine_bytes()
+                .map(|machine_bytes| NodeMemory { machine_bytes, cache_bytes: KV_BYTES as u64 }),
         })
     }
 }

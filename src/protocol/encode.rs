@@ -9,13 +9,16 @@ use bincode::{
     error::{DecodeError, EncodeError},
 };
 
-use crate::types::{
-    AdamParams, Checkpoint, CheckpointFile, CheckpointFilesResponse, CheckpointId, CheckpointTarget, Datum,
-    Digest, Dtype, EncodedTextChunk, ErrorKind, ForwardBackwardOutput, ImageChunk, ImageFormat,
-    InitTrainerServerResponse, LoadWeightsResponse, LoraConfig, LoraTarget, LossFn, LossSpec, ModelInput,
-    ModelInputChunk, OperationError, OptimStepResponse, PolicyId, RunId, SampleFlags, SampleResult,
-    SampledSequence, SamplingParams, SaveWeightsForSamplerResponse, SaveWeightsResponse, ServerCapabilities,
-    SessionId, Stop, StopReason, SupportedModel, TensorData, TensorValues,
+use crate::{
+    model::Footprint,
+    types::{
+        AdamParams, Checkpoint, CheckpointFile, CheckpointFilesResponse, CheckpointId, CheckpointTarget,
+        Datum, Digest, Dtype, EncodedTextChunk, ErrorKind, ForwardBackwardOutput, ImageChunk, ImageFormat,
+        InitTrainerServerResponse, LoadWeightsResponse, LoraConfig, LoraTarget, LossFn, LossSpec, ModelInput,
+        ModelInputChunk, OperationError, OptimStepResponse, PolicyId, RunId, SampleFlags, SampleResult,
+        SampledSequence, SamplingParams, SaveWeightsForSamplerResponse, SaveWeightsResponse,
+        ServerCapabilities, SessionId, Stop, StopReason, SupportedModel, TensorData, TensorValues,
+    },
 };
 
 /// `BorrowDecode` by way of `Decode`: nothing here borrows from the input.
@@ -118,6 +121,7 @@ wire_enum!(LoraTarget {
     0 => QProj, 1 => KProj, 2 => VProj, 3 => OProj, 4 => GateProj, 5 => UpProj, 6 => DownProj
 });
 wire_struct!(LoraConfig { rank, alpha, seed, targets });
+wire_struct!(Footprint { weights, adapter_values, row, row_of_rank, workspace });
 wire_enum!(LossFn {
     0 => CrossEntropy, 1 => ImportanceSampling, 2 => Ppo, 3 => Cispo, 4 => Dro, 5 => Dppo, 6 => Dpo, 7 => Gspo,
     8 => StableReinforce

@@ -35,8 +35,8 @@ pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
 pub use join::{JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE};
 pub use node::{
-    Blame, CoordinatorMessage, Generate, GenerateReply, MicroBatchPart, ModelOffer, NodeHello, NodeMessage,
-    Numerics, RankPart, RankSeat, RunSpec,
+    Blame, CoordinatorMessage, Generate, GenerateReply, MicroBatchPart, ModelOffer, NodeHello, NodeMemory,
+    NodeMessage, Numerics, RankPart, RankSeat, RunSpec,
 };
 pub use operation::{
     ADAPTER_FILE, BLOB_PATH, BlobRef, LoadSource, MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload,

@@ -2,9 +2,12 @@ use std::collections::BTreeMap;
 
 use bincode::{Decode, Encode};
 
-use crate::types::{
-    DatumOutput, Digest, LoraConfig, OperationError, PolicyId, RunId, SampleFlags, SampleResult,
-    SamplingParams,
+use crate::{
+    model::Footprint,
+    types::{
+        DatumOutput, Digest, LoraConfig, OperationError, PolicyId, RunId, SampleFlags, SampleResult,
+        SamplingParams,
+    },
 };
 
 use super::{
@@ -36,6 +39,17 @@ pub struct ModelOffer {
     /// tokenizer.json, as a blob that the node has put into the store.
     pub tokenizer: Digest,
     pub tokenizer_size: u64,
+    /// What it takes of a node's memory.
+    pub footprint: Footprint,
+}
+
+/// Memory that a node may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct NodeMemory {
+    /// Bytes of the machine, or of the limit that the node was given.
+    pub machine_bytes: u64,
+    /// Bytes that the cache of each of its replicas may take.
+    pub cache_bytes: u64,
 }
 
 /// A node introduces itself.
@@ -55,6 +69,8 @@ pub struct NodeHello {
     pub address: String,
     /// Machine and boot: ranks with the same one share memory.
     pub host: String,
+    /// Absent: not known.
+    pub memory: Option<NodeMemory>,
 }
 
 /// What a rank must know of a run to hold its state.

@@ -89,6 +89,23 @@ fn a_snapshot_restores_the_committed_state() {
 }
 
 #[test]
+fn runs_of_different_ranks_share_one_base_model() {
+    slots(2, async |mut slots| {
+        let model = slots.library.load("tiny").unwrap();
+        let before = Arc::strong_count(&model);
+        for (run, rank, slot) in [(1, 2, 0), (2, 5, 0), (3, 7, 1)] {
+            let mut formation = slots.formation(1, &[slot], 0);
+            formation.spec.run = RunId(run);
+            formation.spec.lora = LoraConfig::new(rank, 3);
+            slots.ranks[slot as usize].try_send(Deliver(Event::Form(formation))).unwrap();
+            assert!(matches!(slots.report().await, RankReport::Formed { result: Ok(()), .. }));
+        }
+        assert_eq!(Arc::strong_count(&model), before + 3, "each run holds the model that was there");
+        assert_eq!(slots.library.loads(), 1);
+    });
+}
+
+#[test]
 fn a_rank_whose_peer_never_comes_is_free_once_released() {
     slots(1, async |mut slots| {
         let began = Instant::now();
@@ -138,6 +155,7 @@ fn token(generation: u32, seq: u64) -> OpToken {
 
 /// Rank slots of one node, and the test's hands on them.
 struct Slots {
+    library: Arc<Library>,
     ranks: Vec<Addr<TrainerRank>>,
     reports: mpsc::Receiver<RankReport>,
     deaths: mpsc::Receiver<String>,
@@ -176,7 +194,7 @@ fn slots(count: u32, test: impl AsyncFnOnce(Slots)) {
                 TrainerRank::launch(config, report.clone()).unwrap()
             })
             .collect();
-        test(Slots { ranks, reports, deaths, blobs, generation: 0, restore: None }).await;
+        test(Slots { library, ranks, reports, deaths, blobs, generation: 0, restore: None }).await;
     });
 }
 

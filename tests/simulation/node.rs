@@ -83,10 +83,12 @@ impl ModelNode {
                 vocab: VOCAB,
                 tokenizer: Digest::of(b"tokenizer"),
                 tokenizer_size: 9,
+                footprint: lockstep::model::tiny::config().footprint(),
             }],
             numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
             address: format!("memory:{}", self.name),
             host: self.name.clone(),
+            memory: None,
         }
     }
 

@@ -21,6 +21,7 @@ mod event;
 mod execution;
 mod invariants;
 mod membership;
+mod memory;
 mod operations;
 mod outcome;
 mod placement;

@@ -6,7 +6,7 @@ use crate::{
     types::{InvalidInput, RunId, ServerCapabilities, SessionId, SupportedModel},
 };
 
-use super::{Appending, Refusal, State, WaiterId, admission, run::Run};
+use super::{Appending, Refusal, State, WaiterId, admission, memory::Asked, run::Run};
 
 /// Runs that one journal may hold.
 const RUNS_MAX: usize = 4_096;
@@ -126,10 +126,19 @@ impl State {
         if replicas > have {
             return Err(Refusal::TooManyReplicas { asked: replicas, have, model: offer.name });
         }
-        let max_seq_len = create.max_seq_len.unwrap_or(offer.context);
-        admission::in_range("max_seq_len", max_seq_len, 1, offer.context)?;
+        if let Some(max_seq_len) = create.max_seq_len {
+            admission::in_range("max_seq_len", max_seq_len, 1, offer.context)?;
+        }
         let micro_batch_tokens = create.micro_batch_tokens.unwrap_or(MICRO_BATCH_TOKENS);
         admission::in_range("micro_batch_tokens", micro_batch_tokens, 1, MICRO_BATCH_TOKENS_MAX)?;
+        let asked = Asked {
+            offer: &offer,
+            lora: &create.lora,
+            replicas,
+            micro_batch_tokens,
+            max_seq_len: create.max_seq_len,
+        };
+        let max_seq_len = self.fit(&asked)?;
         create.name = Some(admission::display_name(create.name, &offer.name)?);
         create.base_model = offer.name;
         create.replicas = Some(replicas);

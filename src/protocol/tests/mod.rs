@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt::Debug};
 
 use bincode::{Decode, Encode};
 
-use crate::types::*;
+use crate::{model::tiny, types::*};
 
 use super::*;
 
@@ -216,6 +216,7 @@ fn hello() -> NodeHello {
         vocab: 49_152,
         tokenizer: digest(),
         tokenizer_size: 1,
+        footprint: tiny::config().footprint(),
     };
     NodeHello {
         protocol_version: PROTOCOL_VERSION,
@@ -227,6 +228,7 @@ fn hello() -> NodeHello {
         numerics: Numerics { build: "0.1.0".into(), kernels: "avx512".into(), dtype: "f32".into() },
         address: "127.0.0.1:1".into(),
         host: "host".into(),
+        memory: Some(NodeMemory { machine_bytes: 1 << 34, cache_bytes: 1 << 31 }),
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
         state::{Effect, Event, State, TICK_MS, WaiterId},
     },
     journal::{Record, Recovered},
+    model::Footprint,
     protocol::{
         ADAPTER_FILE, BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, Generate,
         ModelOffer, NodeHello, NodeId, NodeMessage, Numerics, OpToken, Operation, OperationKey,
@@ -274,6 +275,11 @@ impl Desk {
     }
 }
 
+/// A model whose weights are 1,000 bytes, each row 10, each unit of rank 1 value on each target.
+fn footprint() -> Footprint {
+    Footprint { weights: 1000, adapter_values: [1; 7], row: 10, row_of_rank: 0, workspace: 0 }
+}
+
 pub fn hello(name: &str, trainers: u32, samplers: u32) -> NodeHello {
     NodeHello {
         protocol_version: PROTOCOL_VERSION,
@@ -289,10 +295,12 @@ pub fn hello(name: &str, trainers: u32, samplers: u32) -> NodeHello {
             vocab: 100,
             tokenizer: Digest::of(b"tokenizer"),
             tokenizer_size: 9,
+            footprint: footprint(),
         }],
         numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
         address: format!("memory:{name}"),
         host: name.to_owned(),
+        memory: None,
     }
 }
 

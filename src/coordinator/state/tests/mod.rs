@@ -2,6 +2,7 @@
 
 pub(in crate::coordinator) mod desk;
 mod lost_ranks;
+mod memory;
 mod recovery;
 mod runs;
 mod samplers;

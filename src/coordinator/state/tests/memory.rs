@@ -1,0 +1,130 @@
+use crate::{
+    coordinator::state::Event,
+    model::Footprint,
+    protocol::{ClientRequest, ClientResponse, CreateRun, NodeHello, NodeId, NodeMemory},
+};
+
+use super::desk::*;
+
+const GIB: u64 = 1 << 30;
+
+/// A node of a model that takes 2 GiB, 2^20 values of an adapter on each target for each unit of
+/// rank, and a quarter of a GiB a row.
+///
+/// At rank 8 an adapter is 7/32 GiB: its state takes 0.875 GiB, and 3.0625 GiB are kept for what
+/// an operation makes of it. So a rank alone needs 5.9375 GiB and a quarter for each token.
+fn node(name: &str, trainers: u32, samplers: u32, machine_bytes: u64) -> NodeHello {
+    let mut hello = hello(name, trainers, samplers);
+    hello.models[0].footprint = Footprint {
+        weights: 2 * GIB,
+        adapter_values: [1 << 20; 7],
+        row: GIB / 4,
+        row_of_rank: 0,
+        workspace: 0,
+    };
+    hello.memory = Some(NodeMemory { machine_bytes, cache_bytes: GIB });
+    hello
+}
+
+fn desk(nodes: &[NodeHello]) -> Desk {
+    let mut desk = Desk::new();
+    for (i, hello) in nodes.iter().enumerate() {
+        desk.feed(Event::NodeJoined { node: NodeId(i as u32 + 1), hello: hello.clone() });
+    }
+    desk
+}
+
+/// Asks for a run with micro-batches of 4 tokens.
+fn create_with(desk: &mut Desk, change: impl FnOnce(&mut CreateRun)) -> ClientResponse {
+    let ClientResponse::Session(session) = desk.asked(ClientRequest::CreateSession) else {
+        panic!("no session")
+    };
+    let mut create = create(session, Some(1));
+    create.micro_batch_tokens = Some(4);
+    change(&mut create);
+    desk.asked(ClientRequest::CreateRun(create))
+}
+
+fn granted(response: ClientResponse) -> u32 {
+    match response {
+        ClientResponse::Run(run) => run.max_seq_len,
+        other => panic!("refused: {other:?}"),
+    }
+}
+
+fn refused(response: ClientResponse) -> String {
+    match response {
+        ClientResponse::Error(error) => error.message,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn refuses_sequences_that_fit_no_node_and_says_what_does() {
+    let mut desk = desk(&[node("a", 1, 0, 11 * GIB)]);
+    let error = refused(create_with(&mut desk, |create| create.max_seq_len = Some(32)));
+    assert!(
+        error.starts_with("`max_seq_len`: 32 tokens need 13.938 GiB on node a (weights 2.000"),
+        "{error}"
+    );
+    assert!(error.ends_with("which has 11.000 GiB for them; at most 20 tokens fit"), "{error}");
+    assert_eq!(granted(create_with(&mut desk, |create| create.max_seq_len = Some(20))), 20);
+}
+
+#[test]
+fn gives_three_quarters_to_whom_does_not_say() {
+    let mut desk = desk(&[node("a", 1, 0, 11 * GIB)]);
+    assert_eq!(granted(create_with(&mut desk, |_| {})), 9, "8.25 GiB less 5.9375, in quarters");
+    assert_eq!(granted(create_with(&mut self::desk(&[node("a", 1, 0, 64 * GIB)]), |_| {})), 32);
+    // A micro-batch that needs more than three quarters is had all the same.
+    let mut tight = self::desk(&[node("a", 1, 0, 7 * GIB)]);
+    assert_eq!(granted(create_with(&mut tight, |_| {})), 4);
+    let mut unknown = node("a", 1, 0, 0);
+    unknown.memory = None;
+    assert_eq!(granted(create_with(&mut self::desk(&[unknown]), |_| {})), 32);
+}
+
+#[test]
+fn refuses_a_run_whose_least_fits_no_node() {
+    let mut desk = desk(&[node("a", 1, 0, 11 * GIB)]);
+    let error = refused(create_with(&mut desk, |create| create.micro_batch_tokens = Some(21)));
+    assert!(error.starts_with("`micro_batch_tokens`: 21 tokens need 11.188 GiB"), "{error}");
+    let error = refused(create_with(&mut desk, |create| create.lora.rank = 64));
+    assert!(error.contains("choose a smaller rank"), "{error}");
+}
+
+/// The longest sequence that so many ranks may have, where 32 tokens don't fit.
+fn most(desk: &mut Desk, replicas: u32) -> String {
+    let error = refused(create_with(desk, |create| {
+        create.max_seq_len = Some(32);
+        create.replicas = Some(replicas);
+    }));
+    error.rsplit_once("; ").unwrap().1.to_owned()
+}
+
+#[test]
+fn nodes_of_one_machine_and_the_caches_of_replicas_share_its_memory() {
+    let mut nodes = [node("a", 1, 0, 22 * GIB), node("b", 1, 0, 22 * GIB)];
+    nodes.iter_mut().for_each(|node| node.host = "machine".to_owned());
+    assert_eq!(most(&mut desk(&nodes), 1), "at most 20 tokens fit");
+    nodes.iter_mut().for_each(|node| node.samplers = 1);
+    assert_eq!(most(&mut desk(&nodes), 1), "at most 16 tokens fit");
+}
+
+#[test]
+fn ranks_of_one_node_share_its_weights_alone() {
+    // Two states and two ranks at work beside the weights: 9.875 GiB, and half a GiB a token.
+    let mut two = desk(&[node("a", 2, 0, 14 * GIB)]);
+    assert_eq!(most(&mut two, 2), "at most 8 tokens fit");
+    let mut spread = desk(&[node("a", 1, 0, 11 * GIB), node("b", 1, 0, 11 * GIB)]);
+    assert_eq!(most(&mut spread, 2), "at most 20 tokens fit");
+}
+
+#[test]
+fn a_run_that_is_held_takes_its_state() {
+    let mut desk = desk(&[node("a", 1, 0, 11 * GIB)]);
+    assert_eq!(granted(create_with(&mut desk, |create| create.max_seq_len = Some(8))), 8);
+    desk.submit(1, init());
+    // The state of the first, 0.875 GiB, is three and a half tokens of the second.
+    assert_eq!(most(&mut desk, 1), "at most 16 tokens fit");
+}
