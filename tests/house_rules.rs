@@ -1,6 +1,7 @@
 //! Holds ARCHITECTURE.md's "may not" column by reading the sources.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -39,6 +40,9 @@ const RULES: &[Rule] = &[
     Rule { word: "unimplemented!(", allowed: &[], reason: "nothing unfinished lands" },
 ];
 
+/// Rooms with an actor, by name: each has a state machine.
+const ACTOR_ROOMS: &[&str] = &["coordinator", "node", "sampler", "trainer"];
+
 /// What a pure state machine may not know: `(word, reason)`.
 const IMPURE: &[(&str, &str)] = &[
     ("tokio::", "the actor performs effects"),
@@ -61,14 +65,44 @@ fn sources(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The lines of code of a file, numbered: no comments, and nothing from its tests on.
+/// The lines of code of a file, numbered: without comments, and without what is only there for
+/// tests, wherever it stands.
 fn code(path: &Path) -> Vec<(usize, String)> {
-    let text = fs::read_to_string(path).expect("a source file");
-    text.lines()
-        .enumerate()
-        .take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
-        .map(|(number, line)| (number + 1, line.split("//").next().unwrap_or_default().to_owned()))
-        .collect()
+    code_of(&fs::read_to_string(path).expect("a source file"))
+}
+
+fn code_of(text: &str) -> Vec<(usize, String)> {
+    let mut lines = text.lines().enumerate();
+    let mut code = Vec::new();
+    while let Some((number, line)) = lines.next() {
+        if line.trim_start().starts_with("#[cfg(test)]") {
+            skip_item(&mut lines);
+        } else {
+            code.push((number + 1, line.split("//").next().unwrap_or_default().to_owned()));
+        }
+    }
+    code
+}
+
+/// Reads past the item behind an attribute: to the line that closes it at the indentation at which it
+/// began, which is where rustfmt puts it.
+fn skip_item<'a>(lines: &mut impl Iterator<Item = (usize, &'a str)>) {
+    let Some((_, first)) = lines.find(|(_, line)| {
+        let line = line.trim_start();
+        !line.is_empty() && !line.starts_with("#[") && !line.starts_with("//")
+    }) else {
+        return;
+    };
+    let ended = |line: &str| {
+        let code = line.split("//").next().unwrap_or_default().trim_end();
+        code.ends_with(';') || code.ends_with('}') || code.ends_with(',')
+    };
+    if ended(first) {
+        return;
+    }
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    let depth = indent(first);
+    lines.find(|(_, line)| !line.trim().is_empty() && indent(line) <= depth && ended(line));
 }
 
 fn root() -> PathBuf {
@@ -104,24 +138,34 @@ fn each_room_keeps_to_its_job() {
 #[test]
 fn state_machines_are_pure() {
     let mut broken = Vec::new();
-    let mut seen = 0;
+    let mut seen = BTreeSet::new();
     for path in sources(&root()) {
         let is_state = path.components().any(|c| c.as_os_str() == "state")
             || path.file_name().is_some_and(|name| name == "state.rs");
-        let is_actor_room =
-            ["coordinator", "trainer", "sampler"].iter().any(|room| path.starts_with(root().join(room)));
-        if !(is_state && is_actor_room) {
-            continue;
-        }
-        seen += 1;
+        let room = ACTOR_ROOMS.iter().find(|room| path.starts_with(root().join(room)));
+        let (true, Some(room)) = (is_state, room) else { continue };
+        seen.insert(*room);
         for (number, line) in code(&path) {
             for (word, reason) in IMPURE.iter().filter(|(word, _)| line.contains(word)) {
                 broken.push(format!("{}:{number}: `{word}`: {reason}", path.display()));
             }
         }
     }
-    assert!(seen >= 3, "coordinator, trainer and sampler each have a state machine; found {seen}");
+    assert!(seen.iter().eq(ACTOR_ROOMS), "each of {ACTOR_ROOMS:?} has a state machine; found {seen:?}");
     assert!(broken.is_empty(), "\n{}", broken.join("\n"));
+}
+
+#[test]
+fn code_behind_the_tests_of_a_file_is_read_too() {
+    let text = "use a; // b\n\
+                #[cfg(test)]\n\
+                mod tests {\n    fn c() {\n        d();\n    }\n}\n\
+                impl E {\n    #[cfg(test)]\n    fn f(\n        g: H,\n    ) {\n        i();\n    }\n    fn j() {}\n}\n\
+                #[cfg(test)]\n\
+                mod k;\n\
+                fn l() {}\n";
+    let numbers: Vec<usize> = code_of(text).into_iter().map(|(number, _)| number).collect();
+    assert_eq!(numbers, [1, 8, 15, 16, 19], "{:?}", code_of(text));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use crate::{
-    journal::Journal,
+    journal::{Journal, JournalError},
     protocol::{
         ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, MAX_MESSAGE, NodeHello,
         NodeId, RequestId, StreamOpen, decode, encode,
@@ -68,6 +68,15 @@ pub(super) struct Link {
     pub connection: Connection,
 }
 
+/// The journal takes nothing more.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct JournalEnded(JournalError);
+
+/// How the actor ended: after a drain, or because nothing can be made durable until the journal
+/// has been opened again, which is for the next process to do.
+pub(super) type Stopped = Result<(), JournalError>;
+
 /// Owns what effects are performed on.
 pub(super) struct Coordinator {
     state: State,
@@ -75,24 +84,24 @@ pub(super) struct Coordinator {
     entropy: Entropy,
     journal: Journal,
     /// Where the journal's thread reports.
-    durable: mpsc::Sender<(AppendId, Result<(), String>)>,
+    durable: mpsc::Sender<(AppendId, Result<(), JournalError>)>,
     links: HashMap<NodeId, Link>,
     waiters: HashMap<WaiterId, oneshot::Sender<ClientResponse>>,
     generating: HashMap<RequestId, AbortHandle>,
     generate_deadline: Duration,
     /// Told at the end; dropped without a word if a handler panics.
-    stopped: Option<oneshot::Sender<()>>,
+    stopped: Option<oneshot::Sender<Stopped>>,
 }
 
 impl Coordinator {
-    /// Starts the actor in the current actix system. The receiver hears `Ok` once the actor has
-    /// stopped after a drain, and an error if it died.
+    /// Starts the actor in the current actix system. The receiver hears how the actor stopped, and
+    /// an error if it died.
     pub(super) fn launch(
         state: State,
         clock: Clock,
         journal: Journal,
         generate_deadline: Duration,
-    ) -> (Addr<Self>, oneshot::Receiver<()>) {
+    ) -> (Addr<Self>, oneshot::Receiver<Stopped>) {
         let (stopped, stopping) = oneshot::channel();
         let (durable, mut heard) = mpsc::channel(APPENDS_HEARD);
         let actor = Self {
@@ -111,8 +120,11 @@ impl Coordinator {
         let to_actor = addr.clone();
         tokio::spawn(async move {
             while let Some((append, result)) = heard.recv().await {
-                let event = Event::Appended { append, result };
-                if to_actor.send(Happened(event)).await.is_err() {
+                let told = match result {
+                    Err(error) if error.ends_the_journal() => to_actor.send(JournalEnded(error)).await,
+                    result => to_actor.send(Happened(Event::Appended { append, result })).await,
+                };
+                if told.is_err() {
                     break;
                 }
             }
@@ -135,8 +147,7 @@ impl Coordinator {
         match effect {
             Effect::Append { append, records } => {
                 let durable = self.durable.clone();
-                let done = move |result: Result<(), crate::journal::JournalError>| {
-                    let result = result.map_err(|e| e.to_string());
+                let done = move |result| {
                     if durable.try_send((append, result)).is_err() {
                         tracing::error!(append = append.0, "the actor can't hear that an append ended");
                     }
@@ -173,18 +184,20 @@ impl Coordinator {
                     task.abort();
                 }
             }
-            Effect::Stop => {
-                // The writers send what is queued, the order to shut down included, and end.
-                self.links.clear();
-                self.waiters.clear();
-                if let Some(stopped) = self.stopped.take() {
-                    let _ = stopped.send(());
-                }
-                // Whoever still sends finds the mailbox closed.
-                ctx.stop();
-            }
+            Effect::Stop => self.stop(Ok(()), ctx),
         }
         None
+    }
+
+    fn stop(&mut self, how: Stopped, ctx: &mut Context<Self>) {
+        // The writers send what is queued, the order to shut down included, and end.
+        self.links.clear();
+        self.waiters.clear();
+        if let Some(stopped) = self.stopped.take() {
+            let _ = stopped.send(how);
+        }
+        // Whoever still sends finds the mailbox closed.
+        ctx.stop();
     }
 }
 
@@ -235,6 +248,14 @@ impl Handler<Happened> for Coordinator {
             _ => {}
         }
         self.feed(event, ctx);
+    }
+}
+
+impl Handler<JournalEnded> for Coordinator {
+    type Result = ();
+
+    fn handle(&mut self, JournalEnded(error): JournalEnded, ctx: &mut Context<Self>) {
+        self.stop(Err(error), ctx);
     }
 }
 

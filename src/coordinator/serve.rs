@@ -27,7 +27,7 @@ use crate::{
 
 use super::{
     CoordinatorConfig, CoordinatorError,
-    actor::{Ask, Clock, Coordinator, Gone, Happened, Join, Link},
+    actor::{Ask, Clock, Coordinator, Gone, Happened, Join, Link, Stopped},
     blobs::Blobs,
     state::{Event, State, WaiterId},
 };
@@ -89,7 +89,7 @@ pub async fn serve(
 
     let ended = tokio::select! {
         ended = accept(server.clone(), &endpoint) => Err(ended),
-        _ = &mut stopped => Err(CoordinatorError::ActorDied),
+        how = &mut stopped => Err(why_it_stopped(how).err().unwrap_or(CoordinatorError::ActorDied)),
         () = shutdown => Ok(()),
     };
     let drained = match ended {
@@ -106,16 +106,21 @@ pub async fn serve(
 async fn drain(
     server: &Arc<Server>,
     endpoint: &Endpoint,
-    stopped: oneshot::Receiver<()>,
+    stopped: oneshot::Receiver<Stopped>,
 ) -> Result<(), CoordinatorError> {
     server.tell(Event::Drain).await;
     tokio::select! {
         ended = accept(server.clone(), endpoint) => return Err(ended),
-        stopped = stopped => stopped.map_err(|_| CoordinatorError::ActorDied)?,
+        how = stopped => why_it_stopped(how)?,
     }
     // The last permit comes back when the last node has hung up.
     let _ = tokio::time::timeout(FAREWELL, server.nodes.acquire_many(NODES_MAX)).await;
     Ok(())
+}
+
+/// What the actor said at its end; one that said nothing has died.
+fn why_it_stopped(how: Result<Stopped, oneshot::error::RecvError>) -> Result<(), CoordinatorError> {
+    Ok(how.map_err(|_| CoordinatorError::ActorDied)??)
 }
 
 /// Accepts connections for ever.

@@ -6,6 +6,7 @@ use std::{path::Path, time::Duration};
 use tokio::sync::oneshot;
 
 use crate::{
+    journal::{Journal, JournalError},
     protocol::{
         BlobRef, BlobReply, ClientRequest, ClientResponse, CoordinatorMessage, GenerateReply, MAX_MESSAGE,
         NodeId, Operation, OperationKey, OperationResult, OperationSeq, OperationStatus, Payload,
@@ -19,7 +20,10 @@ use crate::{
 };
 
 use super::{
-    CoordinatorConfig, CoordinatorError, serve,
+    CoordinatorConfig, CoordinatorError,
+    actor::{Ask, Clock, Coordinator},
+    serve,
+    state::WaiterId,
     state::tests::desk::{Desk, MODEL, create, hello, init, publish},
 };
 
@@ -266,6 +270,45 @@ fn blobs_are_checked_against_their_names() {
         let response = ask(&client, ClientRequest::Submit(submit)).await;
         assert!(matches!(response, ClientResponse::Error(e) if e.message.contains("is not in the store")));
         coordinator.stop().await.unwrap();
+    });
+}
+
+#[test]
+fn a_journal_that_breaks_ends_the_coordinator_so_that_it_is_started_again() {
+    in_system(async {
+        let broken = JournalError::Io { path: "journal.sqlite".into(), reason: "disk I/O error".into() };
+        let state = Desk::new().state;
+        let (clock, journal) = (Clock::start(), Journal::failing(broken.clone()));
+        let (actor, stopped) = Coordinator::launch(state, clock, journal, DEADLINE);
+        let (reply, answered) = oneshot::channel();
+        let ask = Ask { waiter: WaiterId(1), request: ClientRequest::CreateSession, reply };
+        actor.send(ask).await.unwrap();
+        assert_eq!(stopped.await.unwrap(), Err(broken.clone()));
+        assert!(answered.await.is_err(), "the client asks the next coordinator");
+        assert!(!CoordinatorError::Journal(broken).is_final());
+    });
+}
+
+#[test]
+fn a_full_disk_refuses_what_must_be_written_and_ends_nothing() {
+    in_system(async {
+        let state = Desk::new().state;
+        let journal = Journal::failing(JournalError::DiskFull { path: "journal.sqlite".into() });
+        let (actor, mut stopped) = Coordinator::launch(state, Clock::start(), journal, DEADLINE);
+        let mut answers = Vec::new();
+        for request in [ClientRequest::CreateSession, ClientRequest::ClusterStatus] {
+            let (reply, answered) = oneshot::channel();
+            let waiter = WaiterId(answers.len() as u64);
+            actor.send(Ask { waiter, request, reply }).await.unwrap();
+            answers.push(answered.await.unwrap());
+        }
+        match &answers[..] {
+            [ClientResponse::Error(error), ClientResponse::Cluster(_)] => {
+                assert_eq!(error.kind, ErrorKind::ResourceExhausted, "{error}");
+            }
+            other => panic!("unexpected: {other:?}"),
+        }
+        assert!(stopped.try_recv().is_err());
     });
 }
 

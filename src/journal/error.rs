@@ -51,6 +51,14 @@ pub enum JournalError {
     Closed,
 }
 
+impl JournalError {
+    /// Whether this journal takes nothing more: what is in the file is known only to who opens it
+    /// again. Every other error leaves it as good as before.
+    pub fn ends_the_journal(&self) -> bool {
+        matches!(self, Self::Io { .. } | Self::Closed)
+    }
+}
+
 impl From<JournalError> for OperationError {
     fn from(error: JournalError) -> Self {
         let kind = match error {

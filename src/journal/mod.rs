@@ -113,6 +113,21 @@ impl Journal {
     }
 }
 
+#[cfg(test)]
+impl Journal {
+    /// One whose disk fails: every append gets `error`.
+    pub(crate) fn failing(error: JournalError) -> Self {
+        let (queue, commands) = sync_channel(QUEUE_APPENDS);
+        let thread = thread::spawn(move || {
+            while let Ok(Command::Append(append)) = commands.recv() {
+                append.finish(Err(error.clone()));
+            }
+        });
+        let (id, thread) = (thread.thread().id(), Mutex::new(Some(thread)));
+        Self(Arc::new(Writer { queue, id, thread }))
+    }
+}
+
 impl Writer {
     fn close(&self) {
         // A `done` that held the last handle: the thread can't wait for itself, and ends because

@@ -18,7 +18,7 @@ use crate::{
         encode_compressed,
     },
     transport::{Endpoint, MemoryNetwork, Role},
-    types::{AdamParams, Datum, LoraConfig, LossFn, LossSpec, ModelInput},
+    types::{AdamParams, Datum, LoraConfig, LossFn, LossSpec, ModelInput, TensorData},
 };
 
 const RUN: RunId = RunId(1);
@@ -58,6 +58,37 @@ fn a_discarded_operation_leaves_no_trace_and_a_committed_one_does() {
         slots.deliver(Event::Commit { token: token(1, 2) });
         slots.execute(3, forward_backward(payload()));
         assert_ne!(slots.prepared().await, first, "on top of it");
+    });
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_fails_its_operation_and_spoils_no_earlier_one() {
+    slots(1, async |mut slots| {
+        slots.form(1, &[0]).await;
+        let good = || forward_backward(Payload::Inline(encode_compressed(&batch())));
+        slots.execute(1, good());
+        slots.prepared().await;
+        slots.deliver(Event::Commit { token: token(1, 1) });
+        slots.execute(2, good());
+        let second = slots.prepared().await;
+        slots.deliver(Event::Discard { token: token(1, 2) });
+
+        // Each weighted loss is within f32; their gradients' products are not.
+        let mut overflowing = batch();
+        for datum in &mut overflowing {
+            let weights = TensorData::from_f32(vec![1e38; datum.model_input.length()]);
+            datum.loss_fn_inputs.insert("weights".to_owned(), weights);
+        }
+        slots.execute(3, forward_backward(Payload::Inline(encode_compressed(&overflowing))));
+        match slots.message().await {
+            NodeMessage::OperationFailed { error, blame: Blame::Operation, .. } => {
+                assert_eq!(error.kind, ErrorKind::NotFinite, "{error}");
+            }
+            other => panic!("not refused: {other:?}"),
+        }
+        slots.deliver(Event::Discard { token: token(1, 3) });
+        slots.execute(4, good());
+        assert_eq!(slots.prepared().await, second, "on top of the first alone");
     });
 }
 

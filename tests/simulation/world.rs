@@ -7,6 +7,7 @@ use lockstep::{
         Limits,
         state::{Effect, Event, State, TICK_MS, WaiterId},
     },
+    journal::JournalError,
     protocol::{
         BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, Generate, NodeId, NodeMessage, encode,
     },
@@ -328,7 +329,7 @@ impl World {
         let Some((append, records)) = self.journal.queue.pop_front() else { return };
         let result = if self.dice.fails(1) {
             self.tally.appends_refused += 1;
-            Err("no space left".to_owned())
+            Err(JournalError::DiskFull { path: "journal".into() })
         } else {
             self.journal.write(records, &mut self.blobs);
             Ok(())

@@ -1,7 +1,7 @@
 //! What reaches the state machine and what it wants done.
 
 use crate::{
-    journal::Record,
+    journal::{JournalError, Record},
     protocol::{
         ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
         NodeMessage, RequestId,
@@ -31,7 +31,8 @@ pub enum Event {
     /// Its control stream is gone, or its queue is full.
     NodeLost { node: NodeId, reason: String },
     /// The answer to one [`Effect::Append`]; in the order of the appends.
-    Appended { append: AppendId, result: Result<(), String> },
+    /// Only errors that leave the journal usable: the others end the coordinator.
+    Appended { append: AppendId, result: Result<(), JournalError> },
     /// The answer to one [`Effect::Generate`]; `Err`: the stream broke.
     Generated { request: RequestId, attempt: u32, reply: Result<GenerateReply, String> },
     /// Every [`TICK_MS`](super::TICK_MS): deadlines are looked at here only.

@@ -37,7 +37,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub use event::{AppendId, Effect, Event, WaiterId};
 
 use crate::{
-    journal::Record,
+    journal::{JournalError, Record},
     protocol::{
         BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, Epoch, ModelOffer, NodeId, OperationSeq,
         RequestId,
@@ -171,7 +171,7 @@ impl State {
         self.expire_samples();
     }
 
-    fn appended(&mut self, append: AppendId, result: Result<(), String>) {
+    fn appended(&mut self, append: AppendId, result: Result<(), JournalError>) {
         let Some(appending) = self.appends.remove(&append) else { return };
         match appending {
             Appending::Session { session, waiter } => self.session_durable(session, waiter, result),

@@ -1,7 +1,7 @@
 //! A run's queue: acceptance, idempotency, waiting for outcomes.
 
 use crate::{
-    journal::Record,
+    journal::{JournalError, Record},
     protocol::{ClientResponse, OperationSeq, SubmitOperation, encode},
     types::{Digest, InvalidInput, RunId},
 };
@@ -66,7 +66,12 @@ impl State {
     }
 
     /// The operation is durable, or it never was.
-    pub(super) fn operation_durable(&mut self, id: RunId, seq: OperationSeq, result: Result<(), String>) {
+    pub(super) fn operation_durable(
+        &mut self,
+        id: RunId,
+        seq: OperationSeq,
+        result: Result<(), JournalError>,
+    ) {
         let Some(run) = self.runs.get_mut(&id) else { return };
         let Some(entry) = run.operations.get_mut(&seq) else { return };
         let waiters = std::mem::take(&mut entry.accept_waiters);
@@ -84,7 +89,7 @@ impl State {
                 let held = entry.waiters.iter().map(|(waiter, _)| *waiter).collect::<Vec<_>>();
                 run.operations.remove(&seq);
                 for waiter in waiters.into_iter().chain(held) {
-                    self.refuse(waiter, Refusal::NotDurable(why.clone()));
+                    self.refuse(waiter, Refusal::NotDurable(why.to_string()));
                 }
             }
         }

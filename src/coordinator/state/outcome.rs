@@ -2,7 +2,7 @@
 //! one append, then commit, then the waiters.
 
 use crate::{
-    journal::{Outcome, Record},
+    journal::{JournalError, Outcome, Record},
     protocol::{ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationSeq, Saved},
     types::{Checkpoint, CheckpointPath, CheckpointTarget, OperationError, PolicyId, RunId},
 };
@@ -135,17 +135,23 @@ impl State {
     }
 
     /// The outcome is durable: ranks commit, waiters see it; a publish waits for the samplers.
-    pub(super) fn outcome_durable(&mut self, id: RunId, seq: OperationSeq, result: Result<(), String>) {
+    pub(super) fn outcome_durable(&mut self, id: RunId, seq: OperationSeq, result: Result<(), JournalError>) {
         let now_ms = self.now_ms;
         let Some(run) = self.runs.get_mut(&id) else { return };
         let Work::Conclude(conclusion) = &mut run.work else { return };
         if conclusion.seq != seq {
             return;
         }
-        if let Err(why) = result {
-            tracing::error!(run = %id, operation = seq.0, "the outcome can't be made durable, trying again: {why}");
-            conclusion.retry_ms = Some(now_ms + WRITE_AGAIN_MS);
-            return;
+        match result {
+            Ok(()) => {}
+            Err(JournalError::Refused { reason, .. }) if run.broken.is_none() => {
+                return self.quarantine_refused(id, seq, &reason);
+            }
+            Err(why) => {
+                tracing::error!(run = %id, operation = seq.0, "an outcome is not durable, trying again: {why}");
+                conclusion.retry_ms = Some(now_ms + WRITE_AGAIN_MS);
+                return;
+            }
         }
         let Work::Conclude(conclusion) = std::mem::replace(&mut run.work, Work::Idle) else { return };
         run.last_used_ms = now_ms;
@@ -182,6 +188,17 @@ impl State {
         if let Some(Operation::Init { .. }) = entry.operation {
             run.begin_anew(entry.incarnation);
         }
+    }
+
+    /// Writing it again would be refused again: the run's state here is not what the journal holds.
+    /// Its operation, and those behind it, end with that.
+    fn quarantine_refused(&mut self, id: RunId, seq: OperationSeq, reason: &str) {
+        let error = fault(format!("{id} is quarantined: its journal refuses operation {}: {reason}", seq.0));
+        if let Some(run) = self.runs.get_mut(&id) {
+            run.work = Work::Idle;
+        }
+        self.quarantine(id, error);
+        self.advance(id);
     }
 
     /// Keeps what the run's checkpoints say of its adapter true.

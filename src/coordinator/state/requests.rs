@@ -1,7 +1,7 @@
 //! What clients ask that no operation decides: sessions, runs, information.
 
 use crate::{
-    journal::Record,
+    journal::{JournalError, Record},
     protocol::{BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, RunInfo},
     types::{InvalidInput, RunId, ServerCapabilities, SessionId, SupportedModel},
 };
@@ -93,14 +93,14 @@ impl State {
         &mut self,
         session: SessionId,
         waiter: WaiterId,
-        result: Result<(), String>,
+        result: Result<(), JournalError>,
     ) {
         match result {
             Ok(()) => {
                 self.sessions.insert(session);
                 self.respond(waiter, ClientResponse::Session(session));
             }
-            Err(why) => self.refuse(waiter, Refusal::NotDurable(why)),
+            Err(why) => self.refuse(waiter, Refusal::NotDurable(why.to_string())),
         }
     }
 
@@ -158,7 +158,7 @@ impl State {
         Ok(None)
     }
 
-    pub(super) fn run_durable(&mut self, mut run: Run, waiter: WaiterId, result: Result<(), String>) {
+    pub(super) fn run_durable(&mut self, mut run: Run, waiter: WaiterId, result: Result<(), JournalError>) {
         match result {
             Ok(()) => {
                 let id = run.id;
@@ -167,7 +167,7 @@ impl State {
                 self.runs.insert(id, run);
                 self.advance(id);
             }
-            Err(why) => self.refuse(waiter, Refusal::NotDurable(why)),
+            Err(why) => self.refuse(waiter, Refusal::NotDurable(why.to_string())),
         }
     }
 

@@ -1,7 +1,7 @@
 //! When rank 0 writes a run's state down, so that there is little to repeat after a loss.
 
 use crate::{
-    journal::Record,
+    journal::{JournalError, Record},
     protocol::{BlobRef, CoordinatorMessage, NodeId, OpToken, OperationSeq},
     types::{OperationError, RunId},
 };
@@ -74,7 +74,7 @@ impl State {
         id: RunId,
         seq: OperationSeq,
         snapshot: BlobRef,
-        result: Result<(), String>,
+        result: Result<(), JournalError>,
     ) {
         let Some(run) = self.runs.get_mut(&id) else { return };
         match result {
@@ -88,7 +88,7 @@ impl State {
                 run.forget_covered();
                 self.start_over_if_behind(id, seq);
             }
-            Err(why) => self.give_up_snapshot(id, &why),
+            Err(why) => self.give_up_snapshot(id, &why.to_string()),
         }
         self.advance(id);
     }

@@ -96,6 +96,13 @@ impl TrainState {
             None => gradient.to_vec(),
             Some(before) => before.iter().zip(gradient).map(|(sum, more)| sum + more).collect(),
         };
+        if !sum.iter().all(|value| value.is_finite()) {
+            return Err(OperationError::new(
+                ErrorKind::NotFinite,
+                "the gradient of this batch is not finite, so none of it was added; what had accumulated \
+                 before it is kept",
+            ));
+        }
         let counted = match kind {
             GradientKind::TokenMean => tokens,
             GradientKind::Sum => 0,
@@ -180,6 +187,23 @@ mod tests {
             let error = after.accumulate(&values, 1, second).unwrap_err();
             assert_eq!(error.kind, ErrorKind::InvalidInput);
             after.accumulate(&values, 1, first).unwrap();
+        }
+    }
+
+    #[test]
+    fn accumulate_refuses_what_is_not_finite_and_what_would_become_so() {
+        let state = fresh();
+        let mut values = gradient(&state, 1);
+        values[1] = f32::MAX;
+        let before = state.accumulate(&values, 3, GradientKind::TokenMean).unwrap();
+        let error = before.accumulate(&values, 3, GradientKind::TokenMean).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::NotFinite, "the sum of two is over the range");
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            values[1] = value;
+            assert_eq!(
+                state.accumulate(&values, 3, GradientKind::TokenMean).unwrap_err().kind,
+                ErrorKind::NotFinite
+            );
         }
     }
 

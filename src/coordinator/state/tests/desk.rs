@@ -8,7 +8,7 @@ use crate::{
         Limits,
         state::{Effect, Event, State, TICK_MS, WaiterId},
     },
-    journal::{Record, Recovered},
+    journal::{JournalError, Record, Recovered},
     model::Footprint,
     protocol::{
         ADAPTER_FILE, BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, Generate,
@@ -314,6 +314,10 @@ pub fn create(session: SessionId, replicas: Option<u32>) -> CreateRun {
         micro_batch_tokens: None,
         name: None,
     }
+}
+
+pub fn disk_full() -> JournalError {
+    JournalError::DiskFull { path: "journal.sqlite".into() }
 }
 
 pub fn blob(what: &str) -> BlobRef {

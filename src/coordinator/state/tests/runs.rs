@@ -2,7 +2,7 @@
 
 use crate::{
     coordinator::state::{Effect, Event, operations::QUEUE_MAX},
-    journal::{Outcome, Record},
+    journal::{JournalError, Outcome, Record},
     protocol::{
         Blame, BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, LoadSource, NodeId, NodeMessage,
         Operation, OperationKey, OperationSeq, RankIndex, SubmitOperation,
@@ -11,7 +11,7 @@ use crate::{
 };
 
 use super::desk::{
-    Desk, MODEL, RUN, blob, create, forward_backward, hello, init, load, optim_step, save_state,
+    Desk, MODEL, RUN, blob, create, disk_full, forward_backward, hello, init, load, optim_step, save_state,
 };
 
 fn session(desk: &mut Desk) -> SessionId {
@@ -142,7 +142,7 @@ fn an_operation_that_can_not_be_written_leaves_no_trace() {
     let submit = SubmitOperation { run: RUN, key: OperationKey([1; 16]), operation: init() };
     let waiter = desk.ask(ClientRequest::Submit(submit));
     let Some(Effect::Append { append, .. }) = desk.others.pop() else { panic!("nothing was written") };
-    desk.feed(Event::Appended { append, result: Err("no space".into()) });
+    desk.feed(Event::Appended { append, result: Err(disk_full()) });
     assert!(
         matches!(desk.answer(waiter), Some(ClientResponse::Error(e)) if e.kind == ErrorKind::ResourceExhausted)
     );
@@ -230,12 +230,32 @@ fn an_outcome_that_can_not_be_written_is_written_again() {
     let prepared = desk.prepared(token, RankIndex(0), &operation);
     desk.say(node, prepared);
     let Some(Effect::Append { append, .. }) = desk.others.pop() else { panic!("nothing is written") };
-    desk.feed(Event::Appended { append, result: Err("no space".into()) });
+    desk.feed(Event::Appended { append, result: Err(disk_full()) });
     assert_eq!(desk.status(waiter), None);
     desk.durable = true;
     desk.answering = true;
     desk.pass(1_500);
     desk.done(waiter);
+}
+
+#[test]
+fn an_outcome_that_the_journal_refuses_quarantines_the_run() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    desk.answering = false;
+    let waiter = desk.run(1, optim_step());
+    let (node, token, operation) = desk.executed().pop().unwrap();
+    desk.durable = false;
+    let prepared = desk.prepared(token, RankIndex(0), &operation);
+    desk.say(node, prepared);
+    let Some(Effect::Append { append, records }) = desk.others.pop() else { panic!("nothing is written") };
+    desk.durable = true;
+    let (record, reason) = (records[0].to_string(), "there is another".to_owned());
+    desk.feed(Event::Appended { append, result: Err(JournalError::Refused { record, reason }) });
+    let error = desk.failed(waiter);
+    assert!(error.message.contains("refuses operation 1: there is another"), "{error}");
+    assert_eq!(desk.count(|m| matches!(m, CoordinatorMessage::Commit { .. })), 0);
+    let submit = SubmitOperation { run: RUN, key: OperationKey([2; 16]), operation: optim_step() };
+    assert!(desk.refused(ClientRequest::Submit(submit)).message.contains("takes no more operations"));
 }
 
 #[test]
