@@ -40,6 +40,7 @@ fn main() -> anyhow::Result<()> {
             program: env!("CARGO_BIN_EXE_lockstep").into(),
             data: data.clone(),
             join: None,
+            history: 2,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             nodes: 1,
             trainers: 2,

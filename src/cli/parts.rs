@@ -12,7 +12,7 @@ use lockstep::{
 
 use super::{
     http::Http,
-    up::{DATA_DIR, all_cores, cores, parse_models},
+    up::{DATA_DIR, HISTORY, all_cores, cores, parse_models},
 };
 
 #[derive(Args)]
@@ -24,6 +24,9 @@ pub struct Coordinator {
     /// can join.
     #[arg(long, env = "LOCKSTEP_JOIN_LISTEN")]
     join_listen: Option<SocketAddr>,
+    /// Snapshots of each run that are kept to go back to, as long as those of all runs fit into 10 GiB.
+    #[arg(long, default_value_t = HISTORY, env = "LOCKSTEP_HISTORY", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    history: u32,
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
 }
@@ -81,9 +84,12 @@ pub struct Node {
 
 impl Coordinator {
     pub fn run(self) -> anyhow::Result<()> {
-        let process =
-            CoordinatorProcess { data_dir: self.data_dir, listen: self.listen, join: self.join_listen };
-        Ok(run_coordinator(process)?)
+        Ok(run_coordinator(CoordinatorProcess {
+            data_dir: self.data_dir,
+            listen: self.listen,
+            join: self.join_listen,
+            history: self.history,
+        })?)
     }
 }
 

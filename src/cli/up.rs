@@ -13,6 +13,9 @@ use super::http::Http;
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
 
+/// Snapshots of a run that are kept.
+pub const HISTORY: u32 = 2;
+
 #[derive(Args)]
 pub struct Up {
     #[command(flatten)]
@@ -23,6 +26,9 @@ pub struct Up {
     /// Where nodes of other machines show their token (`lockstep token create`); by default none can join.
     #[arg(long, env = "LOCKSTEP_JOIN_LISTEN")]
     join_listen: Option<SocketAddr>,
+    /// Snapshots of each run that are kept to go back to, as long as those of all runs fit into 10 GiB.
+    #[arg(long, default_value_t = HISTORY, env = "LOCKSTEP_HISTORY", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    history: u32,
     #[command(flatten)]
     cluster: LocalCluster,
 }
@@ -58,6 +64,7 @@ impl Up {
         let config = UpConfig {
             supervisor: SupervisorConfig {
                 join: self.join_listen,
+                history: self.history,
                 ..self.cluster.supervisor(self.listen, false)?
             },
             http: self.http.address,
@@ -80,6 +87,7 @@ impl LocalCluster {
             data,
             listen,
             join: None,
+            history: HISTORY,
             nodes: self.nodes,
             trainers: self.trainers,
             samplers: self.samplers,

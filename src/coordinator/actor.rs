@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use actix::{Actor, ActorContext, Addr, AsyncContext, Context, Handler, Message};
+use actix::{Actor, ActorContext, Addr, AsyncContext, Context, Handler, Message, MessageResult};
 use tokio::{
     sync::{mpsc, oneshot},
     task::AbortHandle,
@@ -20,6 +20,7 @@ use crate::{
         NodeId, RequestId, StreamOpen, decode, encode,
     },
     transport::Connection,
+    types::Digest,
 };
 
 use super::state::{AppendId, Effect, Event, State, TICK_MS, WaiterId};
@@ -60,6 +61,11 @@ pub(super) struct Join {
 #[derive(Message)]
 #[rtype(result = "()")]
 pub(super) struct Happened(pub Event);
+
+/// Asks which of these blobs, which no row names, nothing counts on.
+#[derive(Message)]
+#[rtype(result = "Vec<Digest>")]
+pub(super) struct Unneeded(pub Vec<Digest>);
 
 /// The way to a node.
 pub(super) struct Link {
@@ -248,6 +254,14 @@ impl Handler<Happened> for Coordinator {
             _ => {}
         }
         self.feed(event, ctx);
+    }
+}
+
+impl Handler<Unneeded> for Coordinator {
+    type Result = MessageResult<Unneeded>;
+
+    fn handle(&mut self, Unneeded(digests): Unneeded, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.state.unneeded(digests))
     }
 }
 

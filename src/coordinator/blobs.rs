@@ -99,9 +99,10 @@ impl Blobs {
         Ok((bytes, share))
     }
 
-    /// Why an operation whose `field` names `blob` can't be accepted.
+    /// Why an operation whose `field` names `blob` can't be accepted. It is not swept before it can be
+    /// journaled.
     pub(super) async fn missing(&self, field: &str, blob: &BlobRef) -> Option<OperationError> {
-        let problem = match self.store.size(&blob.digest).await {
+        let problem = match self.store.renew(&blob.digest).await {
             Ok(Some(size)) if size == blob.size => return None,
             Ok(Some(size)) => format!("blob {} has {size} bytes, not {}", blob.digest, blob.size),
             Ok(None) => format!("blob {} is not in the store; put it first", blob.digest),

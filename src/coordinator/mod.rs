@@ -6,6 +6,7 @@ pub mod state;
 mod actor;
 mod blobs;
 mod serve;
+mod sweep;
 
 pub use error::{CoordinatorError, Refusal};
 pub use serve::serve;
@@ -49,6 +50,15 @@ pub struct Limits {
     pub placement_grace: Duration,
     /// Optimiser steps between snapshots of a run.
     pub snapshot_every_steps: u32,
+    /// Snapshots of a run that are kept, at least 1: replay reaches back to the oldest.
+    pub history_snapshots: usize,
+    /// Bytes of all runs' snapshots and the payloads between them, beyond which fewer are kept.
+    pub history_bytes: u64,
+    /// Finished operations of a run whose results are kept for whoever asks again: more than a
+    /// client can have submitted ahead.
+    pub results_kept: usize,
+    /// Sampler checkpoints of a run that were made by publishing and are kept.
+    pub publishes_kept: usize,
 }
 
 impl Default for Limits {
@@ -62,6 +72,10 @@ impl Default for Limits {
             generate_deadline: Duration::from_secs(1800),
             placement_grace: Duration::from_secs(3),
             snapshot_every_steps: 8,
+            history_snapshots: 2,
+            history_bytes: 10 << 30,
+            results_kept: 512,
+            publishes_kept: 8,
         }
     }
 }

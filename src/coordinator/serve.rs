@@ -30,6 +30,7 @@ use super::{
     actor::{Ask, Clock, Coordinator, Gone, Happened, Join, Link, Stopped},
     blobs::Blobs,
     state::{Event, State, WaiterId},
+    sweep::sweep,
 };
 
 /// Connections at once: nodes, gateways and clients.
@@ -77,6 +78,7 @@ pub async fn serve(
     let generate_deadline = config.limits.generate_deadline;
     let state = State::recover(config.limits, recovered, clock.now_ms());
     let (actor, mut stopped) = Coordinator::launch(state, clock, journal.clone(), generate_deadline);
+    let sweeping = tokio::spawn(sweep(store.clone(), journal.clone(), actor.clone()));
     let server = Arc::new(Server {
         actor,
         blobs: Blobs::new(store),
@@ -92,6 +94,7 @@ pub async fn serve(
         how = &mut stopped => Err(why_it_stopped(how).err().unwrap_or(CoordinatorError::ActorDied)),
         () = shutdown => Ok(()),
     };
+    sweeping.abort();
     let drained = match ended {
         Ok(()) => drain(&server, &endpoint, stopped).await,
         Err(error) => Err(error),

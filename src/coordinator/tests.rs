@@ -3,19 +3,22 @@
 
 use std::{path::Path, time::Duration};
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::{
-    journal::{Journal, JournalError},
+    journal::{Journal, JournalError, Record, SavedCheckpoint},
     protocol::{
         BlobRef, BlobReply, ClientRequest, ClientResponse, CoordinatorMessage, GenerateReply, MAX_MESSAGE,
-        NodeId, Operation, OperationKey, OperationResult, OperationSeq, OperationStatus, Payload,
-        SampleRequest, SampleTarget, StreamOpen, SubmitOperation, decode, encode,
+        NodeId, Operation, OperationKey, OperationResult, OperationSeq, OperationStatus, Payload, STATE_FILE,
+        SampleRequest, SampleTarget, SavedFile, StreamOpen, SubmitOperation, decode, encode,
     },
+    store::BlobStore,
     transport::{Connection, Endpoint, MemoryNetwork, Role, Stream},
     types::{
-        Digest, EncodedTextChunk, ErrorKind, LossFn, LossSpec, ModelInput, ModelInputChunk, RunId,
-        SampleFlags, SampleResult, SampledSequence, SamplingParams, SessionId, StopReason,
+        Checkpoint, CheckpointId, CheckpointTarget, Digest, EncodedTextChunk, ErrorKind, LossFn, LossSpec,
+        ModelInput, ModelInputChunk, RunId, SampleFlags, SampleResult, SampledSequence, SamplingParams,
+        SessionId, StopReason,
     },
 };
 
@@ -25,6 +28,7 @@ use super::{
     serve,
     state::WaiterId,
     state::tests::desk::{Desk, MODEL, create, hello, init, publish},
+    sweep::sweep_once,
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -310,6 +314,51 @@ fn a_full_disk_refuses_what_must_be_written_and_ends_nothing() {
         }
         assert!(stopped.try_recv().is_err());
     });
+}
+
+#[test]
+fn the_sweep_takes_what_neither_a_row_nor_the_state_needs() {
+    let folder = tempfile::tempdir().unwrap();
+    in_system(async {
+        let (journal, _) = Journal::open(folder.path()).unwrap();
+        let store = BlobStore::open_local(&folder.path().join("blobs")).unwrap();
+        let named = store.put(Bytes::from_static(b"a row's")).await.unwrap();
+        // What `Desk`'s nodes offer as their model's.
+        let counted_on = store.put(Bytes::from_static(b"tokenizer")).await.unwrap();
+        let left_over = store.put(Bytes::from_static(b"left over")).await.unwrap();
+        let checkpoint = saved_checkpoint(BlobRef { digest: named, size: 7 });
+        journal.append(vec![Record::Checkpoint(checkpoint)], Box::new(|written| written.unwrap()));
+        let mut desk = Desk::new();
+        desk.join(1, 1, 1);
+        let (actor, _stopped) = Coordinator::launch(desk.state, Clock::start(), journal.clone(), DEADLINE);
+
+        let hour = Duration::from_secs(3_600);
+        assert_eq!(sweep_once(&store, &journal, &actor, hour).await, Ok(0), "all are young");
+        assert_eq!(sweep_once(&store, &journal, &actor, Duration::ZERO).await, Ok(1));
+        assert_eq!(store.size(&left_over).await.unwrap(), None);
+        assert!(
+            store.size(&named).await.unwrap().is_some() && store.size(&counted_on).await.unwrap().is_some()
+        );
+    });
+}
+
+fn saved_checkpoint(blob: BlobRef) -> SavedCheckpoint {
+    let checkpoint = Checkpoint {
+        id: CheckpointId(1),
+        run_id: RunId(1),
+        checkpoint_id: "a".into(),
+        checkpoint_type: "lora".into(),
+        target: CheckpointTarget::Trainer,
+        created_at_ms: 7,
+        base_model: MODEL.into(),
+        lora_rank: 8,
+        lora_alpha: 32.0,
+        step: 1,
+        size_bytes: blob.size,
+        path: "bt://loops:run-1/weights/a".into(),
+    };
+    let files = vec![SavedFile { name: STATE_FILE.into(), blob }];
+    SavedCheckpoint { checkpoint, files, policy: None, published: false }
 }
 
 #[test]

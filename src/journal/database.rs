@@ -6,7 +6,7 @@ use std::{
 
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 
-use crate::protocol::Epoch;
+use crate::{protocol::Epoch, types::Digest};
 
 use super::{
     Record, Recovered,
@@ -63,6 +63,12 @@ impl Database {
             // that met it, so nothing of the transaction stays.
             Err(error) => vec![Err(error); count],
         }
+    }
+
+    /// Those of `digests` that no row names.
+    pub(super) fn unnamed(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, JournalError> {
+        recover::unnamed(&self.connection, digests)
+            .map_err(|fault| fault.while_writing(&self.path, || "looking blobs up".into()))
     }
 
     fn write_transaction<'a>(

@@ -23,16 +23,17 @@
 //! | `operation` | it was accepted; with its idempotency key, so a retry finds it | `Prune` |
 //! | `outcome` | it ended, and how; without one it is run (again) after a restart | `Prune` |
 //! | `snapshot` | this blob is the run's state after that operation | `Prune` |
-//! | `checkpoint` | this name means these files; one row, so replacing it is atomic | a later save of the name |
+//! | `checkpoint` | this name means these files; one row, so replacing it is atomic | a later save of the name; `DropCheckpoint` |
 //! | `slot` | this policy is the run's live one, or that of version 0 | a later publish; `DropSlots` |
-//! | `blob_ref` | this row needs that blob | with its row |
+//! | `blob_ref` | this row needs that blob | with its row; an operation's when replay can't reach it |
 //!
 //! A row names a blob only after the blob is durable in `store/`; a crash between the two leaves
-//! a blob that no row names (see [`Recovered::live_blobs`]), never a row without its blob.
+//! a blob that no row names (see [`Journal::unnamed`]), never a row without its blob.
 
 mod error;
 mod record;
 
+mod blobs;
 mod database;
 mod recover;
 mod rows;
@@ -50,11 +51,17 @@ use std::{
     thread::{self, JoinHandle, ThreadId},
 };
 
+pub use blobs::{blobs_of_operation, blobs_of_result};
 pub use error::JournalError;
-pub use record::{Outcome, Record, Recovered, RecoveredOperation, RecoveredRun};
+pub use record::{
+    Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot, SavedCheckpoint,
+    Standing,
+};
+
+use crate::types::Digest;
 
 use database::Database;
-use writer::{Append, Command};
+use writer::{Append, Command, Look};
 
 /// Appends that may wait for the disk. At the 8 ms of a commit they are gone in a few groups;
 /// with payloads of 64 KiB they are 256 MiB.
@@ -102,7 +109,21 @@ impl Journal {
             Err(TrySendError::Full(Command::Append(append))) => {
                 append.finish(Err(JournalError::Full { limit: QUEUE_APPENDS }));
             }
-            Err(TrySendError::Full(Command::Close)) => {} // not what was sent
+            Err(TrySendError::Full(_)) => {} // not what was sent
+        }
+    }
+
+    /// Asks which of `digests` no row names, in the order of the calls: appends that were queued
+    /// before are seen. `done` is called like that of [`append`](Self::append), or dropped with the
+    /// journal. Meant for what can wait: a full queue refuses it.
+    pub fn unnamed(
+        &self,
+        digests: Vec<Digest>,
+        done: impl FnOnce(Result<Vec<Digest>, JournalError>) + Send + 'static,
+    ) {
+        let look = Command::Look(Look { digests, done: Box::new(done) });
+        if let Err(TrySendError::Full(Command::Look(look))) = self.0.queue.try_send(look) {
+            (look.done)(Err(JournalError::Full { limit: QUEUE_APPENDS }));
         }
     }
 

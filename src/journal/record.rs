@@ -4,7 +4,7 @@ use crate::{
     protocol::{
         BlobRef, CreateRun, Epoch, Operation, OperationKey, OperationResult, OperationSeq, SavedFile,
     },
-    types::{Checkpoint, Digest, OperationError, PolicyId, RunId, SessionId},
+    types::{Checkpoint, CheckpointId, Digest, LoraConfig, OperationError, PolicyId, RunId, SessionId},
 };
 
 /// One fact. Facts of one `append` become durable together or not at all.
@@ -22,20 +22,46 @@ pub enum Record {
     /// What became of it; once.
     Outcome { run: RunId, seq: OperationSeq, outcome: Outcome },
     /// The run's state after `seq`.
-    Snapshot { run: RunId, seq: OperationSeq, snapshot: BlobRef },
-    /// A checkpoint and its files: name, blob, size. One (run, target, name) is one checkpoint:
-    /// a later one replaces the earlier. `policy`: identity of a sampler checkpoint's weights, by
-    /// which replicas verify them.
-    Checkpoint { checkpoint: Checkpoint, files: Vec<SavedFile>, policy: Option<PolicyId> },
+    Snapshot { run: RunId, seq: OperationSeq, snapshot: BlobRef, standing: Standing },
+    /// A checkpoint and its files. One (run, target, name) is one checkpoint: a later one replaces
+    /// the earlier.
+    Checkpoint(SavedCheckpoint),
     /// A published policy of a run. Version 0 has a slot of its own; one of a later version
     /// replaces the one before.
     Slot { policy: PolicyId, base_model: String, adapter: BlobRef },
-    /// Forgets what replay no longer needs: a run's operations and outcomes up to and including
-    /// `upto`, and its snapshots before it. There is a snapshot at `upto`. Idempotency keys are
-    /// forgotten with their operations, so prune only what nobody submits again.
-    Prune { run: RunId, upto: OperationSeq },
+    /// From now on replay of the run reaches back to its snapshot at `base`: earlier snapshots are
+    /// forgotten, and so is the data of the operations up to it. Of these, those up to and
+    /// including `upto` are forgotten wholly, with outcomes and idempotency keys: prune so only
+    /// what nobody submits or waits for again. `upto` is at most `base`.
+    Prune { run: RunId, base: OperationSeq, upto: OperationSeq },
+    /// A checkpoint is no longer there; if it has been replaced since, nothing happens.
+    DropCheckpoint { checkpoint: CheckpointId },
     /// Both slots of a run are empty: it begins anew.
     DropSlots { run: RunId },
+}
+
+/// Where a run stands after an operation: what a snapshot's tensors don't say, so that operations
+/// before it can be forgotten.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Standing {
+    /// Of the last operation that was done.
+    pub incarnation: u32,
+    /// Optimiser steps.
+    pub step: u64,
+    /// Configuration of the adapter.
+    pub lora: LoraConfig,
+}
+
+/// A checkpoint as it is journaled.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SavedCheckpoint {
+    pub checkpoint: Checkpoint,
+    /// Name, blob, size.
+    pub files: Vec<SavedFile>,
+    /// Identity of a sampler checkpoint's weights, by which replicas verify them.
+    pub policy: Option<PolicyId>,
+    /// Saved in order to be served, not to be kept: the run's later ones push it out.
+    pub published: bool,
 }
 
 /// The end of an operation, as it was journaled.
@@ -53,9 +79,22 @@ pub struct RecoveredOperation {
     pub seq: OperationSeq,
     pub key: OperationKey,
     pub incarnation: u32,
-    pub operation: Operation,
+    /// Absent: the pass is in a snapshot, so its data is of no use any more.
+    pub operation: Option<Operation>,
+    /// Of the operation's bytes.
+    pub digest: Digest,
     /// Absent: it was accepted and not finished.
     pub outcome: Option<Outcome>,
+}
+
+/// One snapshot of a recovered run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RecoveredSnapshot {
+    pub seq: OperationSeq,
+    pub blob: BlobRef,
+    pub standing: Standing,
+    /// Bytes of the blobs that operations since the snapshot before it hold.
+    pub payload_bytes: u64,
 }
 
 /// A run as the journal has it.
@@ -65,8 +104,8 @@ pub struct RecoveredRun {
     pub create: CreateRun,
     pub model_digest: Digest,
     pub created_at_ms: u64,
-    /// The newest.
-    pub snapshot: Option<(OperationSeq, BlobRef)>,
+    /// Oldest first.
+    pub snapshots: Vec<RecoveredSnapshot>,
     /// In order. Without those that were pruned.
     pub operations: Vec<RecoveredOperation>,
     /// Published policies: of version 0, then the live one.
@@ -83,10 +122,7 @@ pub struct Recovered {
     /// By id.
     pub runs: Vec<RecoveredRun>,
     /// By id, that is in the order of saving.
-    pub checkpoints: Vec<(Checkpoint, Vec<SavedFile>, Option<PolicyId>)>,
-    /// Every blob that a row names, once, by digest. What else is in the store is left over
-    /// from uploads and operations that were never journaled.
-    pub live_blobs: Vec<BlobRef>,
+    pub checkpoints: Vec<SavedCheckpoint>,
 }
 
 /// As it is named in an error.
@@ -98,10 +134,13 @@ impl fmt::Display for Record {
             Self::Operation { run, seq, .. } => write!(f, "operation {} of {run}", seq.0),
             Self::Outcome { run, seq, .. } => write!(f, "the outcome of operation {} of {run}", seq.0),
             Self::Snapshot { run, seq, .. } => write!(f, "the snapshot after operation {} of {run}", seq.0),
-            Self::Checkpoint { checkpoint, .. } => write!(f, "{}", checkpoint.id),
+            Self::Checkpoint(saved) => write!(f, "{}", saved.checkpoint.id),
+            Self::DropCheckpoint { checkpoint } => write!(f, "dropping {checkpoint}"),
             Self::Slot { policy, .. } => write!(f, "the slot of {policy}"),
             Self::DropSlots { run } => write!(f, "dropping the slots of {run}"),
-            Self::Prune { run, upto } => write!(f, "pruning {run} up to operation {}", upto.0),
+            Self::Prune { run, base, upto } => {
+                write!(f, "pruning {run} up to the snapshot after {} and operation {}", base.0, upto.0)
+            }
         }
     }
 }

@@ -5,7 +5,11 @@ use crate::{
     types::{Digest, RunId, SessionId},
 };
 
-use super::{Outcome, Recovered, RecoveredOperation, RecoveredRun, error::Fault, rows::unsigned};
+use super::{
+    Outcome, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot, SavedCheckpoint, Standing,
+    error::Fault,
+    rows::{signed, unsigned},
+};
 
 /// Reads everything; refuses what this program can't have written.
 pub(super) fn read(db: &Connection, epoch: Epoch) -> Result<Recovered, Fault> {
@@ -14,37 +18,38 @@ pub(super) fn read(db: &Connection, epoch: Epoch) -> Result<Recovered, Fault> {
     let runs = all(db, "SELECT id, payload, model_digest, created_at_ms FROM run ORDER BY id", [], |row| {
         read_run(db, row)
     })?;
-    let checkpoints = all(db, "SELECT payload, files, policy FROM checkpoint ORDER BY id", [], |row| {
-        let policy = row.get_ref(2)?.as_blob_or_null().map_err(rusqlite::Error::from)?;
-        Ok((
-            decode("checkpoint", bytes(row, 0)?, MAX_MESSAGE)?,
-            decode("checkpoint's files", bytes(row, 1)?, MAX_MESSAGE)?,
-            policy.map(|policy| decode("checkpoint's policy", policy, MAX_MESSAGE)).transpose()?,
-        ))
-    })?;
-    let live_blobs =
-        all(db, "SELECT DISTINCT digest, size FROM blob_ref ORDER BY digest", [], |row| blob(row, 0))?;
-    Ok(Recovered { epoch, sessions, runs, checkpoints, live_blobs })
+    let checkpoints =
+        all(db, "SELECT payload, files, policy, published FROM checkpoint ORDER BY id", [], read_checkpoint)?;
+    Ok(Recovered { epoch, sessions, runs, checkpoints })
+}
+
+fn read_checkpoint(row: &Row) -> Result<SavedCheckpoint, Fault> {
+    let policy = row.get_ref(2)?.as_blob_or_null().map_err(rusqlite::Error::from)?;
+    Ok(SavedCheckpoint {
+        checkpoint: decode("checkpoint", bytes(row, 0)?, MAX_MESSAGE)?,
+        files: decode("checkpoint's files", bytes(row, 1)?, MAX_MESSAGE)?,
+        policy: policy.map(|policy| decode("checkpoint's policy", policy, MAX_MESSAGE)).transpose()?,
+        published: row.get(3)?,
+    })
 }
 
 fn read_run(db: &Connection, row: &Row) -> Result<RecoveredRun, Fault> {
     let id: i64 = row.get(0)?;
+    let snapshots = read_snapshots(db, id)?;
+    let covered = snapshots.last().map_or(0, |snapshot| snapshot.seq.0);
     Ok(RecoveredRun {
         run: RunId(unsigned(id)?),
         create: decode("run", bytes(row, 1)?, MAX_MESSAGE)?,
         model_digest: Digest(row.get(2)?),
         created_at_ms: unsigned(row.get(3)?)?,
-        snapshot: one(
-            db,
-            "SELECT seq, digest, size FROM snapshot WHERE run = ? ORDER BY seq DESC LIMIT 1",
-            id,
-            |row| Ok((OperationSeq(unsigned(row.get(0)?)?), blob(row, 1)?)),
-        )?,
+        snapshots,
         operations: all(
             db,
-            "SELECT seq, key, incarnation, operation.payload, digest, outcome.payload, state, step
-             FROM operation LEFT JOIN outcome USING (run, seq) WHERE run = ? ORDER BY seq",
-            [id],
+            "SELECT seq, key, incarnation,
+                    iif(seq <= ?2 AND kind IN ('forward', 'forward_backward'), NULL, operation.payload),
+                    digest, outcome.payload, state, step
+             FROM operation LEFT JOIN outcome USING (run, seq) WHERE run = ?1 ORDER BY seq",
+            [id, signed(covered)?],
             read_operation,
         )?,
         slots: all(
@@ -56,17 +61,53 @@ fn read_run(db: &Connection, row: &Row) -> Result<RecoveredRun, Fault> {
     })
 }
 
+fn read_snapshots(db: &Connection, run: i64) -> Result<Vec<RecoveredSnapshot>, Fault> {
+    let mut snapshots = all(
+        db,
+        "SELECT seq, digest, size, incarnation, step, lora FROM snapshot WHERE run = ? ORDER BY seq",
+        [run],
+        |row| {
+            Ok(RecoveredSnapshot {
+                seq: OperationSeq(unsigned(row.get(0)?)?),
+                blob: blob(row, 1)?,
+                standing: Standing {
+                    incarnation: row.get(3)?,
+                    step: unsigned(row.get(4)?)?,
+                    lora: decode("snapshot's adapter", bytes(row, 5)?, MAX_MESSAGE)?,
+                },
+                payload_bytes: 0,
+            })
+        },
+    )?;
+    let mut after = 0;
+    for snapshot in &mut snapshots {
+        let upto = signed(snapshot.seq.0)?;
+        let held = all(
+            db,
+            "SELECT ifnull(sum(size), 0) FROM blob_ref
+             WHERE run = ? AND owner IN ('operation', 'outcome') AND seq > ? AND seq <= ?",
+            [run, after, upto],
+            |row| unsigned(row.get(0)?),
+        )?;
+        snapshot.payload_bytes = held.into_iter().sum();
+        after = upto;
+    }
+    Ok(snapshots)
+}
+
 fn read_operation(row: &Row) -> Result<RecoveredOperation, Fault> {
     let seq = unsigned(row.get(0)?)?;
-    let payload = bytes(row, 3)?;
-    if Digest::of(payload) != Digest(row.get(4)?) {
+    let digest = Digest(row.get(4)?);
+    let payload = row.get_ref(3)?.as_blob_or_null().map_err(rusqlite::Error::from)?;
+    if payload.is_some_and(|payload| Digest::of(payload) != digest) {
         return Err(Fault::Corrupt(format!("operation {seq} does not match its digest")));
     }
     Ok(RecoveredOperation {
         seq: OperationSeq(seq),
         key: OperationKey(row.get(1)?),
         incarnation: row.get(2)?,
-        operation: decode("operation", payload, MAX_MESSAGE)?,
+        operation: payload.map(|payload| decode("operation", payload, MAX_MESSAGE)).transpose()?,
+        digest,
         outcome: match row.get_ref(5)?.as_blob_or_null().map_err(rusqlite::Error::from)? {
             None => None,
             Some(payload) => Some(read_outcome(payload, row.get(6)?, row.get(7)?)?),
@@ -85,6 +126,18 @@ fn read_outcome(payload: &[u8], state: Option<[u8; 32]>, step: Option<i64>) -> R
     }
 }
 
+/// Those of `digests` that no row names.
+pub(super) fn unnamed(db: &Connection, digests: Vec<Digest>) -> Result<Vec<Digest>, Fault> {
+    let mut statement = db.prepare_cached("SELECT 1 FROM blob_ref WHERE digest = ?")?;
+    let mut unnamed = Vec::new();
+    for digest in digests {
+        if !statement.exists([digest.0])? {
+            unnamed.push(digest);
+        }
+    }
+    Ok(unnamed)
+}
+
 fn all<T>(
     db: &Connection,
     sql: &str,
@@ -98,15 +151,6 @@ fn all<T>(
         found.push(read(row)?);
     }
     Ok(found)
-}
-
-fn one<T>(
-    db: &Connection,
-    sql: &str,
-    run: i64,
-    read: impl Fn(&Row) -> Result<T, Fault>,
-) -> Result<Option<T>, Fault> {
-    Ok(all(db, sql, [run], read)?.pop())
 }
 
 fn bytes<'a>(row: &'a Row, column: usize) -> Result<&'a [u8], Fault> {

@@ -1,14 +1,15 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::{
-    protocol::{
-        BlobRef, MAX_MESSAGE, Operation, OperationKey, OperationResult, OperationSeq, Payload, SavedFile,
-        encode,
-    },
-    types::{Checkpoint, CheckpointTarget, Digest, PolicyId, RunId},
+    protocol::{BlobRef, MAX_MESSAGE, Operation, OperationKey, OperationSeq, encode},
+    types::{CheckpointTarget, Digest, RunId},
 };
 
-use super::{Outcome, Record, error::Fault};
+use super::{
+    Outcome, Record, SavedCheckpoint, Standing,
+    blobs::{blobs_of_operation, blobs_of_result},
+    error::Fault,
+};
 
 /// Writes one record. After an error its rows may be there in part: the caller rolls back.
 pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
@@ -33,18 +34,11 @@ pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
             write_operation(db, (*run, *seq), key, *incarnation, operation)
         }
         Record::Outcome { run, seq, outcome } => write_outcome(db, (*run, *seq), outcome),
-        Record::Snapshot { run, seq, snapshot } => {
-            let (run, seq) = (signed(run.0)?, signed(seq.0)?);
-            insert(
-                db,
-                "INSERT OR REPLACE INTO snapshot (run, seq, digest, size) VALUES (?, ?, ?, ?)",
-                params![run, seq, snapshot.digest.0, signed(snapshot.size)?],
-            )?;
-            hold(db, Owner { run, kind: "snapshot", seq }, &[*snapshot])
+        Record::Snapshot { run, seq, snapshot, standing } => {
+            write_snapshot(db, (*run, *seq), snapshot, standing)
         }
-        Record::Checkpoint { checkpoint, files, policy } => {
-            write_checkpoint(db, checkpoint, files, policy.as_ref())
-        }
+        Record::Checkpoint(saved) => write_checkpoint(db, saved),
+        Record::DropCheckpoint { checkpoint } => drop_checkpoint(db, signed(checkpoint.0)?),
         Record::Slot { policy, base_model, adapter } => {
             let (run, version_zero) = (signed(policy.run.0)?, i64::from(policy.step == 0));
             insert(
@@ -67,7 +61,7 @@ pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
             insert(db, "DELETE FROM slot WHERE run = ?", params![run])?;
             insert(db, "DELETE FROM blob_ref WHERE run = ? AND owner = 'slot'", params![run])
         }
-        Record::Prune { run, upto } => prune(db, signed(run.0)?, signed(upto.0)?),
+        Record::Prune { run, base, upto } => prune(db, signed(run.0)?, signed(base.0)?, signed(upto.0)?),
     }
 }
 
@@ -112,12 +106,32 @@ fn write_outcome(db: &Connection, (run, seq): (RunId, OperationSeq), outcome: &O
     hold(db, Owner { run, kind: "outcome", seq }, &blobs)
 }
 
-fn write_checkpoint(
+fn write_snapshot(
     db: &Connection,
-    checkpoint: &Checkpoint,
-    files: &Vec<SavedFile>,
-    policy: Option<&PolicyId>,
+    (run, seq): (RunId, OperationSeq),
+    snapshot: &BlobRef,
+    standing: &Standing,
 ) -> Result<(), Fault> {
+    let (run, seq) = (signed(run.0)?, signed(seq.0)?);
+    insert(
+        db,
+        "INSERT OR REPLACE INTO snapshot (run, seq, digest, size, incarnation, step, lora)
+         VALUES (?, ?, ?, ?, ?, ?, ?)",
+        params![
+            run,
+            seq,
+            snapshot.digest.0,
+            signed(snapshot.size)?,
+            standing.incarnation,
+            signed(standing.step)?,
+            bounded(encode(&standing.lora))?
+        ],
+    )?;
+    hold(db, Owner { run, kind: "snapshot", seq }, &[*snapshot])
+}
+
+fn write_checkpoint(db: &Connection, saved: &SavedCheckpoint) -> Result<(), Fault> {
+    let SavedCheckpoint { checkpoint, files, policy, published } = saved;
     let (id, run) = (signed(checkpoint.id.0)?, signed(checkpoint.run_id.0)?);
     let target = match checkpoint.target {
         CheckpointTarget::Trainer => "trainer",
@@ -132,7 +146,8 @@ fn write_checkpoint(
     }
     insert(
         db,
-        "INSERT INTO checkpoint (id, run, target, name, payload, files, policy) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO checkpoint (id, run, target, name, payload, files, policy, published)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         params![
             id,
             run,
@@ -140,27 +155,43 @@ fn write_checkpoint(
             checkpoint.checkpoint_id,
             bounded(encode(checkpoint))?,
             bounded(encode(files))?,
-            policy.map(encode)
+            policy.as_ref().map(encode),
+            published
         ],
     )?;
     let blobs: Vec<_> = files.iter().map(|file| file.blob).collect();
     hold(db, Owner { run, kind: "checkpoint", seq: id }, &blobs)
 }
 
-fn prune(db: &Connection, run: i64, upto: i64) -> Result<(), Fault> {
-    let base =
-        db.prepare_cached("SELECT 1 FROM snapshot WHERE run = ? AND seq = ?")?.exists(params![run, upto])?;
-    if !base {
+fn drop_checkpoint(db: &Connection, id: i64) -> Result<(), Fault> {
+    let run: Option<i64> = db
+        .prepare_cached("DELETE FROM checkpoint WHERE id = ? RETURNING run")?
+        .query_row([id], |row| row.get(0))
+        .optional()?;
+    match run {
+        Some(run) => hold(db, Owner { run, kind: "checkpoint", seq: id }, &[]),
+        None => Ok(()),
+    }
+}
+
+fn prune(db: &Connection, run: i64, base: i64, upto: i64) -> Result<(), Fault> {
+    let reachable =
+        db.prepare_cached("SELECT 1 FROM snapshot WHERE run = ? AND seq = ?")?.exists(params![run, base])?;
+    if !reachable {
         return Err(Fault::Refused("there is no snapshot to go on from".into()));
     }
-    for sql in [
-        "DELETE FROM outcome WHERE run = ? AND seq <= ?",
-        "DELETE FROM operation WHERE run = ? AND seq <= ?",
-        "DELETE FROM snapshot WHERE run = ? AND seq < ?",
-        "DELETE FROM blob_ref WHERE run = ? AND owner IN ('operation', 'outcome') AND seq <= ?",
-        "DELETE FROM blob_ref WHERE run = ? AND owner = 'snapshot' AND seq < ?",
+    if upto > base {
+        return Err(Fault::Refused(format!("operations behind the snapshot after {base} are needed")));
+    }
+    for (sql, limit) in [
+        ("DELETE FROM outcome WHERE run = ? AND seq <= ?", upto),
+        ("DELETE FROM operation WHERE run = ? AND seq <= ?", upto),
+        ("DELETE FROM snapshot WHERE run = ? AND seq < ?", base),
+        ("DELETE FROM blob_ref WHERE run = ? AND owner = 'outcome' AND seq <= ?", upto),
+        ("DELETE FROM blob_ref WHERE run = ? AND owner = 'operation' AND seq <= ?", base),
+        ("DELETE FROM blob_ref WHERE run = ? AND owner = 'snapshot' AND seq < ?", base),
     ] {
-        insert(db, sql, params![run, upto])?;
+        insert(db, sql, params![run, limit])?;
     }
     Ok(())
 }
@@ -204,35 +235,6 @@ fn kind(operation: &Operation) -> &'static str {
     }
 }
 
-fn blobs_of_operation(operation: &Operation) -> Vec<BlobRef> {
-    match operation {
-        Operation::Forward { data, .. } | Operation::ForwardBackward { data, .. } => blobs_of_payload(data),
-        Operation::LoadState { source, .. } => source.iter().map(|source| source.blob).collect(),
-        Operation::Init { .. }
-        | Operation::OptimStep { .. }
-        | Operation::SaveState { .. }
-        | Operation::SaveWeightsForSampler { .. } => Vec::new(),
-    }
-}
-
-fn blobs_of_result(result: &OperationResult) -> Vec<BlobRef> {
-    match result {
-        OperationResult::ForwardBackward(output) => blobs_of_payload(output),
-        OperationResult::Init(_)
-        | OperationResult::OptimStep(_)
-        | OperationResult::SaveState(_)
-        | OperationResult::SaveWeightsForSampler(_)
-        | OperationResult::LoadState(_) => Vec::new(),
-    }
-}
-
-fn blobs_of_payload(payload: &Payload) -> Vec<BlobRef> {
-    match payload {
-        Payload::Inline(_) => Vec::new(),
-        Payload::Blob(blob) => vec![*blob],
-    }
-}
-
 /// Recovery reads no payload past [`MAX_MESSAGE`], so none is written.
 fn bounded(payload: Vec<u8>) -> Result<Vec<u8>, Fault> {
     match payload.len() {
@@ -242,7 +244,7 @@ fn bounded(payload: Vec<u8>) -> Result<Vec<u8>, Fault> {
 }
 
 /// SQLite's integers are signed.
-fn signed(value: u64) -> Result<i64, Fault> {
+pub(super) fn signed(value: u64) -> Result<i64, Fault> {
     i64::try_from(value).map_err(|_| Fault::Refused(format!("{value} is over the limit of {}", i64::MAX)))
 }
 

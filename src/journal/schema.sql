@@ -43,22 +43,26 @@ CREATE TABLE outcome (
 ) STRICT;
 
 CREATE TABLE snapshot (
-    run    INTEGER NOT NULL REFERENCES run (id),
-    seq    INTEGER NOT NULL,
-    digest BLOB NOT NULL,
-    size   INTEGER NOT NULL,
+    run         INTEGER NOT NULL REFERENCES run (id),
+    seq         INTEGER NOT NULL,
+    digest      BLOB NOT NULL,
+    size        INTEGER NOT NULL,
+    incarnation INTEGER NOT NULL, -- of the run after seq, and so its steps and its adapter
+    step        INTEGER NOT NULL,
+    lora        BLOB NOT NULL,    -- LoraConfig
     PRIMARY KEY (run, seq)
 ) STRICT;
 
 -- No reference to run: checkpoints outlive their run.
 CREATE TABLE checkpoint (
-    id      INTEGER NOT NULL UNIQUE,
-    run     INTEGER NOT NULL,
-    target  TEXT NOT NULL,
-    name    TEXT NOT NULL,
-    payload BLOB NOT NULL, -- Checkpoint
-    files   BLOB NOT NULL, -- the manifest: Vec<SavedFile>
-    policy  BLOB,          -- PolicyId
+    id        INTEGER NOT NULL UNIQUE,
+    run       INTEGER NOT NULL,
+    target    TEXT NOT NULL,
+    name      TEXT NOT NULL,
+    payload   BLOB NOT NULL,    -- Checkpoint
+    files     BLOB NOT NULL,    -- the manifest: Vec<SavedFile>
+    policy    BLOB,             -- PolicyId
+    published INTEGER NOT NULL, -- 1: pushed out by later publishes of the run
     PRIMARY KEY (run, target, name)
 ) STRICT;
 
@@ -72,7 +76,8 @@ CREATE TABLE slot (
     PRIMARY KEY (run, version_zero)
 ) STRICT;
 
--- Which row holds which blob; what is named here may not leave the store.
+-- Which row holds which blob; what is named here may not leave the store. An operation that replay
+-- can't reach any more lets go of its data before its row goes.
 -- seq: an operation's, an outcome's or a snapshot's; a checkpoint's id; a slot's version_zero.
 CREATE TABLE blob_ref (
     run    INTEGER NOT NULL,
@@ -82,3 +87,5 @@ CREATE TABLE blob_ref (
     size   INTEGER NOT NULL,
     PRIMARY KEY (run, owner, seq, digest)
 ) STRICT, WITHOUT ROWID;
+
+CREATE INDEX blob_ref_digest ON blob_ref (digest);

@@ -1,5 +1,7 @@
 use std::sync::mpsc::{Receiver, TryRecvError};
 
+use crate::types::Digest;
+
 use super::{Record, database::Database, error::JournalError};
 
 /// Most appends in one transaction: what waits longest waits for one commit of this many.
@@ -11,7 +13,21 @@ pub(super) type Done = Box<dyn FnOnce(Result<(), JournalError>) + Send>;
 /// What the writer thread is asked to do.
 pub(super) enum Command {
     Append(Append),
+    Look(Look),
     /// Finish what came before and close the file.
+    Close,
+}
+
+/// Asks which blobs no row names.
+pub(super) struct Look {
+    pub(super) digests: Vec<Digest>,
+    pub(super) done: Box<dyn FnOnce(Result<Vec<Digest>, JournalError>) + Send>,
+}
+
+/// What ends a group of appends.
+enum Then {
+    GoOn,
+    Look(Look),
     Close,
 }
 
@@ -46,7 +62,7 @@ impl Drop for Append {
 pub(super) fn run(mut database: Database, queue: Receiver<Command>) {
     let mut broken = None;
     while let Ok(first) = queue.recv() {
-        let (group, go_on) = gather(first, &queue);
+        let (group, then) = gather(first, &queue);
         let verdicts = match &broken {
             None => database.write(group.iter().map(|append| append.records.as_slice())),
             Some(error) => vec![Err(JournalError::clone(error)); group.len()],
@@ -60,25 +76,30 @@ pub(super) fn run(mut database: Database, queue: Receiver<Command>) {
         for (append, verdict) in group.into_iter().zip(verdicts) {
             append.finish(verdict);
         }
-        if !go_on {
-            break;
+        match then {
+            Then::GoOn => {}
+            Then::Look(Look { digests, done }) => done(match &broken {
+                None => database.unnamed(digests),
+                Some(error) => Err(error.clone()),
+            }),
+            Then::Close => break,
         }
     }
 }
 
-/// What has queued behind `first`, and whether the journal stays open after it.
-fn gather(first: Command, queue: &Receiver<Command>) -> (Vec<Append>, bool) {
+/// What has queued behind `first`, and what to do after it.
+fn gather(first: Command, queue: &Receiver<Command>) -> (Vec<Append>, Then) {
     let mut group = Vec::new();
     let mut next = Ok(first);
     loop {
         match next {
             Ok(Command::Append(append)) => group.push(append),
-            Ok(Command::Close) => return (group, false),
-            Err(TryRecvError::Empty) => return (group, true),
-            Err(TryRecvError::Disconnected) => return (group, false),
+            Ok(Command::Look(look)) => return (group, Then::Look(look)),
+            Ok(Command::Close) | Err(TryRecvError::Disconnected) => return (group, Then::Close),
+            Err(TryRecvError::Empty) => return (group, Then::GoOn),
         }
         if group.len() == GROUP_APPENDS {
-            return (group, true);
+            return (group, Then::GoOn);
         }
         next = queue.try_recv();
     }

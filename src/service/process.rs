@@ -70,12 +70,14 @@ pub struct CoordinatorProcess {
     pub listen: SocketAddr,
     /// Where processes that hold a token come in; absent: none can.
     pub join: Option<SocketAddr>,
+    /// Snapshots of each run that are kept, at least 1.
+    pub history: u32,
 }
 
 /// Runs the coordinator of a data directory until it is told to stop; prints
 /// `listening ADDRESS` once it is bound.
 pub fn run_coordinator(process: CoordinatorProcess) -> Result<(), ServiceError> {
-    let CoordinatorProcess { data_dir, listen, join } = process;
+    let CoordinatorProcess { data_dir, listen, join, history } = process;
     let data = DataDirectory::open(data_dir)?;
     data.prepare_identities()?;
     in_system("coordinator", async move {
@@ -89,6 +91,7 @@ pub fn run_coordinator(process: CoordinatorProcess) -> Result<(), ServiceError> 
             tokio::spawn(Desk::open(data.path())?.serve(doorway));
         }
         let mut config = CoordinatorConfig::new(data.path());
+        config.limits.history_snapshots = history as usize;
         config.opened = Some(Box::new(move || announce(&data, &address)));
         Ok(coordinator::serve(config, endpoint, stop).await?)
     })

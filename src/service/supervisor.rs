@@ -58,6 +58,8 @@ pub struct SupervisorConfig {
     pub listen: SocketAddr,
     /// Where processes of other machines join; absent: none can.
     pub join: Option<SocketAddr>,
+    /// Snapshots of each run that are kept, at least 1.
+    pub history: u32,
     pub nodes: u32,
     pub trainers: u32,
     pub samplers: u32,
@@ -184,6 +186,7 @@ impl Part {
     fn coordinator(config: &SupervisorConfig) -> Self {
         let mut arguments = vec![COORDINATOR.into(), "--listen".into(), config.listen.to_string()];
         arguments.extend(config.join.iter().flat_map(|join| ["--join-listen".to_owned(), join.to_string()]));
+        arguments.extend(["--history".to_owned(), config.history.to_string()]);
         Self { name: COORDINATOR.into(), life: Arc::default(), config: config.clone(), arguments }
     }
 

@@ -18,6 +18,9 @@ pub enum StoreError {
     /// The disk failed.
     #[error("cannot {action} blob {digest}: {source}")]
     Io { action: &'static str, digest: Digest, source: Box<dyn Error + Send + Sync> },
+    /// A folder of blobs can't be read.
+    #[error("cannot list the blobs that begin with {first_byte:02x}: {source}")]
+    List { first_byte: u8, source: io::Error },
     /// The runtime shut down underneath.
     #[error("the runtime shut down before the blob store had answered")]
     Interrupted,
@@ -59,9 +62,10 @@ impl From<StoreError> for OperationError {
         let kind = match error {
             StoreError::Full { .. } => ErrorKind::ResourceExhausted,
             StoreError::Interrupted => ErrorKind::Unavailable,
-            StoreError::Open { .. } | StoreError::Damaged { .. } | StoreError::Io { .. } => {
-                ErrorKind::Internal
-            }
+            StoreError::Open { .. }
+            | StoreError::Damaged { .. }
+            | StoreError::Io { .. }
+            | StoreError::List { .. } => ErrorKind::Internal,
         };
         Self::new(kind, error.to_string())
     }

@@ -2,9 +2,12 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use tokio::sync::{Mutex, MutexGuard};
+
+use crate::types::Digest;
 
 /// How many folders the blobs are spread over: one for each value of a digest's first byte.
 pub(super) const FOLDERS: usize = 256;
@@ -21,6 +24,10 @@ impl Folder {
     /// The folder of `first_byte` below the store's directory.
     pub(super) fn new(directory: &Path, first_byte: usize) -> Self {
         Self { path: directory.join(format!("{first_byte:02x}")), synced: Mutex::new(false) }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Waits for the folder's turn.
@@ -71,6 +78,29 @@ pub(super) fn sweep(directory: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The blobs of a folder that were written at `time` or earlier, as far as the file system knows;
+/// none if there is no such time.
+pub(super) fn written_by(folder: &Path, time: Option<SystemTime>) -> io::Result<Vec<Digest>> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        // What has another name is not ours, or half-written.
+        let Some(digest) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let written = match entry.metadata().and_then(|metadata| metadata.modified()) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            written => written?,
+        };
+        if time.is_some_and(|time| written <= time) {
+            found.push(digest);
+        }
+    }
+    Ok(found)
 }
 
 /// A digest, `#` and a number: how object_store calls what it has not yet renamed.

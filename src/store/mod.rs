@@ -14,8 +14,13 @@
 
 mod error;
 mod folder;
+mod young;
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use object_store::{ObjectStoreExt, local::LocalFileSystem, path::Path as ObjectPath};
@@ -25,6 +30,7 @@ use crate::types::Digest;
 pub use error::StoreError;
 
 use folder::{FOLDERS, Folder};
+use young::Young;
 
 /// From here on bytes are hashed on a thread of their own: SHA-256 takes about 1 ms for it,
 /// as long as a task may keep its runtime's thread.
@@ -40,6 +46,7 @@ struct Inner {
     objects: LocalFileSystem,
     /// One for each first byte of a digest.
     folders: Vec<Folder>,
+    young: Young,
 }
 
 impl BlobStore {
@@ -55,7 +62,7 @@ impl BlobStore {
             .map_err(|e| failed(std::io::Error::other(e)))?
             .with_fsync(true);
         let folders = (0..FOLDERS).map(|first_byte| Folder::new(directory, first_byte)).collect();
-        Ok(Self(Arc::new(Inner { objects, folders })))
+        Ok(Self(Arc::new(Inner { objects, folders, young: Young::default() })))
     }
 
     /// Stores bytes durably and returns their name. Goes on to its end when the caller leaves.
@@ -78,6 +85,17 @@ impl BlobStore {
         Ok(Some(bytes))
     }
 
+    /// Size of a blob that is about to be named somewhere; `None` if there is none. It counts as
+    /// just put: [`delete_old`](Self::delete_old) spares it.
+    pub async fn renew(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
+        let _folder = self.folder(digest).lock().await;
+        let size = self.size(digest).await?;
+        if size.is_some() {
+            self.0.young.mark(*digest);
+        }
+        Ok(size)
+    }
+
     /// Size of a blob; `None` if there is none. Does not read it.
     pub async fn size(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
         match self.0.objects.head(&location(digest)).await {
@@ -87,10 +105,27 @@ impl BlobStore {
         }
     }
 
-    /// Removes a blob, durably; no error if there is none. Goes on like `put`.
-    pub async fn delete(&self, digest: &Digest) -> Result<(), StoreError> {
+    /// The blobs whose digests begin with `first_byte` and that were written `age` ago or earlier.
+    pub async fn old(&self, first_byte: u8, age: Duration) -> Result<Vec<Digest>, StoreError> {
+        let path = self.0.folders[usize::from(first_byte)].path().to_owned();
+        let written_by = SystemTime::now().checked_sub(age);
+        tokio::task::spawn_blocking(move || folder::written_by(&path, written_by))
+            .await
+            .map_err(|_| StoreError::Interrupted)?
+            .map_err(|source| StoreError::List { first_byte, source })
+    }
+
+    /// Removes a blob, durably, unless it was put or renewed within `age`; says whether it did.
+    /// Whoever will name it in a row renews it first, so that it can't go in between. Goes on
+    /// like `put`.
+    pub async fn delete_old(&self, digest: &Digest, age: Duration) -> Result<bool, StoreError> {
         let (store, digest) = (self.clone(), *digest);
-        unbroken(async move { store.remove(digest).await }).await
+        unbroken(async move { store.remove_old(digest, age).await }).await
+    }
+
+    /// Forgets which blobs were put or renewed before `age`: nobody asks with a longer one.
+    pub fn forget_renewals(&self, age: Duration) {
+        self.0.young.forget(age);
     }
 
     async fn write(&self, bytes: Bytes) -> Result<Digest, StoreError> {
@@ -99,6 +134,7 @@ impl BlobStore {
         // Held from the look to the write: of two writers of one blob the second waits until
         // the first is durable instead of believing a name that isn't yet.
         let mut folder = self.folder(&digest).lock().await;
+        self.0.young.mark(digest);
         if self.size(&digest).await? == Some(size) {
             folder.sync().await.map_err(|e| StoreError::io("sync", digest, size, e))?;
             return Ok(digest);
@@ -111,11 +147,15 @@ impl BlobStore {
         Ok(digest)
     }
 
-    async fn remove(&self, digest: Digest) -> Result<(), StoreError> {
-        // A `put` of the same blob comes wholly before or wholly after.
+    async fn remove_old(&self, digest: Digest, age: Duration) -> Result<bool, StoreError> {
+        // A `put` or `renew` of the same blob comes wholly before or wholly after.
         let _folder = self.folder(&digest).lock().await;
+        if self.0.young.is_within(digest, age) {
+            return Ok(false);
+        }
         match self.0.objects.delete(&location(&digest)).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
             Err(e) => Err(StoreError::object("delete", digest, 0, e)),
         }
     }
@@ -185,17 +225,46 @@ mod tests {
         let digest = Digest::of(b"never stored");
         assert_eq!(store.get(&digest).await.unwrap(), None);
         assert_eq!(store.size(&digest).await.unwrap(), None);
-        store.delete(&digest).await.unwrap();
+        assert!(!store.delete_old(&digest, Duration::ZERO).await.unwrap());
     }
 
     #[tokio::test]
     async fn a_deleted_blob_is_gone_and_can_be_put_again() {
         let (_directory, store) = store();
         let digest = store.put(Bytes::from_static(b"blob")).await.unwrap();
-        store.delete(&digest).await.unwrap();
+        assert!(store.delete_old(&digest, Duration::ZERO).await.unwrap());
         assert_eq!(store.get(&digest).await.unwrap(), None);
         store.put(Bytes::from_static(b"blob")).await.unwrap();
         assert_eq!(store.get(&digest).await.unwrap().unwrap(), "blob");
+    }
+
+    #[tokio::test]
+    async fn a_blob_that_was_just_put_or_renewed_is_not_deleted() {
+        let (directory, store) = store();
+        let hour = Duration::from_secs(3_600);
+        let put = store.put(Bytes::from_static(b"put")).await.unwrap();
+        assert!(!store.delete_old(&put, hour).await.unwrap());
+        // To a process that has just started it is old, until somebody wants it.
+        let again = BlobStore::open_local(&directory.path().join("blobs")).unwrap();
+        assert_eq!(again.renew(&put).await.unwrap(), Some(3));
+        assert!(!again.delete_old(&put, hour).await.unwrap());
+        let again = BlobStore::open_local(&directory.path().join("blobs")).unwrap();
+        again.put(Bytes::from_static(b"put")).await.unwrap();
+        assert!(!again.delete_old(&put, hour).await.unwrap(), "a put that wrote nothing counts");
+        assert_eq!(again.renew(&Digest::of(b"absent")).await.unwrap(), None);
+        let again = BlobStore::open_local(&directory.path().join("blobs")).unwrap();
+        assert!(again.delete_old(&put, hour).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn blobs_are_listed_by_their_first_byte_once_they_are_old() {
+        let (directory, store) = store();
+        let digest = store.put(Bytes::from_static(b"blob")).await.unwrap();
+        let half = PathBuf::from(format!("{}#1", file_of(&directory, &digest).display()));
+        std::fs::write(half, b"bl").unwrap();
+        assert_eq!(store.old(digest.0[0], Duration::from_secs(3_600)).await.unwrap(), []);
+        assert_eq!(store.old(digest.0[0], Duration::ZERO).await.unwrap(), [digest]);
+        assert_eq!(store.old(!digest.0[0], Duration::ZERO).await.unwrap(), [], "a folder that is not there");
     }
 
     #[tokio::test]

@@ -25,6 +25,9 @@ use super::{
 /// Submitted and not finished at once.
 const AHEAD: usize = 12;
 
+/// How far back it asks again.
+const REMEMBERED: usize = 8;
+
 pub struct ModelClient {
     index: usize,
     replicas: Option<u32>,
@@ -108,8 +111,11 @@ impl ModelClient {
         match dice.below(10) {
             0..=4 => self.next_submit(run, dice),
             5..=7 => {
-                let waits = (0..self.plan.len()).filter(|i| !self.outcomes.contains_key(i));
-                let i = waits.take(1 + dice.below(3) as usize).last()?;
+                let mut waits = (0..self.plan.len()).filter(|i| !self.outcomes.contains_key(i)).peekable();
+                // A result is kept for so long, not for ever.
+                let urgent = waits.peek().is_some_and(|i| i + REMEMBERED < self.accepted.len());
+                let among = if urgent { 1 } else { 1 + dice.below(3) as usize };
+                let i = waits.take(among).last()?;
                 let seq = *self.accepted.get(&i)?;
                 let hold_ms = dice.below(3_000) as u32;
                 Some((ClientRequest::WaitOperation { run, seq, hold_ms }, Asked::Wait(i)))
@@ -124,7 +130,8 @@ impl ModelClient {
         let submitting = self.asked.values().any(|asked| matches!(asked, Asked::Submit(_)));
         let next = self.accepted.len();
         let again = next > 0 && dice.below(8) == 0;
-        let i = if again { dice.below(next as u64) as usize } else { next };
+        let recent = next.min(REMEMBERED) as u64;
+        let i = if again { next - 1 - dice.below(recent) as usize } else { next };
         let ahead = self.accepted.len() - self.outcomes.len().min(self.accepted.len());
         if submitting || i >= self.plan.len() || (!again && ahead >= AHEAD) {
             return None;
@@ -235,6 +242,12 @@ impl ModelClient {
                 let published = [info.initial, info.live].into_iter().flatten();
                 let new: Vec<_> = published.filter(|policy| !client.policies.contains(policy)).collect();
                 client.policies.extend(new);
+            }
+            (Asked::Sample(SampleTarget::Policy(policy), _), ClientResponse::Error(error))
+                if error.kind == ErrorKind::NotFound =>
+            {
+                client.policies.retain(|known| *known != policy);
+                assert!(!world.journal.keeps(policy), "{policy} is kept: {error}");
             }
             (asked, ClientResponse::Error(error)) => {
                 let transient = match asked {

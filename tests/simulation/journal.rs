@@ -4,9 +4,12 @@ use std::collections::{BTreeMap, VecDeque};
 
 use lockstep::{
     coordinator::state::AppendId,
-    journal::{Outcome, Record, Recovered, RecoveredOperation, RecoveredRun},
-    protocol::{BlobRef, CreateRun, Epoch, Operation, OperationSeq, SavedFile},
-    types::{Checkpoint, CheckpointTarget, Digest, PolicyId, RunId, SessionId},
+    journal::{
+        Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot, SavedCheckpoint,
+        Standing, blobs_of_operation,
+    },
+    protocol::{BlobRef, CreateRun, Epoch, Operation, OperationSeq, encode},
+    types::{CheckpointTarget, Digest, PolicyId, RunId, SessionId},
 };
 
 use super::{rank::Weights, world::Blobs};
@@ -15,19 +18,20 @@ use super::{rank::Weights, world::Blobs};
 pub struct ModelJournal {
     /// Queued and not written; a crash loses it.
     pub queue: VecDeque<(AppendId, Vec<Record>)>,
+    pub pruned: u64,
     epoch: u64,
     sessions: Vec<SessionId>,
     runs: BTreeMap<RunId, ModelRun>,
-    checkpoints: BTreeMap<(RunId, CheckpointTarget, String), Saved>,
+    checkpoints: BTreeMap<(RunId, CheckpointTarget, String), SavedCheckpoint>,
 }
-
-type Saved = (Checkpoint, Vec<SavedFile>, Option<PolicyId>);
 
 pub struct ModelRun {
     create: CreateRun,
     model_digest: Digest,
     pub operations: BTreeMap<OperationSeq, RecoveredOperation>,
-    snapshot: Option<(OperationSeq, BlobRef)>,
+    snapshots: BTreeMap<OperationSeq, (BlobRef, Standing)>,
+    /// Nothing up to here is left but in `operations`, for comparison.
+    forgotten: OperationSeq,
     /// Of version 0, then of later ones.
     slots: BTreeMap<bool, (PolicyId, BlobRef)>,
     /// The operation that filled a slot last, and which.
@@ -58,7 +62,8 @@ impl ModelJournal {
                     create,
                     model_digest,
                     operations: BTreeMap::new(),
-                    snapshot: None,
+                    snapshots: BTreeMap::new(),
+                    forgotten: OperationSeq(0),
                     slots: BTreeMap::new(),
                     published: None,
                     state,
@@ -75,11 +80,15 @@ impl ModelJournal {
                     assert!(operations.values().all(|o| o.key != key), "{run}: one key, two operations");
                     assert!(operations.keys().all(|s| *s < seq), "{run}: operation {} came late", seq.0);
                 }
-                operations
-                    .insert(seq, RecoveredOperation { seq, key, incarnation, operation, outcome: None });
+                let digest = Digest::of(&encode(&operation));
+                let operation = Some(operation);
+                operations.insert(
+                    seq,
+                    RecoveredOperation { seq, key, incarnation, operation, digest, outcome: None },
+                );
             }
             Record::Outcome { run, seq, outcome } => self.write_outcome(run, seq, outcome, blobs),
-            Record::Snapshot { run, seq, snapshot } => {
+            Record::Snapshot { run, seq, snapshot, standing } => {
                 let run_row = self.runs.get_mut(&run).expect("a run of its own");
                 let then = run_row.states.get(&seq).expect("an operation with an outcome");
                 assert_eq!(
@@ -88,15 +97,23 @@ impl ModelJournal {
                     "{run}: the snapshot after {} is of another state",
                     seq.0
                 );
-                if run_row.snapshot.is_none_or(|(newest, _)| newest < seq) {
-                    run_row.snapshot = Some((seq, snapshot));
-                }
+                assert_eq!(
+                    standing.step, then.step,
+                    "{run}: the snapshot after {} is of another step",
+                    seq.0
+                );
+                assert_eq!(standing.incarnation, run_row.incarnation_at(seq), "{run}: of another life");
+                run_row.snapshots.insert(seq, (snapshot, standing));
             }
-            Record::Checkpoint { checkpoint, files, policy } => {
+            Record::Checkpoint(saved) => {
+                let checkpoint = &saved.checkpoint;
                 let key = (checkpoint.run_id, checkpoint.target, checkpoint.checkpoint_id.clone());
-                let taken = self.checkpoints.values().any(|(other, ..)| other.id == checkpoint.id);
+                let taken = self.checkpoints.values().any(|other| other.checkpoint.id == checkpoint.id);
                 assert!(!taken, "{} twice", checkpoint.id);
-                self.checkpoints.insert(key, (checkpoint, files, policy));
+                self.checkpoints.insert(key, saved);
+            }
+            Record::DropCheckpoint { checkpoint } => {
+                self.checkpoints.retain(|_, saved| saved.checkpoint.id != checkpoint);
             }
             Record::Slot { policy, adapter, .. } => {
                 let run = self.runs.get_mut(&policy.run).expect("a run of its own");
@@ -111,8 +128,36 @@ impl ModelJournal {
                 run.slots.clear();
                 run.published = None;
             }
-            Record::Prune { .. } => panic!("nothing prunes yet"),
+            Record::Prune { run, base, upto } => {
+                let run = self.runs.get_mut(&run).expect("a run of its own");
+                assert!(run.snapshots.contains_key(&base) && upto <= base, "nothing to go on from");
+                run.snapshots = run.snapshots.split_off(&base);
+                run.forgotten = run.forgotten.max(upto);
+                self.pruned += 1;
+            }
         }
+    }
+
+    /// Whether a row needs this blob.
+    pub fn names(&self, digest: Digest) -> bool {
+        let of_run = |run: &ModelRun| {
+            let replayed = run.snapshots.keys().next().copied().unwrap_or(OperationSeq(0));
+            let operations = run.operations.range(OperationSeq(replayed.0 + 1)..);
+            let operations =
+                operations.filter_map(|(_, o)| o.operation.as_ref()).flat_map(blobs_of_operation);
+            let snapshots = run.snapshots.values().map(|(blob, _)| *blob);
+            let slots = run.slots.values().map(|(_, adapter)| *adapter);
+            let mut blobs = operations.chain(snapshots).chain(slots);
+            blobs.any(|blob| blob.digest == digest)
+        };
+        let saved = self.checkpoints.values().flat_map(|saved| &saved.files);
+        saved.map(|file| file.blob.digest).any(|other| other == digest) || self.runs.values().any(of_run)
+    }
+
+    /// Whether the policy's weights are kept: by a checkpoint, or because it is live.
+    pub fn keeps(&self, policy: PolicyId) -> bool {
+        let live = self.runs.values().flat_map(|run| run.slots.values()).any(|(live, _)| *live == policy);
+        live || self.checkpoints.values().any(|saved| saved.policy == Some(policy))
     }
 
     fn write_outcome(&mut self, id: RunId, seq: OperationSeq, outcome: Outcome, blobs: &mut Blobs) {
@@ -122,7 +167,8 @@ impl ModelJournal {
         }
         let operation = run.operations.get_mut(&seq).expect("accepted before it ended");
         assert!(operation.outcome.is_none(), "{id}: operation {} ended twice", seq.0);
-        run.state.follow(id, &operation.operation, &outcome, blobs);
+        let submitted = operation.operation.as_ref().expect("kept for comparison");
+        run.state.follow(id, submitted, &outcome, blobs);
         operation.outcome = Some(outcome);
         run.states.insert(seq, run.state.clone());
     }
@@ -132,7 +178,7 @@ impl ModelJournal {
     }
 
     pub fn operation(&self, run: RunId, seq: OperationSeq) -> Option<&Operation> {
-        Some(&self.runs.get(&run)?.operations.get(&seq)?.operation)
+        self.runs.get(&run)?.operations.get(&seq)?.operation.as_ref()
     }
 
     /// The run's slot, if this operation filled it.
@@ -150,18 +196,50 @@ impl ModelJournal {
             create: run.create.clone(),
             model_digest: run.model_digest,
             created_at_ms: 0,
-            snapshot: run.snapshot,
-            operations: run.operations.values().cloned().collect(),
+            snapshots: run.recovered_snapshots(),
+            operations: run.recovered_operations(),
             slots: run.slots.values().copied().collect(),
         });
         let mut checkpoints: Vec<_> = self.checkpoints.values().cloned().collect();
-        checkpoints.sort_by_key(|(checkpoint, ..)| checkpoint.id);
+        checkpoints.sort_by_key(|saved| saved.checkpoint.id);
         Recovered {
             epoch: Epoch(self.epoch),
             sessions: self.sessions.clone(),
             runs: runs.collect(),
             checkpoints,
-            live_blobs: Vec::new(),
         }
+    }
+}
+
+impl ModelRun {
+    fn incarnation_at(&self, seq: OperationSeq) -> u32 {
+        let done = |o: &&RecoveredOperation| matches!(o.outcome, Some(Outcome::Done { .. }));
+        let last = self.operations.range(..=seq).rev().map(|(_, o)| o).find(done);
+        last.map_or(0, |operation| operation.incarnation)
+    }
+
+    fn recovered_snapshots(&self) -> Vec<RecoveredSnapshot> {
+        let snapshots = self.snapshots.iter().map(|(seq, (blob, standing))| RecoveredSnapshot {
+            seq: *seq,
+            blob: *blob,
+            standing: standing.clone(),
+            payload_bytes: 0,
+        });
+        snapshots.collect()
+    }
+
+    fn recovered_operations(&self) -> Vec<RecoveredOperation> {
+        let covered = self.snapshots.keys().next_back().copied().unwrap_or(OperationSeq(0));
+        let left = self.operations.range(OperationSeq(self.forgotten.0 + 1)..).map(|(_, o)| o.clone());
+        let pass = |operation: &Operation| {
+            matches!(operation, Operation::Forward { .. } | Operation::ForwardBackward { .. })
+        };
+        let left = left.map(|o| match o.operation {
+            Some(operation) if o.seq <= covered && pass(&operation) => {
+                RecoveredOperation { operation: None, ..o }
+            }
+            operation => RecoveredOperation { operation, ..o },
+        });
+        left.collect()
     }
 }

@@ -8,6 +8,7 @@
 //! - a commit, an acceptance and an outcome are heard of only after they are durable
 //!   (`node`, `client`);
 //! - an outcome never changes, whoever asks and however often the coordinator died (`client`);
+//! - what is forgotten, and swept from the store, is never missed (`journal`, `world`);
 //! - a sample's version is that of its weights, pinned weights are kept, a publish is reported
 //!   only when a node serves it (`client`);
 //! - once the accidents end, every operation of every client ends (`main`).
@@ -44,8 +45,9 @@ fn survives_accidents() {
         }
     }
     // A simulation in which nothing goes wrong shows nothing.
-    let Tally { crashes, nodes_lost, stalls, appends_refused, replayed, restored, tried_again } = tally;
+    let Tally { crashes, nodes_lost, stalls, appends_refused, replayed, restored, tried_again, .. } = tally;
     let rarest = [crashes, nodes_lost, stalls, appends_refused, replayed, restored, tried_again];
+    let rarest = [&rarest[..], &[tally.pruned, tally.swept]].concat();
     assert!(rarest.iter().all(|count| *count >= SEEDS / 2), "{tally:?}");
 }
 
@@ -72,5 +74,6 @@ fn live_through(seed: u64) -> Tally {
     world.run_until(60_000, "samples after a restart", |world| {
         world.clients.iter().map(|client| client.samples).sum::<usize>() > samples
     });
+    world.tally.pruned = world.journal.pruned;
     world.tally
 }

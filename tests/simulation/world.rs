@@ -44,19 +44,34 @@ impl Dice {
 
 /// States by the digest of what stands for their bytes.
 #[derive(Default)]
-pub struct Blobs(HashMap<Digest, Weights>);
+pub struct Blobs {
+    now_ms: u64,
+    /// With the time at which each was put last.
+    stored: HashMap<Digest, (Weights, u64)>,
+}
 
 impl Blobs {
     pub fn put(&mut self, state: Weights) -> BlobRef {
         let digest = Digest::of(format!("{state:?}").as_bytes());
-        self.0.insert(digest, state);
+        self.stored.insert(digest, (state, self.now_ms));
         BlobRef { digest, size: 1 }
     }
 
     pub fn get(&self, blob: BlobRef) -> &Weights {
-        self.0.get(&blob.digest).expect("a blob that was stored")
+        &self.stored.get(&blob.digest).expect("a blob that was stored").0
+    }
+
+    fn old(&self) -> Vec<Digest> {
+        let old = self.stored.iter().filter(|(_, (_, put_ms))| put_ms + YOUNG_MS <= self.now_ms);
+        old.map(|(digest, _)| *digest).collect()
     }
 }
+
+/// Blobs that are not swept yet: longer than from a rank's file to the row that names it.
+const YOUNG_MS: u64 = 10_000;
+
+/// Between two sweeps.
+const SWEEP_MS: u64 = 7_000;
 
 /// What happens at a point in time. `life`: of the coordinator, `link`: of a node's connection;
 /// what is of an earlier one is lost.
@@ -71,6 +86,7 @@ enum Action {
     Answer { life: u64, waiter: WaiterId, response: ClientResponse },
     ClientStep { client: usize },
     Accident,
+    Sweep,
 }
 
 /// One node's connection: messages of each direction arrive in order.
@@ -93,6 +109,9 @@ pub struct Tally {
     pub restored: u64,
     /// Sample requests tried on another replica.
     pub tried_again: u64,
+    /// Pieces of the past that the journal forgot, and blobs that went with them.
+    pub pruned: u64,
+    pub swept: u64,
 }
 
 impl Tally {
@@ -104,6 +123,8 @@ impl Tally {
         self.replayed += other.replayed;
         self.restored += other.restored;
         self.tried_again += other.tried_again;
+        self.pruned += other.pruned;
+        self.swept += other.swept;
     }
 }
 
@@ -137,6 +158,8 @@ fn limits() -> Limits {
         stage_deadline: Duration::from_secs(5),
         generate_deadline: Duration::from_secs(60),
         snapshot_every_steps: 3,
+        results_kept: 24,
+        publishes_kept: 2,
         ..Limits::default()
     }
 }
@@ -179,6 +202,7 @@ impl World {
         }
         world.at(TICK_MS, Action::Tick { life: 0 });
         world.at(3_000, Action::Accident);
+        world.at(SWEEP_MS, Action::Sweep);
         world
     }
 
@@ -188,6 +212,7 @@ impl World {
         while !done(self) {
             let ((at_ms, _), action) = self.queue.pop_first().expect("ticks never end");
             self.now_ms = self.now_ms.max(at_ms);
+            self.blobs.now_ms = self.now_ms;
             assert!(self.now_ms < end_ms, "after {limit_ms} ms still not: {what}");
             self.act(action);
         }
@@ -262,6 +287,10 @@ impl World {
                 let after_ms = self.dice.between(500, 6_000);
                 self.at(after_ms, Action::Accident);
                 self.accident();
+            }
+            Action::Sweep => {
+                self.at(SWEEP_MS, Action::Sweep);
+                self.sweep();
             }
             // Of a life or a connection that is over.
             _ => {}
@@ -365,6 +394,15 @@ impl World {
         }
     }
 
+    /// Takes away what neither a row nor the coordinator needs: whoever still looks finds nothing.
+    fn sweep(&mut self) {
+        let unnamed = self.blobs.old().into_iter().filter(|digest| !self.journal.names(*digest));
+        for digest in self.coordinator.unneeded(unnamed.collect()) {
+            self.blobs.stored.remove(&digest);
+            self.tally.swept += 1;
+        }
+    }
+
     fn index_of(&self, node: NodeId) -> Option<usize> {
         self.nodes.iter().position(|n| n.id == Some(node))
     }
@@ -402,7 +440,9 @@ impl World {
             4..=5 => self.crash(),
             6 => {
                 // Nobody ran, so nobody answered.
-                self.now_ms += self.dice.between(1_000, 30_000);
+                let stalled_ms = self.dice.between(1_000, 30_000);
+                self.now_ms += stalled_ms;
+                self.blobs.stored.values_mut().for_each(|(_, put_ms)| *put_ms += stalled_ms);
                 self.tally.stalls += 1;
             }
             _ => {}

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::{
-    protocol::{ADAPTER_FILE, BlobRef, LoadSource, STATE_FILE, SavedFile},
+    journal::SavedCheckpoint,
+    protocol::{ADAPTER_FILE, BlobRef, LoadSource, STATE_FILE},
     types::{
         Checkpoint, CheckpointFile, CheckpointFilesResponse, CheckpointId, CheckpointPath, CheckpointTarget,
         InvalidInput, PolicyId, RunId,
@@ -15,20 +16,10 @@ use super::Refusal;
 /// Most files on a page.
 const PAGE_MAX: u32 = 1_000;
 
-/// A checkpoint with what it holds.
-#[derive(Clone)]
-pub(super) struct StoredCheckpoint {
-    pub checkpoint: Checkpoint,
-    /// By name.
-    pub files: Vec<SavedFile>,
-    /// What a sampler checkpoint is served as.
-    pub policy: Option<PolicyId>,
-}
-
 /// All checkpoints; one (run, target, name) is one.
 #[derive(Default)]
 pub(super) struct Checkpoints {
-    by_id: BTreeMap<CheckpointId, StoredCheckpoint>,
+    by_id: BTreeMap<CheckpointId, SavedCheckpoint>,
     by_path: HashMap<CheckpointPath, CheckpointId>,
     last: u64,
 }
@@ -41,7 +32,7 @@ impl Checkpoints {
     }
 
     /// Adds a checkpoint; the one of the same name is gone.
-    pub fn insert(&mut self, mut stored: StoredCheckpoint) {
+    pub fn insert(&mut self, mut stored: SavedCheckpoint) {
         stored.files.sort_by(|a, b| a.name.cmp(&b.name));
         let id = stored.checkpoint.id;
         self.last = self.last.max(id.0);
@@ -51,13 +42,33 @@ impl Checkpoints {
         self.by_id.insert(id, stored);
     }
 
-    pub fn find(&self, path: &CheckpointPath) -> Result<&StoredCheckpoint, Refusal> {
+    pub fn remove(&mut self, id: CheckpointId) {
+        if let Some(saved) = self.by_id.remove(&id) {
+            // A later one of the same name may have its place already.
+            let path = saved.path();
+            if self.by_path.get(&path) == Some(&id) {
+                self.by_path.remove(&path);
+            }
+        }
+    }
+
+    /// Those of a run that were saved in order to be served, oldest first.
+    pub fn published(&self, run: RunId) -> impl Iterator<Item = &SavedCheckpoint> {
+        self.by_id.values().filter(move |saved| saved.published && saved.checkpoint.run_id == run)
+    }
+
+    /// Every file of every checkpoint.
+    pub fn blobs(&self) -> impl Iterator<Item = BlobRef> {
+        self.by_id.values().flat_map(|saved| saved.files.iter().map(|file| file.blob))
+    }
+
+    pub fn find(&self, path: &CheckpointPath) -> Result<&SavedCheckpoint, Refusal> {
         let id = self.by_path.get(path).ok_or_else(|| Refusal::UnknownCheckpoint(path.to_string()))?;
         Ok(&self.by_id[id])
     }
 
     /// The checkpoint whose file is `blob`, if it is still kept.
-    pub fn holding(&self, blob: &BlobRef) -> Option<&StoredCheckpoint> {
+    pub fn holding(&self, blob: &BlobRef) -> Option<&SavedCheckpoint> {
         self.by_id.values().find(|stored| stored.files.iter().any(|file| file.blob == *blob))
     }
 
@@ -104,8 +115,8 @@ impl Checkpoints {
     }
 }
 
-impl StoredCheckpoint {
-    pub fn path(&self) -> CheckpointPath {
+impl SavedCheckpoint {
+    pub(super) fn path(&self) -> CheckpointPath {
         CheckpointPath {
             run: self.checkpoint.run_id,
             target: self.checkpoint.target,
@@ -113,12 +124,12 @@ impl StoredCheckpoint {
         }
     }
 
-    pub fn file(&self, name: &str) -> Option<BlobRef> {
+    pub(super) fn file(&self, name: &str) -> Option<BlobRef> {
         self.files.iter().find(|file| file.name == name).map(|file| file.blob)
     }
 
     /// What a `LoadState` of it reads.
-    pub fn load_source(&self) -> Option<LoadSource> {
+    pub(super) fn load_source(&self) -> Option<LoadSource> {
         let target = self.checkpoint.target;
         let file = match target {
             CheckpointTarget::Trainer => STATE_FILE,

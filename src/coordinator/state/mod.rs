@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Where to read: `event` (the interface), `run` (what a run is), `operations` (its queue),
-//! `placement` and `execution` (its ranks at work), `versions` and `sampling` (the samplers),
+//! `placement` and `execution` (its ranks at work), `history` (what is forgotten), `versions` and `sampling` (the samplers),
 //! `invariants` (what holds after every event).
 
 mod admission;
@@ -19,6 +19,7 @@ mod checkpoints;
 mod drain;
 mod event;
 mod execution;
+mod history;
 mod invariants;
 mod membership;
 mod memory;
@@ -42,7 +43,7 @@ use crate::{
         BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, Epoch, ModelOffer, NodeId, OperationSeq,
         RequestId,
     },
-    types::{OperationError, RunId, SessionId},
+    types::{CheckpointId, OperationError, RunId, SessionId},
 };
 
 use self::{
@@ -97,6 +98,7 @@ pub struct State {
     appends: BTreeMap<AppendId, Appending>,
     next_append: u64,
     drain: Option<Drain>,
+    next_tending_ms: u64,
     effects: Vec<Effect>,
 }
 
@@ -115,6 +117,8 @@ enum Appending {
     Operation { run: RunId, seq: OperationSeq },
     Outcome { run: RunId, seq: OperationSeq },
     Snapshot { run: RunId, seq: OperationSeq, snapshot: BlobRef },
+    Prune { run: RunId, base: OperationSeq, upto: OperationSeq },
+    Drop { checkpoints: Vec<CheckpointId> },
 }
 
 impl State {
@@ -169,6 +173,7 @@ impl State {
         }
         self.expire_stages();
         self.expire_samples();
+        self.tend_history();
     }
 
     fn appended(&mut self, append: AppendId, result: Result<(), JournalError>) {
@@ -179,6 +184,8 @@ impl State {
             Appending::Operation { run, seq } => self.operation_durable(run, seq, result),
             Appending::Outcome { run, seq } => self.outcome_durable(run, seq, result),
             Appending::Snapshot { run, seq, snapshot } => self.snapshot_durable(run, seq, snapshot, result),
+            Appending::Prune { run, base, upto } => self.pruned(run, base, upto, result),
+            Appending::Drop { checkpoints } => self.dropped(checkpoints, result),
         }
     }
 

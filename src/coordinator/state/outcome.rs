@@ -2,15 +2,13 @@
 //! one append, then commit, then the waiters.
 
 use crate::{
-    journal::{JournalError, Outcome, Record},
+    journal::{JournalError, Outcome, Record, SavedCheckpoint},
     protocol::{ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationSeq, Saved},
     types::{Checkpoint, CheckpointPath, CheckpointTarget, OperationError, PolicyId, RunId},
 };
 
 use super::{
-    Appending, State,
-    checkpoints::StoredCheckpoint,
-    fault,
+    Appending, State, fault,
     run::{Conclusion, Publication, Work},
 };
 
@@ -20,7 +18,7 @@ const WRITE_AGAIN_MS: u64 = 1_000;
 /// What a save adds to the journal beside its outcome.
 #[derive(Default)]
 struct Leftovers {
-    checkpoint: Option<StoredCheckpoint>,
+    checkpoint: Option<SavedCheckpoint>,
     publish: Option<(PolicyId, BlobRef)>,
 }
 
@@ -47,13 +45,7 @@ impl State {
             records.push(Record::Operation { run: id, seq, key, incarnation, operation });
         }
         records.push(Record::Outcome { run: id, seq, outcome: outcome.clone() });
-        if let Some(stored) = &left.checkpoint {
-            records.push(Record::Checkpoint {
-                checkpoint: stored.checkpoint.clone(),
-                files: stored.files.clone(),
-                policy: stored.policy,
-            });
-        }
+        records.extend(left.checkpoint.clone().map(Record::Checkpoint));
         let fresh =
             matches!((&entry.operation, &outcome), (Some(Operation::Init { .. }), Outcome::Done { .. }));
         if fresh && run.has_published() {
@@ -122,7 +114,7 @@ impl State {
         };
         let policy = PolicyId { run: id, incarnation: entry.incarnation, step: *step, digest: saved.digest };
         let policy = (target == CheckpointTarget::Sampler).then_some(policy);
-        let stored = StoredCheckpoint { checkpoint, files: saved.files, policy };
+        let stored = SavedCheckpoint { checkpoint, files: saved.files, policy, published: publish };
         let publish = match (policy, publish) {
             (Some(policy), true) => {
                 let adapter = stored.file(ADAPTER_FILE);

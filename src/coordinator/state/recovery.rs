@@ -3,15 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    journal::{Outcome, Recovered, RecoveredOperation, RecoveredRun},
-    protocol::{Operation, encode},
+    journal::{Outcome, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot},
+    protocol::{Operation, OperationSeq, encode},
     types::{Digest, PolicyId},
 };
 
 use super::{
     Limits, State,
-    checkpoints::{Checkpoints, StoredCheckpoint},
-    run::{Entry, Publication, Run},
+    checkpoints::Checkpoints,
+    history::Kept,
+    run::{Entry, Publication, Run, after},
     versions::Policies,
 };
 
@@ -20,8 +21,8 @@ impl State {
     /// that [`State::handle`] gets, in milliseconds since the Unix epoch.
     pub fn recover(limits: Limits, recovered: Recovered, now_ms: u64) -> Self {
         let mut checkpoints = Checkpoints::default();
-        for (checkpoint, files, policy) in recovered.checkpoints {
-            checkpoints.insert(StoredCheckpoint { checkpoint, files, policy });
+        for saved in recovered.checkpoints {
+            checkpoints.insert(saved);
         }
         let mut policies = Policies::default();
         for (policy, base_model, adapter) in checkpoints.policies() {
@@ -55,6 +56,7 @@ impl State {
             appends: BTreeMap::new(),
             next_append: 0,
             drain: None,
+            next_tending_ms: now_ms,
             effects: Vec::new(),
         };
         for run in recovered.runs {
@@ -64,14 +66,15 @@ impl State {
     }
 
     fn recover_run(&mut self, recovered: RecoveredRun) {
-        let RecoveredRun { run: id, create, model_digest, snapshot, operations, slots, .. } = recovered;
+        let RecoveredRun { run: id, create, model_digest, snapshots, operations, slots, .. } = recovered;
         let mut run = Run::new(id, create, model_digest);
-        run.snapshot = snapshot;
-        if let Some((seq, _)) = snapshot {
-            run.finished = seq;
-            run.next_seq = seq.0 + 1;
+        let covered = snapshots.last().map_or(OperationSeq(0), |newest| newest.seq);
+        let (old, new): (Vec<_>, Vec<_>) = operations.into_iter().partition(|o| o.seq <= covered);
+        for operation in old {
+            run.recover_operation(operation);
         }
-        for operation in operations {
+        run.recover_snapshots(snapshots);
+        for operation in new {
             run.recover_operation(operation);
         }
         // Ranks cost memory and a replay: only for whom something waits.
@@ -82,7 +85,8 @@ impl State {
             run.serve(policy, self.wall_ms);
         }
         run.hide_last_publish();
-        let finished = run.operations.range(..=run.finished).map(|(seq, _)| *seq).collect::<Vec<_>>();
+        let finished = run.operations.range(after(covered)..).map(|(seq, _)| *seq);
+        let finished: Vec<_> = finished.filter(|seq| *seq <= run.finished).collect();
         self.runs.insert(id, run);
         for seq in finished {
             self.adopt_lora(id, seq);
@@ -95,13 +99,17 @@ impl State {
 
 impl Run {
     fn recover_operation(&mut self, recovered: RecoveredOperation) {
-        let RecoveredOperation { seq, key, incarnation, operation, outcome } = recovered;
-        let body = Digest::of(&encode(&as_submitted(&operation)));
+        let RecoveredOperation { seq, key, incarnation, operation, digest, outcome } = recovered;
+        let body = match &operation {
+            Some(operation) => Digest::of(&encode(&as_submitted(operation))),
+            // Of a pass, which is as it was submitted.
+            None => digest,
+        };
         let entry = Entry {
             key,
             body,
             incarnation,
-            operation: Some(operation),
+            operation,
             accepted: true,
             visible: outcome.is_some(),
             outcome: None,
@@ -115,6 +123,23 @@ impl Run {
         if let Some(outcome) = outcome {
             self.finish(seq, outcome, None);
         }
+    }
+
+    /// The newest snapshot says where the run stood, whatever is left of the operations before it.
+    fn recover_snapshots(&mut self, snapshots: Vec<RecoveredSnapshot>) {
+        let Some(newest) = snapshots.last() else { return };
+        let standing = newest.standing.clone();
+        self.snapshot = Some((newest.seq, newest.blob));
+        self.finished = newest.seq;
+        self.next_seq = self.next_seq.max(newest.seq.0 + 1);
+        self.accepted_incarnation = self.accepted_incarnation.max(standing.incarnation);
+        (self.incarnation, self.step, self.lora) = (standing.incarnation, standing.step, standing.lora);
+        let kept = snapshots.into_iter().map(|RecoveredSnapshot { seq, blob, payload_bytes, .. }| Kept {
+            seq,
+            blob,
+            payload_bytes,
+        });
+        self.history = kept.collect();
     }
 
     /// The last publish is reported again only when a sampler serves it again.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::{
-    journal::{Outcome, Record},
+    journal::{Outcome, Record, SavedCheckpoint, Standing},
     protocol::{
         BlobRef, CreateRun, Generation, NodeId, OpToken, Operation, OperationKey, OperationResult,
         OperationSeq, OperationStatus, RankIndex, RankSeat, RunInfo, RunSpec, Saved,
@@ -11,10 +11,7 @@ use crate::{
     types::{Digest, ErrorKind, LoraConfig, OperationError, PolicyId, RunId},
 };
 
-use super::{WaiterId, checkpoints::StoredCheckpoint};
-
-/// Finished operations whose results are kept in memory for whoever asks again.
-const RESULTS_KEPT: usize = 2_048;
+use super::{WaiterId, history::Kept};
 
 /// A run as the coordinator has it.
 pub(super) struct Run {
@@ -38,6 +35,10 @@ pub(super) struct Run {
 
     /// The newest, durable.
     pub snapshot: Option<(OperationSeq, BlobRef)>,
+    /// All that are kept, oldest first; the newest is the last.
+    pub history: Vec<Kept>,
+    /// What is older is being forgotten.
+    pub pruning: bool,
     pub snapshotting: Option<Snapshotting>,
     pub snapshot_retry_ms: u64,
 
@@ -141,7 +142,7 @@ pub(super) struct Conclusion {
     /// The rank set that holds the operation prepared; absent: none does.
     pub token: Option<OpToken>,
     pub resolved: Option<Operation>,
-    pub checkpoint: Option<StoredCheckpoint>,
+    pub checkpoint: Option<SavedCheckpoint>,
     /// The policy to publish, and its adapter.
     pub publish: Option<(PolicyId, BlobRef)>,
     /// What is being written, for another try.
@@ -149,9 +150,20 @@ pub(super) struct Conclusion {
     pub retry_ms: Option<u64>,
 }
 
+/// Operations that finished and that no snapshot covers.
+#[derive(Default)]
+pub(super) struct Unsaved {
+    pub operations: usize,
+    /// Of these, those that changed the state.
+    pub changes: usize,
+    /// Of these, optimiser steps.
+    pub steps: usize,
+}
+
 /// A snapshot that rank 0 is writing.
 pub(super) struct Snapshotting {
     pub token: OpToken,
+    pub standing: Standing,
     pub deadline_ms: u64,
 }
 
@@ -177,6 +189,8 @@ impl Run {
             incarnation: 0,
             step: 0,
             snapshot: None,
+            history: Vec::new(),
+            pruning: false,
             snapshotting: None,
             snapshot_retry_ms: 0,
             generation: Generation(0),
@@ -232,35 +246,44 @@ impl Run {
         behind.filter(|(_, entry)| entry.changes_state()).map(|(seq, _)| *seq).next()
     }
 
-    /// Optimiser steps and operations that changed the state since the snapshot.
-    pub fn unsaved(&self) -> (usize, usize) {
-        let from = self.snapshot.map_or(OperationSeq(0), |(seq, _)| seq);
-        if from >= self.finished {
-            return (0, 0);
-        }
-        let changes = self.operations.range(after(from)..=self.finished).filter(|(_, e)| e.changes_state());
-        changes.fold((0, 0), |(steps, changes), (_, entry)| {
-            let step = matches!(entry.operation, Some(Operation::OptimStep { .. }));
-            (steps + usize::from(step), changes + 1)
-        })
+    /// Whether the ranks were made without an operation up to `seq` that changed the state.
+    pub fn ranks_lack(&self, seq: OperationSeq) -> bool {
+        let has = match &self.ranks {
+            Ranks::Absent => return false,
+            Ranks::Forming { restored, .. } => *restored,
+            Ranks::Formed { applied, .. } => *applied,
+        };
+        self.next_replay(has).is_some_and(|next| next <= seq)
     }
 
-    /// Forgets what a snapshot covers and nobody is likely to ask for again.
+    /// What finished since the snapshot.
+    pub fn unsaved(&self) -> Unsaved {
+        let from = self.snapshot.map_or(OperationSeq(0), |(seq, _)| seq);
+        let mut unsaved = Unsaved::default();
+        if from >= self.finished {
+            return unsaved;
+        }
+        for (_, entry) in self.operations.range(after(from)..=self.finished) {
+            let changes = entry.changes_state();
+            let step = changes && matches!(entry.operation, Some(Operation::OptimStep { .. }));
+            unsaved.operations += 1;
+            unsaved.changes += usize::from(changes);
+            unsaved.steps += usize::from(step);
+        }
+        unsaved
+    }
+
+    /// Forgets the data of what a snapshot covers: nothing repeats it.
     pub fn forget_covered(&mut self) {
         let Some((covered, _)) = self.snapshot else { return };
-        let publishing = self.publishing.as_ref().map(|p| p.seq);
         for (_, entry) in self.operations.range_mut(..=covered) {
             entry.operation = None;
         }
-        let finished = self.operations.range(..=self.finished).count();
-        let old = self.operations.range(..=covered).map(|(seq, _)| *seq);
-        let old: Vec<_> = old.take(finished.saturating_sub(RESULTS_KEPT)).collect();
-        for seq in old {
-            let free = publishing != Some(seq) && self.operations[&seq].waiters.is_empty();
-            if free && let Some(entry) = self.operations.remove(&seq) {
-                self.keys.remove(&entry.key);
-            }
-        }
+    }
+
+    /// Where the run stands after its last outcome.
+    pub fn standing(&self) -> Standing {
+        Standing { incarnation: self.incarnation, step: self.step, lora: self.lora.clone() }
     }
 
     /// The nodes of its ranks, each once.

@@ -8,12 +8,17 @@ use crate::{
 
 use super::{
     Appending, State,
-    run::{Ranks, Snapshotting, Work},
+    history::Kept,
+    run::{Ranks, Snapshotting, Unsaved, Work},
 };
 
 /// Operations that changed the state and that no snapshot covers: a run that only accumulates
 /// has no steps to count, and its operations are kept in memory until a snapshot covers them.
 const CHANGES_MAX: usize = 64;
+
+/// Operations of any kind that no snapshot covers: a run that only evaluates changes nothing, and
+/// its past can be forgotten only up to a snapshot.
+const OPERATIONS_MAX: usize = 512;
 
 /// How long rank 0 may take to write one.
 const SNAPSHOT_DEADLINE_MS: u64 = 120_000;
@@ -34,8 +39,9 @@ impl State {
         if run.snapshotting.is_some() {
             return !urgent;
         }
-        let (steps, changes) = run.unsaved();
-        let due = steps >= every || changes >= CHANGES_MAX || (urgent && changes > 0);
+        let Unsaved { operations, changes, steps } = run.unsaved();
+        let many = steps >= every || changes >= CHANGES_MAX || operations >= OPERATIONS_MAX;
+        let due = many || (urgent && changes > 0);
         if !due || now_ms < run.snapshot_retry_ms {
             return true;
         }
@@ -44,29 +50,31 @@ impl State {
         let token = self.token(id, run.finished);
         self.send(node, CoordinatorMessage::TakeSnapshot { token });
         if let Some(run) = self.runs.get_mut(&id) {
-            run.snapshotting = Some(Snapshotting { token, deadline_ms: now_ms + SNAPSHOT_DEADLINE_MS });
+            let (standing, deadline_ms) = (run.standing(), now_ms + SNAPSHOT_DEADLINE_MS);
+            run.snapshotting = Some(Snapshotting { token, standing, deadline_ms });
         }
         !urgent
     }
 
     pub(super) fn snapshot_taken(&mut self, node: NodeId, token: OpToken, snapshot: BlobRef) {
-        if self.is_snapshotting(node, token) {
+        if let Some(standing) = self.snapshotting(node, token).map(|s| s.standing.clone()) {
             let (run, seq) = (token.run, token.seq);
-            let record = Record::Snapshot { run, seq, snapshot };
+            let record = Record::Snapshot { run, seq, snapshot, standing };
             self.append(vec![record], Appending::Snapshot { run, seq, snapshot });
         }
     }
 
     pub(super) fn snapshot_failed(&mut self, node: NodeId, token: OpToken, error: &OperationError) {
-        if self.is_snapshotting(node, token) {
+        if self.snapshotting(node, token).is_some() {
             self.give_up_snapshot(token.run, &error.message);
         }
     }
 
-    fn is_snapshotting(&self, node: NodeId, token: OpToken) -> bool {
-        self.runs.get(&token.run).is_some_and(|run| {
-            run.snapshotting.as_ref().is_some_and(|s| s.token == token) && run.rank_nodes().contains(&node)
-        })
+    /// The snapshot under `token` that is awaited from `node`.
+    fn snapshotting(&self, node: NodeId, token: OpToken) -> Option<&Snapshotting> {
+        let run = self.runs.get(&token.run)?;
+        let seated = run.rank_nodes().contains(&node);
+        run.snapshotting.as_ref().filter(|s| s.token == token && seated)
     }
 
     pub(super) fn snapshot_durable(
@@ -80,13 +88,17 @@ impl State {
         match result {
             Ok(()) => {
                 if run.snapshot.is_none_or(|(held, _)| held < seq) {
+                    run.history.push(Kept { seq, blob: snapshot, payload_bytes: run.payload_bytes(seq) });
                     run.snapshot = Some((seq, snapshot));
                 }
                 if run.snapshotting.as_ref().is_some_and(|s| s.token.seq == seq) {
                     run.snapshotting = None;
                 }
+                let behind = run.ranks_lack(seq);
                 run.forget_covered();
-                self.start_over_if_behind(id, seq);
+                if behind {
+                    self.start_over(id);
+                }
             }
             Err(why) => self.give_up_snapshot(id, &why.to_string()),
         }
@@ -95,19 +107,12 @@ impl State {
 
     /// Ranks that were lost after they wrote a snapshot may have successors, made from an earlier one
     /// before it was durable. Those would repeat operations that are forgotten now.
-    fn start_over_if_behind(&mut self, id: RunId, seq: OperationSeq) {
+    fn start_over(&mut self, id: RunId) {
         let Some(run) = self.runs.get_mut(&id) else { return };
-        let has = match &run.ranks {
-            Ranks::Absent => return,
-            Ranks::Forming { restored, .. } => *restored,
-            Ranks::Formed { applied, .. } => *applied,
-        };
-        if has < seq {
-            if matches!(run.work, Work::Execute(_)) {
-                run.work = Work::Idle;
-            }
-            self.release(id);
+        if matches!(run.work, Work::Execute(_)) {
+            run.work = Work::Idle;
         }
+        self.release(id);
     }
 
     pub(super) fn expire_snapshot(&mut self, id: RunId) {

@@ -84,6 +84,16 @@ impl Policies {
         }
     }
 
+    /// Forgets those that no replica has and that `keep` does not hold.
+    pub fn forget_unless(&mut self, keep: impl Fn(&PolicyId) -> bool) {
+        self.known.retain(|policy, _| self.served.contains_key(policy) || keep(policy));
+    }
+
+    /// Of every policy that a request may name.
+    pub fn adapters(&self) -> impl Iterator<Item = BlobRef> {
+        self.known.values().map(|known| known.adapter)
+    }
+
     pub fn get(&self, policy: &PolicyId) -> Option<&Known> {
         self.known.get(policy)
     }

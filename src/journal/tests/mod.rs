@@ -34,6 +34,26 @@ fn recover(directory: &Path) -> Recovered {
     recovered
 }
 
+/// The blobs of [`blob`] that rows name, by digest.
+fn named(directory: &Path) -> Vec<BlobRef> {
+    let (journal, _) = Journal::open(directory).unwrap();
+    let mut all: Vec<BlobRef> = (0..=u8::MAX).map(blob).collect();
+    let (answer, answered) = mpsc::channel();
+    let digests = all.iter().map(|blob| blob.digest).collect();
+    journal.unnamed(digests, move |unnamed| answer.send(unnamed).unwrap());
+    let unnamed = answered.recv().unwrap().unwrap();
+    journal.close();
+    all.retain(|blob| !unnamed.contains(&blob.digest));
+    all.sort_by_key(|blob| blob.digest);
+    all
+}
+
+fn by_digest(numbers: impl IntoIterator<Item = u8>) -> Vec<BlobRef> {
+    let mut blobs: Vec<BlobRef> = numbers.into_iter().map(blob).collect();
+    blobs.sort_by_key(|blob| blob.digest);
+    blobs
+}
+
 fn blob(n: u8) -> BlobRef {
     BlobRef { digest: Digest::of(&[n]), size: u64::from(n) }
 }
@@ -97,7 +117,11 @@ fn failed(run: u64, seq: u64) -> Record {
 }
 
 fn snapshot(run: u64, seq: u64, n: u8) -> Record {
-    Record::Snapshot { run: RunId(run), seq: OperationSeq(seq), snapshot: blob(n) }
+    Record::Snapshot { run: RunId(run), seq: OperationSeq(seq), snapshot: blob(n), standing: standing(seq) }
+}
+
+fn standing(seq: u64) -> Standing {
+    Standing { incarnation: 2, step: seq, lora: LoraConfig::new(4, seq) }
 }
 
 fn policy(run: u64, step: u64) -> PolicyId {
@@ -128,5 +152,7 @@ fn checkpoint(id: u64, run: u64, target: CheckpointTarget, name: &str) -> Checkp
 fn saved(id: u64, run: u64, target: CheckpointTarget, name: &str, blobs: &[u8]) -> Record {
     let files = blobs.iter().map(|n| SavedFile { name: format!("file-{n}"), blob: blob(*n) }).collect();
     let policy = (target == CheckpointTarget::Sampler).then(|| policy(run, 1));
-    Record::Checkpoint { checkpoint: checkpoint(id, run, target, name), files, policy }
+    let published = target == CheckpointTarget::Sampler && id.is_multiple_of(2);
+    let checkpoint = checkpoint(id, run, target, name);
+    Record::Checkpoint(SavedCheckpoint { checkpoint, files, policy, published })
 }

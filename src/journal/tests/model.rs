@@ -6,18 +6,46 @@ use proptest::prelude::*;
 
 use super::*;
 
-type SavedCheckpoint = (Checkpoint, Vec<SavedFile>, Option<PolicyId>);
-
 /// What the journal should hold.
 #[derive(Debug, Clone, Default)]
 struct Model {
     sessions: BTreeSet<u64>,
     runs: BTreeSet<u64>,
-    operations: BTreeMap<(u64, u64), (u8, Operation, Option<Outcome>)>,
-    snapshots: BTreeMap<(u64, u64), BlobRef>,
+    operations: BTreeMap<(u64, u64), ModelOperation>,
+    snapshots: BTreeMap<(u64, u64), (BlobRef, Standing)>,
     checkpoints: BTreeMap<(u64, CheckpointTarget, String), SavedCheckpoint>,
     /// By run, and whether it is not of version 0.
     slots: BTreeMap<(u64, bool), (PolicyId, BlobRef)>,
+}
+
+#[derive(Debug, Clone)]
+struct ModelOperation {
+    key: u8,
+    operation: Operation,
+    outcome: Option<Outcome>,
+    /// Its data is still held.
+    holds: bool,
+}
+
+impl ModelOperation {
+    fn held(&self) -> Vec<BlobRef> {
+        let mut held = Vec::new();
+        if let Operation::ForwardBackward { data: Payload::Blob(blob), .. } = &self.operation
+            && self.holds
+        {
+            held.push(*blob);
+        }
+        if let Some(Outcome::Done { result: OperationResult::ForwardBackward(Payload::Blob(blob)), .. }) =
+            &self.outcome
+        {
+            held.push(*blob);
+        }
+        held
+    }
+
+    fn is_pass(&self) -> bool {
+        matches!(self.operation, Operation::ForwardBackward { .. })
+    }
 }
 
 impl Model {
@@ -41,36 +69,46 @@ impl Model {
                 let key = key.0[0];
                 let at = (run.0, seq.0);
                 let elsewhere =
-                    |((r, s), (k, ..)): (&(u64, u64), &(u8, _, _))| *r == run.0 && *s != seq.0 && *k == key;
+                    |((r, s), o): (&(u64, u64), &ModelOperation)| *r == run.0 && *s != seq.0 && o.key == key;
                 if !self.runs.contains(&run.0) || self.operations.iter().any(elsewhere) {
                     return false;
                 }
                 let same_kind =
                     |old: &Operation| std::mem::discriminant(old) == std::mem::discriminant(&operation);
                 match self.operations.get_mut(&at) {
-                    Some((k, old, _)) if *k == key && same_kind(old) => *old = operation,
+                    Some(old) if old.key == key && same_kind(&old.operation) => {
+                        (old.operation, old.holds) = (operation, true);
+                    }
                     Some(_) => return false,
-                    None => drop(self.operations.insert(at, (key, operation, None))),
+                    None => {
+                        let new = ModelOperation { key, operation, outcome: None, holds: true };
+                        self.operations.insert(at, new);
+                    }
                 }
                 true
             }
             Record::Outcome { run, seq, outcome } => match self.operations.get_mut(&(run.0, seq.0)) {
-                Some((_, _, ended @ None)) => {
+                Some(ModelOperation { outcome: ended @ None, .. }) => {
                     *ended = Some(outcome);
                     true
                 }
                 _ => false,
             },
-            Record::Snapshot { run, seq, snapshot } => {
-                self.snapshots.insert((run.0, seq.0), snapshot);
+            Record::Snapshot { run, seq, snapshot, standing } => {
+                self.snapshots.insert((run.0, seq.0), (snapshot, standing));
                 self.runs.contains(&run.0)
             }
-            Record::Checkpoint { checkpoint, files, policy } => {
+            Record::Checkpoint(saved) => {
+                let checkpoint = &saved.checkpoint;
                 let name = (checkpoint.run_id.0, checkpoint.target, checkpoint.checkpoint_id.clone());
                 let id = checkpoint.id;
-                let taken = self.checkpoints.iter().any(|(other, (c, ..))| c.id == id && *other != name);
-                self.checkpoints.insert(name, (checkpoint, files, policy));
+                let taken = self.checkpoints.iter().any(|(other, c)| c.checkpoint.id == id && *other != name);
+                self.checkpoints.insert(name, saved);
                 !taken
+            }
+            Record::DropCheckpoint { checkpoint } => {
+                self.checkpoints.retain(|_, saved| saved.checkpoint.id != checkpoint);
+                true
             }
             Record::Slot { policy, adapter, .. } => {
                 self.slots.insert((policy.run.0, policy.step > 0), (policy, adapter));
@@ -80,11 +118,14 @@ impl Model {
                 self.slots.retain(|(r, _), _| *r != run.0);
                 true
             }
-            Record::Prune { run, upto } => {
+            Record::Prune { run, base, upto } => {
                 self.operations.retain(|(r, seq), _| *r != run.0 || *seq > upto.0);
-                let known = self.snapshots.contains_key(&(run.0, upto.0));
-                self.snapshots.retain(|(r, seq), _| *r != run.0 || *seq >= upto.0);
-                known
+                for (_, operation) in self.operations.range_mut((run.0, 0)..=(run.0, base.0)) {
+                    operation.holds = false;
+                }
+                let known = self.snapshots.contains_key(&(run.0, base.0));
+                self.snapshots.retain(|(r, seq), _| *r != run.0 || *seq >= base.0);
+                known && upto <= base
             }
         }
     }
@@ -95,53 +136,62 @@ impl Model {
             create: create(1),
             model_digest: Digest::of(b"model"),
             created_at_ms: 5,
-            snapshot: self
-                .snapshots
-                .range((*n, 0)..(*n + 1, 0))
-                .next_back()
-                .map(|((_, seq), blob)| (OperationSeq(*seq), *blob)),
+            snapshots: self.recovered_snapshots(*n),
             operations: self
                 .operations
                 .range((*n, 0)..(*n + 1, 0))
-                .map(|((_, seq), (key, operation, outcome))| RecoveredOperation {
+                .map(|((_, seq), operation)| RecoveredOperation {
                     seq: OperationSeq(*seq),
-                    key: OperationKey([*key; 16]),
+                    key: OperationKey([operation.key; 16]),
                     incarnation: 1,
-                    operation: operation.clone(),
-                    outcome: outcome.clone(),
+                    operation: Some(operation.operation.clone())
+                        .filter(|_| !operation.is_pass() || *seq > self.covered(*n)),
+                    digest: Digest::of(&crate::protocol::encode(&operation.operation)),
+                    outcome: operation.outcome.clone(),
                 })
                 .collect(),
             slots: self.slots.range((*n, false)..=(*n, true)).map(|(_, slot)| *slot).collect(),
         };
         let mut checkpoints: Vec<_> = self.checkpoints.values().cloned().collect();
-        checkpoints.sort_by_key(|(checkpoint, ..)| checkpoint.id);
+        checkpoints.sort_by_key(|saved| saved.checkpoint.id);
         Recovered {
             epoch,
             sessions: self.sessions.iter().copied().map(SessionId).collect(),
             runs: self.runs.iter().map(run).collect(),
             checkpoints,
-            live_blobs: self.live_blobs(),
         }
     }
 
-    fn live_blobs(&self) -> Vec<BlobRef> {
+    fn covered(&self, run: u64) -> u64 {
+        let newest = self.snapshots.range((run, 0)..(run + 1, 0)).next_back();
+        newest.map_or(0, |((_, seq), _)| *seq)
+    }
+
+    fn recovered_snapshots(&self, run: u64) -> Vec<RecoveredSnapshot> {
+        let mut after = 0;
+        let snapshots = self.snapshots.range((run, 0)..(run + 1, 0));
+        snapshots
+            .map(|((_, seq), (blob, standing))| {
+                let since = self.operations.range((run, after + 1)..=(run, *seq));
+                after = *seq;
+                RecoveredSnapshot {
+                    seq: OperationSeq(*seq),
+                    blob: *blob,
+                    standing: standing.clone(),
+                    payload_bytes: since.flat_map(|(_, o)| o.held()).map(|blob| blob.size).sum(),
+                }
+            })
+            .collect()
+    }
+
+    fn named(&self) -> Vec<BlobRef> {
         let mut live = BTreeMap::new();
         let mut hold = |blob: &BlobRef| {
             live.insert(blob.digest, *blob);
         };
-        for (_, operation, outcome) in self.operations.values() {
-            if let Operation::ForwardBackward { data: Payload::Blob(blob), .. } = operation {
-                hold(blob);
-            }
-            if let Some(Outcome::Done {
-                result: OperationResult::ForwardBackward(Payload::Blob(blob)), ..
-            }) = outcome
-            {
-                hold(blob);
-            }
-        }
-        self.snapshots.values().for_each(&mut hold);
-        self.checkpoints.values().flat_map(|(_, files, _)| files).for_each(|file| hold(&file.blob));
+        self.operations.values().flat_map(ModelOperation::held).for_each(|blob| hold(&blob));
+        self.snapshots.values().for_each(|(blob, _)| hold(blob));
+        self.checkpoints.values().flat_map(|saved| &saved.files).for_each(|file| hold(&file.blob));
         self.slots.values().for_each(|(_, adapter)| hold(adapter));
         live.into_values().collect()
     }
@@ -175,7 +225,10 @@ fn any_record() -> impl Strategy<Value = Record> {
         2 => checkpoints,
         1 => (run_id.clone(), 0..3u64, 0..9u8).prop_map(|(r, s, n)| slot(r, s, n)),
         1 => run_id.clone().prop_map(|r| Record::DropSlots { run: RunId(r) }),
-        1 => (run_id, seq).prop_map(|(r, s)| Record::Prune { run: RunId(r), upto: OperationSeq(s) }),
+        1 => (1..9u64).prop_map(|id| Record::DropCheckpoint { checkpoint: CheckpointId(id) }),
+        2 => (run_id, seq, 0..5u64).prop_map(|(r, base, upto)| {
+            Record::Prune { run: RunId(r), base: OperationSeq(base), upto: OperationSeq(upto) }
+        }),
     ]
 }
 
@@ -206,5 +259,6 @@ proptest! {
         }
         journal.close();
         prop_assert_eq!(recover(directory.path()), model.recovered(Epoch(2)));
+        prop_assert_eq!(named(directory.path()), model.named());
     }
 }

@@ -4,13 +4,7 @@ use super::*;
 fn every_record_is_recovered_as_it_was_written() {
     let directory = tempfile::tempdir().unwrap();
     let (journal, first) = Journal::open(directory.path()).unwrap();
-    let empty = Recovered {
-        epoch: Epoch(1),
-        sessions: vec![],
-        runs: vec![],
-        checkpoints: vec![],
-        live_blobs: vec![],
-    };
+    let empty = Recovered { epoch: Epoch(1), sessions: vec![], runs: vec![], checkpoints: vec![] };
     assert_eq!(first, empty);
 
     let inline = forward_backward(Payload::Inline(vec![0; 64 << 10]));
@@ -47,8 +41,16 @@ fn every_record_is_recovered_as_it_was_written() {
         seq: OperationSeq(seq),
         key: OperationKey([seq as u8; 16]),
         incarnation: 1,
-        operation,
+        digest: Digest::of(&crate::protocol::encode(&operation)),
+        operation: Some(operation),
         outcome,
+    };
+    let without_data = |operation| RecoveredOperation { operation: None, ..operation };
+    let snapshot = |seq, n, payload_bytes| RecoveredSnapshot {
+        seq: OperationSeq(seq),
+        blob: blob(n),
+        standing: standing(seq),
+        payload_bytes,
     };
     let outcome = |record: Record| match record {
         Record::Outcome { outcome, .. } => Some(outcome),
@@ -62,10 +64,11 @@ fn every_record_is_recovered_as_it_was_written() {
             create: create(1),
             model_digest: Digest::of(b"model"),
             created_at_ms: 5,
-            snapshot: Some((OperationSeq(2), blob(4))),
+            // Operation 2 holds the blobs of 1 and 2 bytes.
+            snapshots: vec![snapshot(1, 3, 0), snapshot(2, 4, 3)],
             operations: vec![
-                expected(1, inline, outcome(done(3, 1, stepped()))),
-                expected(2, large, outcome(done(3, 2, output))),
+                without_data(expected(1, inline, outcome(done(3, 1, stepped())))),
+                without_data(expected(2, large, outcome(done(3, 2, output)))),
                 expected(3, step(), outcome(failed(3, 3))),
                 expected(4, step(), None),
                 expected(5, step(), outcome(done(3, 5, OperationResult::SaveState(path)))),
@@ -76,12 +79,10 @@ fn every_record_is_recovered_as_it_was_written() {
     let names: Vec<_> = recovered
         .checkpoints
         .iter()
-        .map(|(c, files, policy)| (c.id.0, files.len(), policy.is_some()))
+        .map(|c| (c.checkpoint.id.0, c.files.len(), c.policy.is_some(), c.published))
         .collect();
-    assert_eq!(names, [(1, 1, false), (2, 3, true)]);
-    let mut live: Vec<_> = (1..=9).map(blob).collect();
-    live.sort_by_key(|blob| blob.digest);
-    assert_eq!(recovered.live_blobs, live);
+    assert_eq!(names, [(1, 1, false, false), (2, 3, true, true)]);
+    assert_eq!(named(directory.path()), by_digest(1..=9));
 }
 
 #[test]
@@ -98,8 +99,18 @@ fn a_journaled_load_is_replaced_by_its_resolved_form() {
     write(&journal, vec![operation(1, 1, 1, load(Some(source))), done(1, 1, stepped())]).unwrap();
     journal.close();
     let recovered = recover(directory.path());
-    assert_eq!(recovered.runs[0].operations[0].operation, load(Some(source)));
-    assert_eq!(recovered.live_blobs, [blob(9)]);
+    assert_eq!(recovered.runs[0].operations[0].operation, Some(load(Some(source))));
+    assert_eq!(named(directory.path()), [blob(9)]);
+}
+
+#[test]
+fn a_load_that_waits_for_its_turn_holds_the_blob_that_its_path_names() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    let load = Operation::LoadState { path: blob(9).load_path(), with_optimizer: false, source: None };
+    write(&journal, vec![session(1), run(1), operation(1, 1, 1, load)]).unwrap();
+    journal.close();
+    assert_eq!(named(directory.path()), [blob(9)]);
 }
 
 #[test]
@@ -111,11 +122,23 @@ fn a_checkpoint_saved_again_replaces_the_first_and_frees_its_blobs() {
     write(&journal, vec![saved(3, 1, CheckpointTarget::Trainer, "a", &[3])]).unwrap();
     journal.close();
     let recovered = recover(directory.path());
-    let ids: Vec<_> = recovered.checkpoints.iter().map(|(checkpoint, ..)| checkpoint.id.0).collect();
+    let ids: Vec<_> = recovered.checkpoints.iter().map(|saved| saved.checkpoint.id.0).collect();
     assert_eq!(ids, [2, 3]);
-    let mut live = vec![blob(2), blob(3)];
-    live.sort_by_key(|blob| blob.digest);
-    assert_eq!(recovered.live_blobs, live);
+    assert_eq!(named(directory.path()), by_digest([2, 3]));
+}
+
+#[test]
+fn a_dropped_checkpoint_frees_its_blobs_and_dropping_it_again_is_no_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    write(&journal, vec![saved(1, 1, CheckpointTarget::Sampler, "a", &[1, 2])]).unwrap();
+    write(&journal, vec![saved(2, 1, CheckpointTarget::Sampler, "b", &[2])]).unwrap();
+    for _ in 0..2 {
+        write(&journal, vec![Record::DropCheckpoint { checkpoint: CheckpointId(1) }]).unwrap();
+    }
+    journal.close();
+    assert_eq!(recover(directory.path()).checkpoints[0].checkpoint.id, CheckpointId(2));
+    assert_eq!(named(directory.path()), [blob(2)]);
 }
 
 #[test]
@@ -127,7 +150,7 @@ fn a_publish_replaces_the_slot_and_frees_its_blob() {
     journal.close();
     let recovered = recover(directory.path());
     assert_eq!(recovered.runs[0].slots, [(policy(1, 2), blob(2))]);
-    assert_eq!(recovered.live_blobs, [blob(2)]);
+    assert_eq!(named(directory.path()), [blob(2)]);
 }
 
 #[test]
@@ -144,7 +167,7 @@ fn version_zero_keeps_its_slot_until_both_are_dropped() {
     let recovered = recover(directory.path());
     assert_eq!(recovered.runs[0].slots, []);
     assert_eq!(recovered.runs[1].slots, [(policy(2, 1), blob(3))], "another run's stays");
-    assert_eq!(recovered.live_blobs, [blob(3)]);
+    assert_eq!(named(directory.path()), [blob(3)]);
 }
 
 #[test]
@@ -160,15 +183,15 @@ fn pruning_forgets_up_to_a_snapshot_and_frees_the_blobs() {
     }
     facts.push(operation(1, 5, 5, data(5)));
     write(&journal, facts).unwrap();
-    write(&journal, vec![Record::Prune { run: RunId(1), upto: OperationSeq(3) }]).unwrap();
+    let (base, upto) = (OperationSeq(3), OperationSeq(2));
+    write(&journal, vec![Record::Prune { run: RunId(1), base, upto }]).unwrap();
     journal.close();
     let recovered = recover(directory.path());
     let left: Vec<_> = recovered.runs[0].operations.iter().map(|operation| operation.seq.0).collect();
-    assert_eq!(left, [4, 5]);
-    assert_eq!(recovered.runs[0].snapshot, Some((OperationSeq(4), blob(24))));
-    let mut live = [4, 5, 14, 23, 24].map(blob);
-    live.sort_by_key(|blob| blob.digest);
-    assert_eq!(recovered.live_blobs, live);
+    assert_eq!(left, [3, 4, 5], "3 is not forgotten, though nothing repeats it");
+    let snapshots: Vec<_> = recovered.runs[0].snapshots.iter().map(|s| (s.seq.0, s.blob)).collect();
+    assert_eq!(snapshots, [(3, blob(23)), (4, blob(24))]);
+    assert_eq!(named(directory.path()), by_digest([13, 4, 14, 5, 23, 24]), "3 has let go of its data");
 }
 
 #[test]

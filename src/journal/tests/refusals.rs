@@ -69,8 +69,13 @@ fn a_second_outcome_is_refused() {
 #[test]
 fn pruning_without_a_snapshot_to_go_on_from_is_refused() {
     let before = vec![operation(1, 1, 1, step()), snapshot(1, 1, 1), operation(1, 2, 2, step())];
-    let (_, reason) = refused(before, vec![Record::Prune { run: RunId(1), upto: OperationSeq(2) }]);
+    let prune = |base, upto| {
+        vec![Record::Prune { run: RunId(1), base: OperationSeq(base), upto: OperationSeq(upto) }]
+    };
+    let (_, reason) = refused(before.clone(), prune(2, 1));
     assert!(reason.contains("no snapshot"), "{reason}");
+    let (_, reason) = refused(before, prune(1, 2));
+    assert!(reason.contains("are needed"), "{reason}");
 }
 
 #[test]

@@ -54,19 +54,17 @@ pub struct Desk {
 impl Desk {
     /// A coordinator that has just started for the first time.
     pub fn new() -> Self {
-        Self::recovered(Recovered {
-            epoch: Epoch(1),
-            sessions: Vec::new(),
-            runs: Vec::new(),
-            checkpoints: Vec::new(),
-            live_blobs: Vec::new(),
-        })
+        Self::recovered(nothing())
     }
 
     pub fn recovered(recovered: Recovered) -> Self {
+        Self::limited(Limits::default(), recovered)
+    }
+
+    pub fn limited(limits: Limits, recovered: Recovered) -> Self {
         let now_ms = 1_000_000;
         Self {
-            state: State::recover(Limits::default(), recovered, now_ms),
+            state: State::recover(limits, recovered, now_ms),
             now_ms,
             durable: true,
             answering: true,
@@ -314,6 +312,11 @@ pub fn create(session: SessionId, replicas: Option<u32>) -> CreateRun {
         micro_batch_tokens: None,
         name: None,
     }
+}
+
+/// What a new journal holds.
+pub fn nothing() -> Recovered {
+    Recovered { epoch: Epoch(1), sessions: Vec::new(), runs: Vec::new(), checkpoints: Vec::new() }
 }
 
 pub fn disk_full() -> JournalError {

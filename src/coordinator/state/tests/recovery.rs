@@ -2,12 +2,12 @@
 
 use crate::{
     coordinator::state::{Effect, Event},
-    journal::{Outcome, Record, Recovered, RecoveredOperation, RecoveredRun},
+    journal::{Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, Standing},
     protocol::{
         Blame, ClientRequest, ClientResponse, CoordinatorMessage, Epoch, Generation, NodeId, NodeMessage,
-        OperationKey, OperationSeq, RankIndex, SubmitOperation,
+        Operation, OperationKey, OperationSeq, RankIndex, SubmitOperation, encode,
     },
-    types::{Digest, ErrorKind, OperationError, SessionId},
+    types::{Digest, ErrorKind, LoraConfig, OperationError, SessionId},
 };
 
 use super::desk::{Desk, MODEL, RUN, blob, create, init, optim_step, save_state};
@@ -20,20 +20,22 @@ fn a_snapshot_is_taken_every_eight_steps() {
         let waiter = desk.run(key, optim_step());
         desk.done(waiter);
     }
-    let taken = |record: &Record| {
-        *record == Record::Snapshot { run: RUN, seq: OperationSeq(8), snapshot: blob("snapshot 8") }
-    };
+    let standing = Standing { incarnation: 0, step: 8, lora: LoraConfig::new(8, 1) };
+    let seq = OperationSeq(8);
+    let snapshot = Record::Snapshot { run: RUN, seq, snapshot: blob("snapshot 8"), standing };
+    let taken = |record: &Record| *record == snapshot;
     assert!(desk.records.iter().any(taken));
 }
 
 fn recovered(outcome: Option<Outcome>) -> Recovered {
     let mut create = create(SessionId(1), Some(1));
     create.base_model = MODEL.to_owned();
-    let operation = |seq: u64, operation, outcome| RecoveredOperation {
+    let operation = |seq: u64, operation: Operation, outcome| RecoveredOperation {
         seq: OperationSeq(seq),
         key: OperationKey([seq as u8; 16]),
         incarnation: 1,
-        operation,
+        digest: Digest::of(&encode(&operation)),
+        operation: Some(operation),
         outcome,
     };
     let state = |seq: u64| Digest::of(format!("state {seq}").as_bytes());
@@ -48,7 +50,7 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
         create,
         model_digest: Digest::of(b"model"),
         created_at_ms: 5,
-        snapshot: None,
+        snapshots: Vec::new(),
         operations: vec![
             operation(1, init(), done(1, 0)),
             operation(2, save_state("a"), done(2, 0)),
@@ -57,13 +59,7 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
         ],
         slots: Vec::new(),
     };
-    Recovered {
-        epoch: Epoch(2),
-        sessions: vec![SessionId(1)],
-        runs: vec![run],
-        checkpoints: Vec::new(),
-        live_blobs: Vec::new(),
-    }
+    Recovered { epoch: Epoch(2), sessions: vec![SessionId(1)], runs: vec![run], checkpoints: Vec::new() }
 }
 
 #[test]

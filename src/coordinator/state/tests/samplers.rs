@@ -14,7 +14,7 @@ use crate::{
 
 use super::desk::{Desk, MODEL, RUN, optim_step, publish};
 
-fn request(target: SampleTarget) -> SampleRequest {
+pub(super) fn request(target: SampleTarget) -> SampleRequest {
     SampleRequest {
         target,
         prompt: text(vec![1, 2, 3]),
@@ -32,7 +32,7 @@ fn base() -> SampleTarget {
     SampleTarget::Base { base_model: MODEL.to_owned() }
 }
 
-fn reply(version: u64) -> Result<GenerateReply, String> {
+pub(super) fn reply(version: u64) -> Result<GenerateReply, String> {
     let sequence = SampledSequence { tokens: vec![4], logprobs: None, stop_reason: StopReason::Length };
     Ok(GenerateReply::Done(SampleResult {
         sequences: vec![sequence; 2],
@@ -50,7 +50,7 @@ fn serve(desk: &mut Desk) {
     }
 }
 
-fn live(desk: &mut Desk) -> Option<PolicyId> {
+pub(super) fn live(desk: &mut Desk) -> Option<PolicyId> {
     match desk.asked(ClientRequest::RunInfo { run: RUN }) {
         ClientResponse::Run(info) => info.live.or(info.initial),
         other => panic!("no run: {other:?}"),
