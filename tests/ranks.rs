@@ -321,14 +321,19 @@ impl Client {
 
     /// Saves the adapter and returns the digest of its bytes.
     async fn save(&self, run: RunId, name: &str) -> Digest {
-        let save = Operation::SaveWeightsForSampler { name: name.to_owned(), publish: false };
+        let save =
+            Operation::SaveWeightsForSampler { name: name.to_owned(), publish: false, ttl_seconds: None };
         self.run_operation(run, save).await.unwrap();
         let bytes = self.checkpoint_file(run, name, CheckpointTarget::Sampler, ADAPTER_FILE).await;
         Digest::of(&bytes)
     }
 
     async fn save_state(&self, run: RunId, name: &str) -> String {
-        match self.run_operation(run, Operation::SaveState { name: name.to_owned() }).await.unwrap() {
+        match self
+            .run_operation(run, Operation::SaveState { name: name.to_owned(), ttl_seconds: None })
+            .await
+            .unwrap()
+        {
             OperationResult::SaveState(response) => response.path,
             other => panic!("not the result of a save_state: {other:?}"),
         }

@@ -34,6 +34,7 @@ fn checkpoint(target: CheckpointTarget) -> Checkpoint {
         step: 1,
         size_bytes: 0,
         path: "bt://loops:run-1/weights/name".into(),
+        expires_at_ms: None,
     }
 }
 

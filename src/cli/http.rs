@@ -1,7 +1,7 @@
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
-use lockstep::gateway::GatewayConfig;
+use lockstep::gateway::{ApiKeys, GatewayConfig};
 
 /// How HTTP is served.
 #[derive(Args)]
@@ -12,13 +12,22 @@ pub struct Http {
     /// Serve HTTP without keys on an address that others reach.
     #[arg(long)]
     insecure: bool,
+    /// File with a line `NAME KEY` for each who may use HTTP; each has runs of their own.
+    #[arg(long, value_name = "FILE", env = "LOCKSTEP_API_KEYS")]
+    api_keys: Option<PathBuf>,
     /// Where clients reach the HTTP server, if not under the host that their requests name.
     #[arg(long, value_name = "URL", env = "LOCKSTEP_PUBLIC_URL")]
     public_url: Option<String>,
 }
 
 impl Http {
-    pub fn config(self) -> GatewayConfig {
-        GatewayConfig { insecure: self.insecure, public_url: self.public_url, presign_key: None }
+    pub fn config(self) -> anyhow::Result<GatewayConfig> {
+        let api_keys = self.api_keys.as_deref().map(ApiKeys::read).transpose()?;
+        Ok(GatewayConfig {
+            insecure: self.insecure,
+            api_keys,
+            public_url: self.public_url,
+            presign_key: None,
+        })
     }
 }

@@ -96,7 +96,7 @@ impl Coordinator {
 impl Gateway {
     pub fn run(self) -> anyhow::Result<()> {
         let process =
-            GatewayProcess { data_dir: self.data_dir, http: self.http.address, gateway: self.http.config() };
+            GatewayProcess { data_dir: self.data_dir, http: self.http.address, gateway: self.http.config()? };
         Ok(run_gateway(process)?)
     }
 }

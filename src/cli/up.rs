@@ -68,7 +68,7 @@ impl Up {
                 ..self.cluster.supervisor(self.listen, false)?
             },
             http: self.http.address,
-            gateway: self.http.config(),
+            gateway: self.http.config()?,
         };
         Ok(up(config)?)
     }

@@ -143,7 +143,7 @@ impl TrainingClient {
 
     /// Saves adapter, moments and step under `name`.
     pub fn save_state(&self, name: &str) -> OperationFuture<SaveWeightsResponse> {
-        self.operate(Operation::SaveState { name: name.into() }, |result| match result {
+        self.operate(Operation::SaveState { name: name.into(), ttl_seconds: None }, |result| match result {
             OperationResult::SaveState(response) => Some(response),
             _ => None,
         })
@@ -173,7 +173,7 @@ impl TrainingClient {
     }
 
     fn save_for_sampler(&self, name: &str, publish: bool) -> OperationFuture<SaveWeightsForSamplerResponse> {
-        let operation = Operation::SaveWeightsForSampler { name: name.into(), publish };
+        let operation = Operation::SaveWeightsForSampler { name: name.into(), publish, ttl_seconds: None };
         self.operate(operation, |result| match result {
             OperationResult::SaveWeightsForSampler(response) => Some(response),
             _ => None,

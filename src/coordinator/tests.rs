@@ -356,6 +356,7 @@ fn saved_checkpoint(blob: BlobRef) -> SavedCheckpoint {
         step: 1,
         size_bytes: blob.size,
         path: "bt://loops:run-1/weights/a".into(),
+        expires_at_ms: None,
     };
     let files = vec![SavedFile { name: STATE_FILE.into(), blob }];
     SavedCheckpoint { checkpoint, files, policy: None, published: false }

@@ -9,7 +9,7 @@
 //! It keeps no state that anybody would miss: whatever it is asked, it asks the coordinator, and
 //! while that is away it holds the request.
 //!
-//! Without keys it serves loopback only, and only requests that name a loopback host and come
+//! With keys (`keys`), each of them has runs and checkpoints of its own. Without, it serves loopback only, and only requests that name a loopback host and come
 //! from no foreign page: a web page that the user visits must not reach the service through a
 //! name that it has pointed at this machine (DNS rebinding).
 
@@ -17,6 +17,8 @@ mod guard;
 mod refusal;
 
 mod body;
+mod caller;
+mod keys;
 mod presign;
 mod range;
 mod replays;
@@ -35,6 +37,8 @@ use actix_web::{App, HttpResponse, HttpServer, dev::Server, middleware::from_fn,
 use serde_json::json;
 
 use crate::client::ServiceClient;
+
+pub use keys::ApiKeys;
 
 use self::{
     body::Bodies, presign::PresignKey, range::Downloads, refusal::Refused, replays::Replays,
@@ -61,13 +65,16 @@ pub enum GatewayError {
     Bind { address: SocketAddr, source: io::Error },
     /// Everyone who reaches the address could use the service.
     #[error(
-        "HTTP on {address} would be open to the network without keys; serve on 127.0.0.1, or say --insecure if \
-         the network itself is trusted"
+        "HTTP on {address} would be open to the network without keys; give it --api-keys FILE, serve on 127.0.0.1, \
+         or say --insecure if the network itself is trusted"
     )]
     Open { address: SocketAddr },
     /// It can't be read, or made.
     #[error("the key that file URLs are signed with ({file}): {source}")]
     PresignKey { file: String, source: io::Error },
+    /// It says what every line should be.
+    #[error("the key file {}: {problem}", .file.display())]
+    Keys { file: PathBuf, problem: String },
     /// The server ended.
     #[error("the HTTP server ended: {0}")]
     Serve(io::Error),
@@ -78,6 +85,8 @@ pub enum GatewayError {
 pub struct GatewayConfig {
     /// Serve without keys on an address that others reach.
     pub insecure: bool,
+    /// Who may use it, each with runs of their own; absent: whoever reaches it.
+    pub api_keys: Option<ApiKeys>,
     /// Where clients reach it, `http://HOST[:PORT]`; absent: the host that each request names.
     pub public_url: Option<String>,
     /// File of the key that URLs of checkpoint files are signed with, made if it is missing;
@@ -94,7 +103,9 @@ pub struct Listener {
 
 /// What all handlers share.
 struct Gateway {
-    upstream: Upstream,
+    /// Whatever it belongs to; handlers have their [`Caller`](caller::Caller)'s part of it.
+    everything: Upstream,
+    keys: Option<ApiKeys>,
     bodies: Bodies,
     downloads: Downloads,
     replays: Replays,
@@ -107,7 +118,7 @@ struct Gateway {
 impl Listener {
     /// Binds `address` (port 0: any). Refuses one that others reach, unless `insecure`.
     pub fn bind(address: SocketAddr, config: GatewayConfig) -> Result<Self, GatewayError> {
-        if !address.ip().is_loopback() && !config.insecure {
+        if !address.ip().is_loopback() && !config.insecure && config.api_keys.is_none() {
             return Err(GatewayError::Open { address });
         }
         let bind = |source| GatewayError::Bind { address, source };
@@ -123,8 +134,10 @@ impl Listener {
 
     /// A server, to be awaited in a tokio runtime; it ends when it is dropped.
     pub fn serve(self, client: ServiceClient) -> Result<Server, GatewayError> {
+        let loopback_only = !self.config.insecure && self.config.api_keys.is_none();
         let gateway = web::Data::new(Gateway {
-            upstream: Upstream::new(client),
+            everything: Upstream::new(client),
+            keys: self.config.api_keys,
             bodies: Bodies::default(),
             downloads: Downloads::default(),
             replays: Replays::default(),
@@ -132,7 +145,6 @@ impl Listener {
             public_url: self.config.public_url.map(|url| url.trim_end_matches('/').to_owned()),
             creating: tokio::sync::Mutex::new(()),
         });
-        let loopback_only = !self.config.insecure;
         let guard = web::Data::new(guard::Guard { loopback_only });
         let server = HttpServer::new(move || {
             App::new()
@@ -171,7 +183,7 @@ fn presign_key(file: Option<PathBuf>) -> Result<PresignKey, GatewayError> {
 }
 
 async fn health(gateway: web::Data<Gateway>) -> Result<HttpResponse, Refused> {
-    let status = gateway.upstream.cluster(HEALTH_DEADLINE).await?;
+    let status = gateway.everything.cluster(HEALTH_DEADLINE).await?;
     Ok(HttpResponse::Ok().json(json!({
         "status": "ok",
         "nodes": status.nodes.len(),

@@ -51,6 +51,11 @@ impl Refused {
         Self::new(StatusCode::FORBIDDEN, reason, message)
     }
 
+    /// Nobody that this service knows.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", message)
+    }
+
     /// Not yet; the client asks again at once.
     pub fn not_yet(message: impl Into<String>) -> Self {
         Self::new(StatusCode::REQUEST_TIMEOUT, "NOT_YET", message)

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use crate::{
     client::ServiceClient,
     protocol::{
-        BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, OperationSeq, OperationStatus,
-        RunInfo, SampleRequest, SubmitOperation,
+        BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Operation, OperationSeq,
+        OperationStatus, RunInfo, SampleRequest, SampleTarget, SubmitOperation,
     },
     types::{
         Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointPath, InvalidInput, PolicyId, RunId,
@@ -22,15 +22,23 @@ use super::refusal::Refused;
 /// The Loops client waits 300 s for a call that it never repeats.
 const HOLD: Duration = Duration::from_secs(240);
 
-/// The way to the coordinator. While that is away, requests wait for it.
+/// The way to the coordinator, for one caller. While the coordinator is away, requests wait for
+/// it. What belongs to another caller does not exist.
 #[derive(Clone)]
 pub struct Upstream {
     client: ServiceClient,
+    /// Whose runs and checkpoints are there; absent: all are.
+    owner: Option<String>,
 }
 
 impl Upstream {
     pub fn new(client: ServiceClient) -> Self {
-        Self { client }
+        Self { client, owner: None }
+    }
+
+    /// The same for a caller of this name.
+    pub fn seen_by(&self, owner: Option<String>) -> Self {
+        Self { client: self.client.clone(), owner }
     }
 
     /// The session of the gateway itself, for runs of callers that open none.
@@ -39,7 +47,11 @@ impl Upstream {
     }
 
     pub async fn create_session(&self) -> Result<SessionId, Refused> {
-        match self.ask(ClientRequest::CreateSession, HOLD).await? {
+        let request = match self.owner.clone() {
+            None => ClientRequest::CreateSession,
+            Some(owner) => ClientRequest::CreateSessionFor { owner },
+        };
+        match self.ask(request, HOLD).await? {
             ClientResponse::Session(session) => Ok(session),
             other => Err(unexpected(&other)),
         }
@@ -70,6 +82,16 @@ impl Upstream {
     }
 
     pub async fn create_run(&self, create: CreateRun) -> Result<RunInfo, Refused> {
+        if self.owner.is_some() {
+            let session = create.session;
+            match self.ask(ClientRequest::SessionOwner { session }, HOLD).await? {
+                ClientResponse::SessionOwner(owner) if owner == self.owner => {}
+                ClientResponse::SessionOwner(_) => {
+                    return Err(InvalidInput::new("session", format!("{session} does not exist")).into());
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
         self.run_of(ClientRequest::CreateRun(create), HOLD).await
     }
 
@@ -79,8 +101,28 @@ impl Upstream {
 
     async fn run_of(&self, request: ClientRequest, hold: Duration) -> Result<RunInfo, Refused> {
         match self.ask(request, hold).await? {
-            ClientResponse::Run(run) => Ok(run),
+            ClientResponse::Run(run) if self.owner.is_none() || self.owner == run.owner => Ok(run),
+            ClientResponse::Run(run) => Err(Refused::not_found(format!("{} does not exist", run.run))),
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Refuses what belongs to another caller; asks nothing if nothing can.
+    async fn require(&self, run: RunId) -> Result<(), Refused> {
+        match &self.owner {
+            None => Ok(()),
+            Some(_) => self.run(run, HOLD).await.map(drop),
+        }
+    }
+
+    /// The same for the run of a path. A malformed one is the coordinator's to refuse.
+    async fn require_path(&self, path: &str) -> Result<(), Refused> {
+        match path.parse::<CheckpointPath>() {
+            Ok(parsed) => self.require(parsed.run).await.map_err(|refused| match refused.is_not_found() {
+                true => Refused::not_found(format!("there is no checkpoint {parsed}")),
+                false => refused,
+            }),
+            Err(_) => Ok(()),
         }
     }
 
@@ -91,6 +133,9 @@ impl Upstream {
 
     /// Makes an operation durable and gives it its place.
     pub async fn submit(&self, submit: SubmitOperation, hold: Duration) -> Result<OperationSeq, Refused> {
+        if let Operation::LoadState { path, .. } = &submit.operation {
+            self.require_path(path).await?;
+        }
         match self.ask(ClientRequest::Submit(submit), hold).await? {
             ClientResponse::Accepted { seq } => Ok(seq),
             other => Err(unexpected(&other)),
@@ -105,6 +150,7 @@ impl Upstream {
         seq: OperationSeq,
         hold: Duration,
     ) -> Result<OperationStatus, Refused> {
+        self.require(run).await?;
         let hold_ms = u32::try_from(hold.as_millis()).unwrap_or(u32::MAX);
         let request = self.client.request(ClientRequest::WaitOperation { run, seq, hold_ms });
         match tokio::time::timeout(hold + ANSWER_SLACK, request).await {
@@ -118,6 +164,16 @@ impl Upstream {
 
     /// Generates; the coordinator has its own deadlines. Dropping the future calls it off.
     pub async fn sample(&self, sample: SampleRequest) -> Result<(SampleResult, Option<PolicyId>), Refused> {
+        match &sample.target {
+            SampleTarget::Base { .. } => {}
+            SampleTarget::Live { run, .. } | SampleTarget::Initial { run } => self.require(*run).await?,
+            SampleTarget::Policy(policy) => self.require(policy.run).await?,
+            SampleTarget::Checkpoint { path } => self.require_path(path).await?,
+            SampleTarget::LiveOrCheckpoint { run, path, .. } => {
+                self.require(*run).await?;
+                self.require_path(path).await?;
+            }
+        }
         match self.client.request(ClientRequest::Sample(sample)).await? {
             ClientResponse::Sample { result, policy } => Ok((result, policy)),
             other => Err(unexpected(&other)),
@@ -125,8 +181,30 @@ impl Upstream {
     }
 
     pub async fn checkpoints(&self, run: Option<RunId>) -> Result<Vec<Checkpoint>, Refused> {
-        match self.ask(ClientRequest::ListCheckpoints { run }, HOLD).await? {
-            ClientResponse::Checkpoints(checkpoints) => Ok(checkpoints),
+        let mut found = match self.ask(ClientRequest::ListCheckpoints { run }, HOLD).await? {
+            ClientResponse::Checkpoints(checkpoints) => checkpoints,
+            other => return Err(unexpected(&other)),
+        };
+        if self.owner.is_some() && !found.is_empty() {
+            let mut runs = self.cluster(HOLD).await?.runs;
+            runs.retain(|run| run.owner == self.owner);
+            found.retain(|checkpoint| runs.iter().any(|run| run.run == checkpoint.run_id));
+        }
+        Ok(found)
+    }
+
+    /// Refuses a checkpoint of another caller.
+    async fn require_checkpoint(&self, checkpoint: CheckpointId) -> Result<(), Refused> {
+        if self.owner.is_none() || self.checkpoints(None).await?.iter().any(|c| c.id == checkpoint) {
+            return Ok(());
+        }
+        Err(Refused::not_found(format!("{checkpoint} does not exist")))
+    }
+
+    pub async fn delete_checkpoint(&self, checkpoint: CheckpointId) -> Result<(), Refused> {
+        self.require_checkpoint(checkpoint).await?;
+        match self.ask(ClientRequest::DeleteCheckpoint { checkpoint }, HOLD).await? {
+            ClientResponse::Deleted => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
@@ -149,6 +227,7 @@ impl Upstream {
         page_size: u32,
         page_token: u64,
     ) -> Result<CheckpointFilesResponse, Refused> {
+        self.require_checkpoint(checkpoint).await?;
         let request = ClientRequest::CheckpointFiles { checkpoint, page_size, page_token };
         match self.ask(request, HOLD).await? {
             ClientResponse::CheckpointFiles(files) => Ok(files),

@@ -18,7 +18,7 @@
 //! | table | a row says | leaves by |
 //! | --- | --- | --- |
 //! | `leader` | the epoch, raised at each open before anything else | never |
-//! | `session` | this session id was given out | never |
+//! | `session` | this session id was given out, and to whom | never |
 //! | `run` | what the run is, with every default | never |
 //! | `operation` | it was accepted; with its idempotency key, so a retry finds it | `Prune` |
 //! | `outcome` | it ended, and how; without one it is run (again) after a restart | `Prune` |

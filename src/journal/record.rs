@@ -1,4 +1,4 @@
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
 use crate::{
     protocol::{
@@ -10,8 +10,8 @@ use crate::{
 /// One fact. Facts of one `append` become durable together or not at all.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Record {
-    /// A session was opened. Its id is new.
-    Session { session: SessionId, created_at_ms: u64 },
+    /// A session was opened. Its id is new. `owner`: whose runs its runs are.
+    Session { session: SessionId, owner: Option<String>, created_at_ms: u64 },
     /// `create` with every default filled in. The run's id is new, its session is journaled.
     Run { run: RunId, create: CreateRun, model_digest: Digest, created_at_ms: u64 },
     /// An accepted operation; blobs that it names are durable already. Its run is journaled and
@@ -119,6 +119,8 @@ pub struct Recovered {
     pub epoch: Epoch,
     /// By id.
     pub sessions: Vec<SessionId>,
+    /// Of the sessions that have one.
+    pub owners: BTreeMap<SessionId, String>,
     /// By id.
     pub runs: Vec<RecoveredRun>,
     /// By id, that is in the order of saving.

@@ -15,12 +15,16 @@ use super::{
 pub(super) fn read(db: &Connection, epoch: Epoch) -> Result<Recovered, Fault> {
     let sessions =
         all(db, "SELECT id FROM session ORDER BY id", [], |row| Ok(SessionId(unsigned(row.get(0)?)?)))?;
+    let owners = all(db, "SELECT id, owner FROM session WHERE owner IS NOT NULL", [], |row| {
+        Ok((SessionId(unsigned(row.get(0)?)?), row.get(1)?))
+    })?;
+    let owners = owners.into_iter().collect();
     let runs = all(db, "SELECT id, payload, model_digest, created_at_ms FROM run ORDER BY id", [], |row| {
         read_run(db, row)
     })?;
     let checkpoints =
         all(db, "SELECT payload, files, policy, published FROM checkpoint ORDER BY id", [], read_checkpoint)?;
-    Ok(Recovered { epoch, sessions, runs, checkpoints })
+    Ok(Recovered { epoch, sessions, owners, runs, checkpoints })
 }
 
 fn read_checkpoint(row: &Row) -> Result<SavedCheckpoint, Fault> {

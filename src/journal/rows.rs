@@ -14,10 +14,10 @@ use super::{
 /// Writes one record. After an error its rows may be there in part: the caller rolls back.
 pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
     match record {
-        Record::Session { session, created_at_ms } => insert(
+        Record::Session { session, owner, created_at_ms } => insert(
             db,
-            "INSERT INTO session (id, created_at_ms) VALUES (?, ?)",
-            params![signed(session.0)?, signed(*created_at_ms)?],
+            "INSERT INTO session (id, owner, created_at_ms) VALUES (?, ?, ?)",
+            params![signed(session.0)?, owner, signed(*created_at_ms)?],
         ),
         Record::Run { run, create, model_digest, created_at_ms } => insert(
             db,

@@ -8,6 +8,7 @@ CREATE TABLE leader (
 
 CREATE TABLE session (
     id            INTEGER PRIMARY KEY,
+    owner         TEXT,
     created_at_ms INTEGER NOT NULL
 ) STRICT;
 

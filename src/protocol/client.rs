@@ -38,6 +38,12 @@ pub enum ClientRequest {
     ClusterStatus,
     /// → `Run`: the newest of this display name.
     FindRun { name: String },
+    /// → `Session`: one that belongs to somebody, as its runs then do.
+    CreateSessionFor { owner: String },
+    /// → `SessionOwner`.
+    SessionOwner { session: SessionId },
+    /// → `Deleted`, once that is durable. What is loaded or served of it stays.
+    DeleteCheckpoint { checkpoint: CheckpointId },
 }
 
 /// A run to create.
@@ -119,6 +125,10 @@ pub enum ClientResponse {
     Cluster(ClusterStatus),
     /// The request was refused or failed.
     Error(OperationError),
+    /// Nobody: the session belongs to whoever reaches the service.
+    SessionOwner(Option<String>),
+    /// It is not listed any more.
+    Deleted,
 }
 
 /// State of a submitted operation.
@@ -137,6 +147,8 @@ pub enum OperationStatus {
 pub struct RunInfo {
     pub run: RunId,
     pub session: SessionId,
+    /// Of the session.
+    pub owner: Option<String>,
     pub name: String,
     pub base_model: String,
     pub lora: LoraConfig,

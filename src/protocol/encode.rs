@@ -154,7 +154,8 @@ wire_struct!(Checkpoint {
     lora_alpha,
     step,
     size_bytes,
-    path
+    path,
+    expires_at_ms
 });
 wire_struct!(CheckpointFile { url, relative_file_name, node_rank, size_bytes, last_modified_ms });
 wire_struct!(CheckpointFilesResponse { presigned_urls, next_page_token, total_count });

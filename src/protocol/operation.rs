@@ -85,10 +85,11 @@ pub enum Operation {
     ForwardBackward { loss: LossSpec, data: Payload },
     /// Divides by the token count, clips, steps, clears the gradient; raises the step by 1.
     OptimStep { adam: AdamParams },
-    /// Saves adapter, moments and step as a trainer checkpoint.
-    SaveState { name: String },
+    /// Saves adapter, moments and step as a trainer checkpoint, deleted after `ttl_seconds` if
+    /// there are any.
+    SaveState { name: String, ttl_seconds: Option<u64> },
     /// Saves the adapter as a sampler checkpoint; `publish` also makes it the live policy.
-    SaveWeightsForSampler { name: String, publish: bool },
+    SaveWeightsForSampler { name: String, publish: bool, ttl_seconds: Option<u64> },
     /// Replaces the weights by those of a checkpoint, dropping the accumulated gradient; without
     /// the optimiser also the moments, and the step is 0 again. `source` is filled in by the
     /// coordinator when the operation's turn comes (a save queued before it is then found), and

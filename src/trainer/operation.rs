@@ -51,8 +51,8 @@ pub(super) fn run(
             let (next, response) = run.state.optim_step(&adam)?;
             Ok(Outcome { next, result: OperationResult::OptimStep(response), saved: None })
         }
-        Operation::SaveState { name } => save_state(run, &*tools.config.blobs, &name),
-        Operation::SaveWeightsForSampler { name, publish: _ } => {
+        Operation::SaveState { name, .. } => save_state(run, &*tools.config.blobs, &name),
+        Operation::SaveWeightsForSampler { name, .. } => {
             save_weights_for_sampler(run, &*tools.config.blobs, &name)
         }
         Operation::LoadState { path, with_optimizer, source } => {

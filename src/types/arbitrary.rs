@@ -174,6 +174,7 @@ pub(crate) fn any_checkpoint() -> impl Strategy<Value = Checkpoint> {
             step,
             size_bytes,
             path: texts[3].clone(),
+            expires_at_ms: (lora_rank % 2 == 0).then_some(size_bytes),
         },
     )
 }

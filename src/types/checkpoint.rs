@@ -107,6 +107,9 @@ pub struct Checkpoint {
     pub size_bytes: u64,
     /// `bt://loops:<run>/(weights|sampler_weights)/<name>`.
     pub path: String,
+    /// When it is deleted, in milliseconds since the Unix epoch; absent: never by itself.
+    #[serde(default)]
+    pub expires_at_ms: Option<u64>,
 }
 
 /// One file of a checkpoint, and where to fetch it.

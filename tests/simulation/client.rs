@@ -138,7 +138,7 @@ impl ModelClient {
         }
         let key = OperationKey(key_of(self.index, i));
         if again && dice.below(3) == 0 {
-            let operation = Operation::SaveState { name: "another".into() };
+            let operation = Operation::SaveState { name: "another".into(), ttl_seconds: None };
             return Some((
                 ClientRequest::Submit(SubmitOperation { run, key, operation }),
                 Asked::Conflict(i),
@@ -222,7 +222,8 @@ impl ModelClient {
                 assert!(client.accepted.keys().copied().eq(0..seqs.len()), "accepted out of order");
             }
             (Asked::Conflict(i), ClientResponse::Error(error)) => {
-                let taken = client.plan[i] != Operation::SaveState { name: "another".into() };
+                let taken =
+                    client.plan[i] != Operation::SaveState { name: "another".into(), ttl_seconds: None };
                 let refused = [ErrorKind::InvalidInput, ErrorKind::Unavailable].contains(&error.kind);
                 assert!(refused && taken, "{error:?}");
             }
@@ -305,9 +306,13 @@ fn operation(number: usize, dice: &mut Dice) -> Operation {
         45..=49 => Operation::ForwardBackward { loss, data: batch(INFINITE_BATCH, dice) },
         50..=53 => Operation::Forward { loss, data: batch(1, dice) },
         54..=73 => Operation::OptimStep { adam: AdamParams::default() },
-        74..=78 => Operation::SaveState { name: name(dice) },
-        79..=89 => Operation::SaveWeightsForSampler { name: format!("step{number}"), publish: true },
-        90..=92 => Operation::SaveWeightsForSampler { name: name(dice), publish: false },
+        74..=78 => Operation::SaveState { name: name(dice), ttl_seconds: None },
+        79..=89 => Operation::SaveWeightsForSampler {
+            name: format!("step{number}"),
+            publish: true,
+            ttl_seconds: None,
+        },
+        90..=92 => Operation::SaveWeightsForSampler { name: name(dice), publish: false, ttl_seconds: None },
         93..=97 => {
             let kind = if dice.below(2) == 0 { "weights" } else { "sampler_weights" };
             let path = format!("bt://loops:run-{}/{kind}/{}", 1 + dice.below(2), name(dice));

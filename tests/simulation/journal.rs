@@ -205,6 +205,7 @@ impl ModelJournal {
         Recovered {
             epoch: Epoch(self.epoch),
             sessions: self.sessions.clone(),
+            owners: BTreeMap::new(),
             runs: runs.collect(),
             checkpoints,
         }

@@ -87,7 +87,7 @@ impl Weights {
                 let response = OptimStepResponse { metrics: [("step".into(), next.step as f64)].into() };
                 computed(next, OperationResult::OptimStep(response), None)
             }
-            Operation::SaveState { name } => {
+            Operation::SaveState { name, .. } => {
                 let saved = self.without_gradient();
                 let blob = blobs.put(saved.clone());
                 let path = format!("bt://loops:{run}/weights/{name}");

@@ -11,8 +11,11 @@ use super::checkpoints::LoadPath;
 /// Largest adapter rank: above it full fine-tuning is cheaper.
 const LORA_RANK_MAX: u32 = 1_024;
 
-/// Longest display name of a run, in bytes.
+/// Longest display name of a run, or name of an owner, in bytes.
 const DISPLAY_NAME_MAX: usize = 255;
+
+/// Longest life that a checkpoint can be given beside an endless one: ten years.
+const TTL_MAX_SECONDS: u64 = 10 * 365 * 24 * 3_600;
 
 /// `min..=max`, for a field that callers know by `field`.
 pub(super) fn in_range(field: &str, value: u32, min: u32, max: u32) -> Result<(), InvalidInput> {
@@ -20,6 +23,15 @@ pub(super) fn in_range(field: &str, value: u32, min: u32, max: u32) -> Result<()
         return Ok(());
     }
     Err(InvalidInput::new(field, format!("must be {min} to {max}, got {value}")))
+}
+
+/// Whom a session belongs to.
+pub(super) fn owner(owner: &str) -> Result<(), InvalidInput> {
+    if owner.is_empty() || owner.len() > DISPLAY_NAME_MAX {
+        let problem = format!("must be 1 to {DISPLAY_NAME_MAX} bytes, got {}", owner.len());
+        return Err(InvalidInput::new("owner", problem));
+    }
+    Ok(())
 }
 
 /// An adapter's configuration. That the rank fits the model's dimensions is seen by the ranks.
@@ -47,7 +59,9 @@ pub(super) fn operation(operation: &mut Operation) -> Result<(), InvalidInput> {
             payload(data)
         }
         Operation::OptimStep { adam } => adam.validate().map_err(|e| e.within("adam_params")),
-        Operation::SaveState { name } | Operation::SaveWeightsForSampler { name, .. } => {
+        Operation::SaveState { name, ttl_seconds }
+        | Operation::SaveWeightsForSampler { name, ttl_seconds, .. } => {
+            ttl(*ttl_seconds)?;
             CheckpointPath::validate_name(name)
         }
         Operation::LoadState { path, with_optimizer, source } => {
@@ -55,6 +69,17 @@ pub(super) fn operation(operation: &mut Operation) -> Result<(), InvalidInput> {
             *source = None;
             LoadPath::parse(path, *with_optimizer).map(drop)
         }
+    }
+}
+
+/// How long a checkpoint is to live.
+fn ttl(seconds: Option<u64>) -> Result<(), InvalidInput> {
+    match seconds {
+        Some(seconds) if !(1..=TTL_MAX_SECONDS).contains(&seconds) => {
+            let problem = format!("must be 1 to {TTL_MAX_SECONDS}, or absent to keep it, got {seconds}");
+            Err(InvalidInput::new("ttl_seconds", problem))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Saved checkpoints by id and by path.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::{
     journal::SavedCheckpoint,
@@ -21,6 +21,8 @@ const PAGE_MAX: u32 = 1_000;
 pub(super) struct Checkpoints {
     by_id: BTreeMap<CheckpointId, SavedCheckpoint>,
     by_path: HashMap<CheckpointPath, CheckpointId>,
+    /// Those that have a time to live, by its end.
+    expiring: BTreeSet<(u64, CheckpointId)>,
     last: u64,
 }
 
@@ -39,7 +41,28 @@ impl Checkpoints {
         if let Some(replaced) = self.by_path.insert(stored.path(), id) {
             self.by_id.remove(&replaced);
         }
+        self.expiring.extend(stored.checkpoint.expires_at_ms.map(|at_ms| (at_ms, id)));
         self.by_id.insert(id, stored);
+    }
+
+    /// Those whose time is up, each once.
+    pub fn take_expired(&mut self, now_ms: u64) -> Vec<CheckpointId> {
+        let later = self.expiring.split_off(&(now_ms + 1, CheckpointId(0)));
+        let expired = std::mem::replace(&mut self.expiring, later);
+        expired.into_iter().map(|(_, id)| id).filter(|id| self.by_id.contains_key(id)).collect()
+    }
+
+    /// Those of `ids` that have a time to live are expired again then.
+    pub fn expire_again(&mut self, ids: &[CheckpointId], at_ms: u64) {
+        let mortal = |id: &&CheckpointId| {
+            self.by_id.get(id).is_some_and(|saved| saved.checkpoint.expires_at_ms.is_some())
+        };
+        let again: Vec<_> = ids.iter().filter(mortal).map(|id| (at_ms, *id)).collect();
+        self.expiring.extend(again);
+    }
+
+    pub fn by_id(&self, id: CheckpointId) -> Result<&SavedCheckpoint, Refusal> {
+        self.by_id.get(&id).ok_or(Refusal::UnknownCheckpointId(id))
     }
 
     pub fn remove(&mut self, id: CheckpointId) {
@@ -93,7 +116,7 @@ impl Checkpoints {
         page_size: u32,
         page_token: u64,
     ) -> Result<CheckpointFilesResponse, Refusal> {
-        let stored = self.by_id.get(&checkpoint).ok_or(Refusal::UnknownCheckpointId(checkpoint))?;
+        let stored = self.by_id(checkpoint)?;
         if page_size == 0 {
             return Err(InvalidInput::new("page_size", "must be at least 1, got 0").into());
         }

@@ -1,6 +1,6 @@
 //! What is forgotten, and when: snapshots of a run past the last few, with the data of the
 //! operations before them; results that nobody waits for; checkpoints that were made by a publish
-//! and that later publishes have pushed out.
+//! and that later publishes have pushed out; checkpoints whose time is up, or that a caller deletes.
 //!
 //! ```text
 //!   operations   1 ─────────── upto ────────── base ───────────── newest snapshot ───── finished
@@ -15,12 +15,12 @@ use std::collections::HashSet;
 
 use crate::{
     journal::{JournalError, Outcome, Record, blobs_of_operation, blobs_of_result},
-    protocol::{BlobRef, OperationSeq},
+    protocol::{BlobRef, ClientResponse, OperationSeq},
     types::{CheckpointId, Digest, PolicyId, RunId},
 };
 
 use super::{
-    Appending, State,
+    Appending, Refusal, State, WaiterId,
     run::{Answer, Entry, Run, Work, after},
 };
 
@@ -117,16 +117,57 @@ impl State {
             .map(|(checkpoint, _)| *checkpoint)
             .collect();
         if !checkpoints.is_empty() {
-            let records =
-                checkpoints.iter().map(|checkpoint| Record::DropCheckpoint { checkpoint: *checkpoint });
-            self.append(records.collect(), Appending::Drop { checkpoints });
+            self.drop_checkpoints(checkpoints, None);
         }
     }
 
-    pub(super) fn dropped(&mut self, checkpoints: Vec<CheckpointId>, result: Result<(), JournalError>) {
-        match result {
-            Ok(()) => checkpoints.into_iter().for_each(|checkpoint| self.checkpoints.remove(checkpoint)),
-            Err(why) => tracing::warn!("old publishes can't be dropped now: {why}"),
+    /// Deletes a checkpoint for a caller.
+    pub(super) fn delete_checkpoint(
+        &mut self,
+        waiter: WaiterId,
+        checkpoint: CheckpointId,
+    ) -> Result<Option<ClientResponse>, Refusal> {
+        self.refuse_while_draining()?;
+        self.checkpoints.by_id(checkpoint)?;
+        self.drop_checkpoints(vec![checkpoint], Some(waiter));
+        Ok(None)
+    }
+
+    /// Deletes those whose time is up.
+    pub(super) fn expire_checkpoints(&mut self) {
+        if self.drain.is_some() {
+            return;
+        }
+        let expired = self.checkpoints.take_expired(self.wall_ms);
+        if !expired.is_empty() {
+            self.drop_checkpoints(expired, None);
+        }
+    }
+
+    fn drop_checkpoints(&mut self, checkpoints: Vec<CheckpointId>, waiter: Option<WaiterId>) {
+        let records = checkpoints.iter().map(|checkpoint| Record::DropCheckpoint { checkpoint: *checkpoint });
+        self.append(records.collect(), Appending::Drop { checkpoints, waiter });
+    }
+
+    /// They are gone, or are tried again: publishes when history is tended, others in a while.
+    pub(super) fn dropped(
+        &mut self,
+        checkpoints: Vec<CheckpointId>,
+        waiter: Option<WaiterId>,
+        result: Result<(), JournalError>,
+    ) {
+        match (result, waiter) {
+            (Ok(()), waiter) => {
+                checkpoints.into_iter().for_each(|checkpoint| self.checkpoints.remove(checkpoint));
+                if let Some(waiter) = waiter {
+                    self.respond(waiter, ClientResponse::Deleted);
+                }
+            }
+            (Err(why), Some(waiter)) => self.refuse(waiter, Refusal::NotDurable(why.to_string())),
+            (Err(why), None) => {
+                tracing::warn!("old checkpoints can't be dropped now: {why}");
+                self.checkpoints.expire_again(&checkpoints, self.wall_ms + TENDING_MS);
+            }
         }
     }
 

@@ -74,7 +74,8 @@ pub struct State {
     slip_ms: u64,
     last_tick_ms: u64,
 
-    sessions: BTreeSet<SessionId>,
+    /// With the name of whoever each belongs to.
+    sessions: BTreeMap<SessionId, Option<String>>,
     runs: BTreeMap<RunId, Run>,
     next_session: u64,
     next_run: u64,
@@ -112,13 +113,38 @@ struct Held {
 
 /// What an append was for.
 enum Appending {
-    Session { session: SessionId, waiter: WaiterId },
-    Run { run: Box<Run>, waiter: WaiterId },
-    Operation { run: RunId, seq: OperationSeq },
-    Outcome { run: RunId, seq: OperationSeq },
-    Snapshot { run: RunId, seq: OperationSeq, snapshot: BlobRef },
-    Prune { run: RunId, base: OperationSeq, upto: OperationSeq },
-    Drop { checkpoints: Vec<CheckpointId> },
+    Session {
+        session: SessionId,
+        owner: Option<String>,
+        waiter: WaiterId,
+    },
+    Run {
+        run: Box<Run>,
+        waiter: WaiterId,
+    },
+    Operation {
+        run: RunId,
+        seq: OperationSeq,
+    },
+    Outcome {
+        run: RunId,
+        seq: OperationSeq,
+    },
+    Snapshot {
+        run: RunId,
+        seq: OperationSeq,
+        snapshot: BlobRef,
+    },
+    Prune {
+        run: RunId,
+        base: OperationSeq,
+        upto: OperationSeq,
+    },
+    /// `waiter`: whoever asked for it, if somebody did.
+    Drop {
+        checkpoints: Vec<CheckpointId>,
+        waiter: Option<WaiterId>,
+    },
 }
 
 impl State {
@@ -174,18 +200,21 @@ impl State {
         self.expire_stages();
         self.expire_samples();
         self.tend_history();
+        self.expire_checkpoints();
     }
 
     fn appended(&mut self, append: AppendId, result: Result<(), JournalError>) {
         let Some(appending) = self.appends.remove(&append) else { return };
         match appending {
-            Appending::Session { session, waiter } => self.session_durable(session, waiter, result),
+            Appending::Session { session, owner, waiter } => {
+                self.session_durable(session, owner, waiter, result);
+            }
             Appending::Run { run, waiter } => self.run_durable(*run, waiter, result),
             Appending::Operation { run, seq } => self.operation_durable(run, seq, result),
             Appending::Outcome { run, seq } => self.outcome_durable(run, seq, result),
             Appending::Snapshot { run, seq, snapshot } => self.snapshot_durable(run, seq, snapshot, result),
             Appending::Prune { run, base, upto } => self.pruned(run, base, upto, result),
-            Appending::Drop { checkpoints } => self.dropped(checkpoints, result),
+            Appending::Drop { checkpoints, waiter } => self.dropped(checkpoints, waiter, result),
         }
     }
 

@@ -89,10 +89,12 @@ impl State {
         let Outcome::Done { step, .. } = outcome else { return Ok(Leftovers::default()) };
         let run = &self.runs[&id];
         let entry = &run.operations[&seq];
-        let (name, target, publish) = match &entry.operation {
-            Some(Operation::SaveState { name }) => (name.clone(), CheckpointTarget::Trainer, false),
-            Some(Operation::SaveWeightsForSampler { name, publish }) => {
-                (name.clone(), CheckpointTarget::Sampler, *publish)
+        let (name, target, publish, ttl_seconds) = match &entry.operation {
+            Some(Operation::SaveState { name, ttl_seconds }) => {
+                (name.clone(), CheckpointTarget::Trainer, false, *ttl_seconds)
+            }
+            Some(Operation::SaveWeightsForSampler { name, publish, ttl_seconds }) => {
+                (name.clone(), CheckpointTarget::Sampler, *publish, *ttl_seconds)
             }
             _ => return Ok(Leftovers::default()),
         };
@@ -111,6 +113,7 @@ impl State {
             step: *step,
             size_bytes: saved.files.iter().map(|file| file.blob.size).sum(),
             path,
+            expires_at_ms: ttl_seconds.map(|seconds| self.wall_ms + seconds * 1_000),
         };
         let policy = PolicyId { run: id, incarnation: entry.incarnation, step: *step, digest: saved.digest };
         let policy = (target == CheckpointTarget::Sampler).then_some(policy);

@@ -28,7 +28,9 @@ impl State {
         for (policy, base_model, adapter) in checkpoints.policies() {
             policies.learn(policy, base_model, adapter);
         }
-        let sessions: BTreeSet<_> = recovered.sessions.into_iter().collect();
+        let mut owners = recovered.owners;
+        let sessions = recovered.sessions.into_iter().map(|session| (session, owners.remove(&session)));
+        let sessions: BTreeMap<_, _> = sessions.collect();
         let mut state = Self {
             limits,
             epoch: recovered.epoch,
@@ -36,7 +38,7 @@ impl State {
             wall_ms: now_ms,
             slip_ms: 0,
             last_tick_ms: now_ms,
-            next_session: sessions.last().map_or(1, |last| last.0 + 1),
+            next_session: sessions.last_key_value().map_or(1, |(last, _)| last.0 + 1),
             sessions,
             next_run: recovered.runs.iter().map(|run| run.run.0 + 1).max().unwrap_or(1),
             runs: BTreeMap::new(),

@@ -43,14 +43,23 @@ impl State {
             | ClientRequest::ListCheckpoints { .. }
             | ClientRequest::CheckpointFiles { .. }
             | ClientRequest::ClusterStatus
-            | ClientRequest::FindRun { .. } => false,
+            | ClientRequest::FindRun { .. }
+            | ClientRequest::CreateSessionFor { .. }
+            | ClientRequest::SessionOwner { .. }
+            | ClientRequest::DeleteCheckpoint { .. } => false,
         }
     }
 
     /// Answers now, or makes somebody else owe the answer.
     pub(super) fn answer(&mut self, waiter: WaiterId, request: ClientRequest, entropy: u64) {
         let answered = match request {
-            ClientRequest::CreateSession => self.create_session(waiter),
+            ClientRequest::CreateSession => self.create_session(waiter, None),
+            ClientRequest::CreateSessionFor { owner } => self.create_session(waiter, Some(owner)),
+            ClientRequest::SessionOwner { session } => match self.sessions.get(&session) {
+                Some(owner) => Ok(Some(ClientResponse::SessionOwner(owner.clone()))),
+                None => Err(Refusal::UnknownSession(session)),
+            },
+            ClientRequest::DeleteCheckpoint { checkpoint } => self.delete_checkpoint(waiter, checkpoint),
             ClientRequest::CreateRun(create) => self.create_run(waiter, create),
             ClientRequest::Submit(submit) => self.submit(waiter, submit),
             ClientRequest::WaitOperation { run, seq, hold_ms } => {
@@ -77,27 +86,35 @@ impl State {
         }
     }
 
-    fn create_session(&mut self, waiter: WaiterId) -> Result<Option<ClientResponse>, Refusal> {
+    fn create_session(
+        &mut self,
+        waiter: WaiterId,
+        owner: Option<String>,
+    ) -> Result<Option<ClientResponse>, Refusal> {
+        if let Some(owner) = &owner {
+            admission::owner(owner)?;
+        }
         self.refuse_while_draining()?;
         if self.sessions.len() >= SESSIONS_MAX {
             return Err(Refusal::Overloaded { what: "sessions", bound: SESSIONS_MAX });
         }
         let session = SessionId(self.next_session);
         self.next_session += 1;
-        let record = Record::Session { session, created_at_ms: self.wall_ms };
-        self.append(vec![record], Appending::Session { session, waiter });
+        let record = Record::Session { session, owner: owner.clone(), created_at_ms: self.wall_ms };
+        self.append(vec![record], Appending::Session { session, owner, waiter });
         Ok(None)
     }
 
     pub(super) fn session_durable(
         &mut self,
         session: SessionId,
+        owner: Option<String>,
         waiter: WaiterId,
         result: Result<(), JournalError>,
     ) {
         match result {
             Ok(()) => {
-                self.sessions.insert(session);
+                self.sessions.insert(session, owner);
                 self.respond(waiter, ClientResponse::Session(session));
             }
             Err(why) => self.refuse(waiter, Refusal::NotDurable(why.to_string())),
@@ -110,7 +127,7 @@ impl State {
         mut create: CreateRun,
     ) -> Result<Option<ClientResponse>, Refusal> {
         self.refuse_while_draining()?;
-        if !self.sessions.contains(&create.session) {
+        if !self.sessions.contains_key(&create.session) {
             return Err(Refusal::UnknownSession(create.session));
         }
         if self.runs.len() >= RUNS_MAX {
@@ -183,7 +200,9 @@ impl State {
     }
 
     fn described(&self, run: &Run) -> RunInfo {
-        run.info(self.models.get(&run.create.base_model).map(|offer| offer.vocab))
+        let vocab_size = self.models.get(&run.create.base_model).map(|offer| offer.vocab);
+        let owner = self.sessions.get(&run.create.session).cloned().flatten();
+        RunInfo { vocab_size, owner, ..run.info() }
     }
 
     fn capabilities(&self) -> ServerCapabilities {

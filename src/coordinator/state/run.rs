@@ -334,17 +334,18 @@ impl Run {
         [self.live, self.initial, publishing].contains(&Some(policy))
     }
 
-    /// `vocab_size`: of the base model, if a node offers it.
-    pub fn info(&self, vocab_size: Option<u32>) -> RunInfo {
+    /// What the run knows of itself; not its owner, and not its model.
+    pub fn info(&self) -> RunInfo {
         RunInfo {
             run: self.id,
             session: self.create.session,
+            owner: None,
             name: self.create.name.clone().unwrap_or_else(|| self.create.base_model.clone()),
             base_model: self.create.base_model.clone(),
             lora: self.lora.clone(),
             replicas: self.replicas(),
             max_seq_len: self.create.max_seq_len.unwrap_or(0),
-            vocab_size,
+            vocab_size: None,
             micro_batch_tokens: self.create.micro_batch_tokens.unwrap_or(0),
             incarnation: self.incarnation,
             step: self.step,

@@ -6,6 +6,7 @@
 //!   GET  /v1/loops/checkpoints/{id}/source         always: over signed URLs
 //!   GET  /v1/loops/checkpoints/{id}/files          a page of signed URLs
 //!   GET  /v1/loops/checkpoints/{id}/files/{name}?expires=…&key=…&signature=…
+//!   DELETE /v1/loops/checkpoints/{id}
 //! ```
 
 use std::time::{Duration, UNIX_EPOCH};
@@ -26,7 +27,7 @@ use crate::{
 };
 
 use super::{
-    super::{Gateway, body, presign::Signature, range, refusal::Refused},
+    super::{Gateway, body, caller::Caller, presign::Signature, range, refusal::Refused},
     mount,
 };
 
@@ -43,23 +44,23 @@ pub struct Filter {
 }
 
 /// `GET /v1/loops/checkpoints`: newest first. What names nothing matches nothing.
-pub async fn list(gateway: web::Data<Gateway>, filter: web::Query<Filter>) -> Answer {
+pub async fn list(caller: Caller, filter: web::Query<Filter>) -> Answer {
     let Filter { run_id, checkpoint_path, base_model } = filter.into_inner();
     let found = match (run_id, checkpoint_path, base_model) {
         (Some(run), None, None) => match run.parse() {
-            Ok(run) => gateway.upstream.checkpoints(Some(run)).await?,
+            Ok(run) => caller.upstream.checkpoints(Some(run)).await?,
             Err(_) => Vec::new(),
         },
         (None, Some(path), None) => match path.parse::<CheckpointPath>() {
             Ok(path) => {
-                let mut found = gateway.upstream.checkpoints(Some(path.run)).await?;
+                let mut found = caller.upstream.checkpoints(Some(path.run)).await?;
                 found.retain(|c| c.target == path.target && c.checkpoint_id == path.name);
                 found
             }
             Err(_) => Vec::new(),
         },
         (None, None, Some(model)) => {
-            let mut found = gateway.upstream.checkpoints(None).await?;
+            let mut found = caller.upstream.checkpoints(None).await?;
             found.retain(|c| c.base_model == model);
             found
         }
@@ -79,14 +80,14 @@ struct Validate {
 }
 
 /// `POST /v1/loops/checkpoints/validate`: whether a sampler of the run may serve the path.
-pub async fn validate(gateway: web::Data<Gateway>, request: HttpRequest, payload: web::Payload) -> Answer {
-    let asked: Validate = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
+pub async fn validate(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let asked: Validate = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
     // On this route, a bad path is 400.
     let bad = |refused: Refused| match refused.status() {
         StatusCode::UNPROCESSABLE_ENTITY => refused.with_status(StatusCode::BAD_REQUEST),
         _ => refused,
     };
-    let checkpoint = gateway.upstream.checkpoint_at(&asked.checkpoint_path, "checkpoint_path").await;
+    let checkpoint = caller.upstream.checkpoint_at(&asked.checkpoint_path, "checkpoint_path").await;
     let checkpoint = checkpoint.map_err(bad)?;
     let refuse = |problem: String| Err(bad(InvalidInput::new("checkpoint_path", problem).into()));
     if checkpoint.target != CheckpointTarget::Sampler {
@@ -94,7 +95,7 @@ pub async fn validate(gateway: web::Data<Gateway>, request: HttpRequest, payload
         return refuse(format!("{path} is no sampler checkpoint; save_weights_for_sampler makes one"));
     }
     if let Some(run) = asked.run_id {
-        let run = mount::named_run(&gateway, &run).await.map_err(bad)?;
+        let run = mount::named_run(&caller, &run).await.map_err(bad)?;
         if run.base_model != checkpoint.base_model {
             let (path, other) = (&checkpoint.path, &checkpoint.base_model);
             return refuse(format!(
@@ -107,9 +108,15 @@ pub async fn validate(gateway: web::Data<Gateway>, request: HttpRequest, payload
 }
 
 /// `GET /v1/loops/checkpoints/{id}/source`: "s3" says that the files route gives URLs.
-pub async fn source(gateway: web::Data<Gateway>, path: web::Path<String>) -> Answer {
-    gateway.upstream.files(checkpoint_id(&path)?, 1, 0).await?;
+pub async fn source(caller: Caller, path: web::Path<String>) -> Answer {
+    caller.upstream.files(checkpoint_id(&path)?, 1, 0).await?;
     Ok(HttpResponse::Ok().json(json!({ "source": { "kind": "s3" } })))
+}
+
+/// `DELETE /v1/loops/checkpoints/{id}`
+pub async fn delete(caller: Caller, path: web::Path<String>) -> Answer {
+    caller.upstream.delete_checkpoint(checkpoint_id(&path)?).await?;
+    Ok(HttpResponse::Ok().json(json!({})))
 }
 
 #[derive(Deserialize)]
@@ -120,19 +127,19 @@ pub struct Page {
 
 /// `GET /v1/loops/checkpoints/{id}/files`
 pub async fn files(
-    gateway: web::Data<Gateway>,
+    caller: Caller,
     request: HttpRequest,
     path: web::Path<String>,
     page: web::Query<Page>,
 ) -> Answer {
     let id = checkpoint_id(&path)?;
     let (size, token) = (page.page_size.unwrap_or(PAGE_SIZE), page.page_token.unwrap_or(0));
-    let page = gateway.upstream.files(id, size, token).await?;
-    let base = format!("{}/v1/loops/checkpoints/{id}/files", mount::public_url(&gateway, &request)?);
+    let page = caller.upstream.files(id, size, token).await?;
+    let base = format!("{}/v1/loops/checkpoints/{id}/files", mount::public_url(&caller, &request)?);
     let signed = page.presigned_urls.iter().map(|file| {
         let name = &file.relative_file_name;
         json!({
-            "url": format!("{base}/{name}?{}", gateway.presign.sign(id, name)),
+            "url": format!("{base}/{name}?{}", caller.presign.sign(id, name)),
             "relative_file_name": name,
             "node_rank": file.node_rank,
             "size_bytes": file.size_bytes,
@@ -162,7 +169,7 @@ pub async fn file(
     let digest: Option<Digest> = file.url.strip_prefix("blob:").and_then(|digest| digest.parse().ok());
     let digest = digest.ok_or_else(|| Refused::fault(format!("{name} of {id} has no blob")))?;
     let _room = gateway.downloads.room(file.size_bytes).await?;
-    let bytes = gateway.upstream.blob(BlobRef { digest, size: file.size_bytes }).await?;
+    let bytes = gateway.everything.blob(BlobRef { digest, size: file.size_bytes }).await?;
     Ok(range::answer(&request, &digest.to_string(), bytes.into()))
 }
 
@@ -170,7 +177,7 @@ pub async fn file(
 async fn listed(gateway: &Gateway, id: CheckpointId, name: &str) -> Result<CheckpointFile, Refused> {
     let mut token = Some(0);
     while let Some(from) = token {
-        let page = gateway.upstream.files(id, PAGE_SIZE, from).await?;
+        let page = gateway.everything.files(id, PAGE_SIZE, from).await?;
         if let Some(file) = page.presigned_urls.into_iter().find(|file| file.relative_file_name == name) {
             return Ok(file);
         }
@@ -199,6 +206,7 @@ fn described(checkpoint: &Checkpoint) -> Value {
         "size_bytes": checkpoint.size_bytes,
         "sync_status": "COMPLETE",
         "step": checkpoint.step,
+        "expires_at": checkpoint.expires_at_ms.map(rfc3339),
         "path": checkpoint.path,
     })
 }

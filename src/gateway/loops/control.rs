@@ -10,7 +10,7 @@ use crate::{
 };
 
 use super::{
-    super::{Gateway, body, refusal::Refused},
+    super::{body, caller::Caller, refusal::Refused},
     local, mount,
 };
 
@@ -20,13 +20,13 @@ type Answer = Result<HttpResponse, Refused>;
 const TEAM: &str = "lockstep";
 
 /// `GET /v1/teams`
-pub async fn teams() -> HttpResponse {
+pub async fn teams(_: Caller) -> HttpResponse {
     HttpResponse::Ok().json(json!({ "teams": [{ "id": TEAM, "name": TEAM, "default": true }] }))
 }
 
 /// `GET /v1/loops/capabilities`
-pub async fn capabilities(gateway: web::Data<Gateway>) -> Answer {
-    let capabilities = gateway.upstream.capabilities().await?;
+pub async fn capabilities(caller: Caller) -> Answer {
+    let capabilities = caller.upstream.capabilities().await?;
     let models: Vec<Value> = capabilities
         .supported_models
         .iter()
@@ -36,8 +36,8 @@ pub async fn capabilities(gateway: web::Data<Gateway>) -> Answer {
 }
 
 /// `POST {root}/sessions`; has no body.
-pub async fn create_session(gateway: web::Data<Gateway>) -> Answer {
-    let session = gateway.upstream.create_session().await?;
+pub async fn create_session(caller: Caller) -> Answer {
+    let session = caller.upstream.create_session().await?;
     Ok(HttpResponse::Ok().json(json!({ "session": { "id": session } })))
 }
 
@@ -67,12 +67,8 @@ fn one() -> u32 {
 }
 
 /// `POST {root}/trainers`: a run of its own, without a sampler.
-pub async fn create_trainer(
-    gateway: web::Data<Gateway>,
-    request: HttpRequest,
-    payload: web::Payload,
-) -> Answer {
-    let create: CreateTrainer = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
+pub async fn create_trainer(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let create: CreateTrainer = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
     if create.base_checkpoint.is_some_and(|checkpoint| !checkpoint.is_null()) {
         let problem = "is not supported: create the run from its base model, then load a bt:// path";
         return Err(InvalidInput::new("base_checkpoint", problem).into());
@@ -83,9 +79,9 @@ pub async fn create_trainer(
     }
     let session = session(&create.session_id)?;
     if let Some(path) = create.path.as_deref() {
-        gateway.upstream.checkpoint_at(path, "path").await?;
+        caller.upstream.checkpoint_at(path, "path").await?;
     }
-    let run = gateway
+    let run = caller
         .upstream
         .create_run(CreateRun {
             session,
@@ -98,7 +94,7 @@ pub async fn create_trainer(
         })
         .await
         .map_err(input_error)?;
-    let url = mount::trainer_url(&gateway, &request, run.run)?;
+    let url = mount::trainer_url(&caller, &request, run.run)?;
     Ok(HttpResponse::Ok().json(json!({ "run": described(&run, &url) })))
 }
 

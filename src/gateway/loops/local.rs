@@ -10,7 +10,7 @@ use crate::{
     types::{InvalidInput, LoraConfig, RunId},
 };
 
-use super::super::{Gateway, refusal::Refused};
+use super::super::{caller::Caller, refusal::Refused};
 
 /// Begins the display names of local runs, and of no others.
 pub const PREFIX: &str = "local:";
@@ -20,15 +20,15 @@ const NAME_MAX: usize = 200;
 
 /// The run that a client calls `name`; `""` if it calls it nothing. The id of a run is a name
 /// of it as well.
-pub async fn find(gateway: &Gateway, name: &str, hold: Duration) -> Result<RunInfo, Refused> {
+pub async fn find(caller: &Caller, name: &str, hold: Duration) -> Result<RunInfo, Refused> {
     check(name)?;
     if let Ok(run) = name.parse::<RunId>() {
-        match gateway.upstream.run(run, hold).await {
+        match caller.upstream.run(run, hold).await {
             Err(refused) if refused.is_not_found() => {}
             answer => return answer,
         }
     }
-    let found = gateway.upstream.find_run(format!("{PREFIX}{name}"), hold).await;
+    let found = caller.upstream.find_run(format!("{PREFIX}{name}"), hold).await;
     found.map_err(|refused| match refused.is_not_found() {
         true => {
             Refused::not_found(format!("there is no run {name:?} here yet; init_trainer_server makes it"))
@@ -39,15 +39,15 @@ pub async fn find(gateway: &Gateway, name: &str, hold: Duration) -> Result<RunIn
 
 /// The same, made if there is none, and made anew for another base model.
 pub async fn find_or_create(
-    gateway: &Gateway,
+    caller: &Caller,
     name: &str,
     base_model: Option<&str>,
     lora_rank: u32,
     hold: Duration,
 ) -> Result<RunInfo, Refused> {
     // Two at once would make two.
-    let _one = gateway.creating.lock().await;
-    match find(gateway, name, hold).await {
+    let _one = caller.creating.lock().await;
+    match find(caller, name, hold).await {
         Ok(run) if base_model.is_none_or(|asked| asked == run.base_model) => return Ok(run),
         Ok(_) => {}
         Err(refused) if refused.is_not_found() => {}
@@ -57,7 +57,7 @@ pub async fn find_or_create(
         return Err(InvalidInput::new("base_model", "is missing, and there is no run yet").into());
     };
     let create = CreateRun {
-        session: gateway.upstream.own_session().await?,
+        session: caller.upstream.own_session().await?,
         base_model: base_model.to_owned(),
         lora: LoraConfig::new(lora_rank, 0),
         replicas: None,
@@ -65,22 +65,22 @@ pub async fn find_or_create(
         micro_batch_tokens: None,
         name: Some(format!("{PREFIX}{name}")),
     };
-    gateway.upstream.create_run(create).await.map_err(super::control::input_error)
+    caller.upstream.create_run(create).await.map_err(super::control::input_error)
 }
 
 /// The run that was published last: what a bare sampler says of itself, as nobody names a run
 /// there.
-pub async fn published_last(gateway: &Gateway, hold: Duration) -> Result<Option<RunInfo>, Refused> {
-    let runs = gateway.upstream.cluster(hold).await?.runs.into_iter();
+pub async fn published_last(caller: &Caller, hold: Duration) -> Result<Option<RunInfo>, Refused> {
+    let runs = caller.upstream.cluster(hold).await?.runs.into_iter();
     Ok(runs.filter(|run| run.live.is_some()).max_by_key(|run| run.live_since_ms))
 }
 
 /// The base model of a bare sampler: the one that is asked for, or the only one.
-pub async fn base_model(gateway: &Gateway, asked: Option<&str>) -> Result<String, Refused> {
+pub async fn base_model(caller: &Caller, asked: Option<&str>) -> Result<String, Refused> {
     if let Some(asked) = asked.filter(|asked| !asked.is_empty()) {
         return Ok(asked.to_owned());
     }
-    let offered = gateway.upstream.capabilities().await?.supported_models;
+    let offered = caller.upstream.capabilities().await?.supported_models;
     match offered.as_slice() {
         [only] => Ok(only.model_name.clone()),
         several => {

@@ -47,6 +47,7 @@ pub fn routes(app: &mut web::ServiceConfig) {
         .route("/v1/loops/deployments/{run}", web::get().to(readiness::deployment))
         .route("/v1/models/{model}/deployments/{deployment}", web::get().to(sampler::deployment));
     app.route("/v1/loops/checkpoints", web::get().to(checkpoints::list))
+        .route("/v1/loops/checkpoints/{id}", web::delete().to(checkpoints::delete))
         .route("/v1/loops/checkpoints/validate", web::post().to(checkpoints::validate))
         .route("/v1/loops/checkpoints/{id}/source", web::get().to(checkpoints::source))
         .route("/v1/loops/checkpoints/{id}/files", web::get().to(checkpoints::files))

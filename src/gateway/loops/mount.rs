@@ -13,7 +13,7 @@ use crate::{
 };
 
 use super::{
-    super::{Gateway, refusal::Refused},
+    super::{caller::Caller, refusal::Refused},
     ids::SamplerId,
     local,
 };
@@ -59,23 +59,23 @@ pub fn trainer(request: &HttpRequest, body_run_id: Option<&str>) -> Result<Train
 
 /// The run of a request to a trainer, waited for up to `hold`.
 pub async fn run(
-    gateway: &Gateway,
+    caller: &Caller,
     request: &HttpRequest,
     body_run_id: Option<&str>,
     hold: Duration,
 ) -> Result<RunInfo, Refused> {
     match trainer(request, body_run_id)? {
-        Trainer::Of(run) => gateway.upstream.run(run, hold).await,
-        Trainer::Bare(name) => local::find(gateway, &name, hold).await,
+        Trainer::Of(run) => caller.upstream.run(run, hold).await,
+        Trainer::Bare(name) => local::find(caller, &name, hold).await,
     }
 }
 
 /// The sampler of a request. A run that is named beside its id is its own.
-pub async fn sampler(gateway: &Gateway, request: &HttpRequest) -> Result<Sampler, Refused> {
+pub async fn sampler(caller: &Caller, request: &HttpRequest) -> Result<Sampler, Refused> {
     let named = header(request, RUN_ID)?;
     let Some(path) = request.match_info().get("sampler") else {
         return Ok(match named {
-            Some(name) => Sampler::Of(SamplerId::Paired(local::find(gateway, name, RUN_HOLD).await?.run)),
+            Some(name) => Sampler::Of(SamplerId::Paired(local::find(caller, name, RUN_HOLD).await?.run)),
             None => Sampler::Bare,
         });
     };
@@ -91,10 +91,10 @@ pub async fn sampler(gateway: &Gateway, request: &HttpRequest) -> Result<Sampler
 }
 
 /// A run that a body names.
-pub async fn named_run(gateway: &Gateway, name: &str) -> Result<RunInfo, Refused> {
+pub async fn named_run(caller: &Caller, name: &str) -> Result<RunInfo, Refused> {
     let unknown = || InvalidInput::new("run_id", format!("there is no run {name:?}")).into();
     let Ok(run) = name.parse::<RunId>() else { return Err(unknown()) };
-    gateway.upstream.run(run, RUN_HOLD).await.map_err(|refused| match refused.is_not_found() {
+    caller.upstream.run(run, RUN_HOLD).await.map_err(|refused| match refused.is_not_found() {
         true => unknown(),
         false => refused,
     })
@@ -108,8 +108,8 @@ pub fn header<'a>(request: &'a HttpRequest, name: &str) -> Result<Option<&'a str
 
 /// Where the caller reaches this gateway, without a trailing slash: as configured, or as it was
 /// called.
-pub fn public_url(gateway: &Gateway, request: &HttpRequest) -> Result<String, Refused> {
-    if let Some(url) = &gateway.public_url {
+pub fn public_url(caller: &Caller, request: &HttpRequest) -> Result<String, Refused> {
+    if let Some(url) = &caller.public_url {
         return Ok(url.clone());
     }
     let host = header(request, HOST.as_str())?;
@@ -118,6 +118,6 @@ pub fn public_url(gateway: &Gateway, request: &HttpRequest) -> Result<String, Re
 }
 
 /// Base URL of a run's trainer.
-pub fn trainer_url(gateway: &Gateway, request: &HttpRequest, run: RunId) -> Result<String, Refused> {
-    Ok(format!("{}/v1/loops/runs/{run}/trainer", public_url(gateway, request)?))
+pub fn trainer_url(caller: &Caller, request: &HttpRequest, run: RunId) -> Result<String, Refused> {
+    Ok(format!("{}/v1/loops/runs/{run}/trainer", public_url(caller, request)?))
 }

@@ -20,13 +20,13 @@ use crate::{
         encode_compressed,
     },
     types::{
-        AdamParams, Datum, ErrorKind, InvalidInput, LoraConfig, LossFn, LossSpec, ModelInput, OperationError,
-        TensorData,
+        AdamParams, DataLimits, Datum, ErrorKind, InvalidInput, LoraConfig, LossFn, LossSpec, ModelInput,
+        OperationError, TensorData,
     },
 };
 
 use super::{
-    super::{Gateway, body, refusal::Refused},
+    super::{body, caller::Caller, refusal::Refused},
     ids::{OperationId, operation_key},
     local,
     mount::{self, Trainer},
@@ -58,17 +58,13 @@ struct Init {
 }
 
 /// `POST {trainer}/init_trainer_server`: a fresh adapter.
-pub async fn init_trainer_server(
-    gateway: web::Data<Gateway>,
-    request: HttpRequest,
-    payload: web::Payload,
-) -> Answer {
-    let init: Init = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
+pub async fn init_trainer_server(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let init: Init = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
     let base_model = init.base_model.as_deref();
     let run = match mount::trainer(&request, init.run_id.as_deref())? {
-        Trainer::Of(run) => gateway.upstream.run(run, SUBMIT_HOLD).await?,
+        Trainer::Of(run) => caller.upstream.run(run, SUBMIT_HOLD).await?,
         Trainer::Bare(name) => {
-            local::find_or_create(&gateway, &name, base_model, init.lora_rank, SUBMIT_HOLD).await?
+            local::find_or_create(&caller, &name, base_model, init.lora_rank, SUBMIT_HOLD).await?
         }
     };
     if let Some(asked) = base_model.filter(|asked| *asked != run.base_model) {
@@ -76,7 +72,7 @@ pub async fn init_trainer_server(
         return Err(InvalidInput::new("base_model", problem).into());
     }
     let lora = LoraConfig { rank: init.lora_rank, ..run.lora.clone() };
-    submit(&gateway, &request, &run, Operation::Init { lora }).await
+    submit(&caller, &request, &run, Operation::Init { lora }).await
 }
 
 #[derive(Deserialize)]
@@ -96,43 +92,53 @@ struct WireDatum {
 }
 
 /// `POST {trainer}/forward`
-pub async fn forward(gateway: web::Data<Gateway>, request: HttpRequest, payload: web::Payload) -> Answer {
-    pass(gateway, request, payload, |loss, data| Operation::Forward { loss, data }).await
+pub async fn forward(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    pass(caller, request, payload, |loss, data| Operation::Forward { loss, data }).await
 }
 
 /// `POST {trainer}/forward_backward`
-pub async fn forward_backward(
-    gateway: web::Data<Gateway>,
-    request: HttpRequest,
-    payload: web::Payload,
-) -> Answer {
-    pass(gateway, request, payload, |loss, data| Operation::ForwardBackward { loss, data }).await
+pub async fn forward_backward(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    pass(caller, request, payload, |loss, data| Operation::ForwardBackward { loss, data }).await
 }
 
 async fn pass(
-    gateway: web::Data<Gateway>,
+    caller: Caller,
     request: HttpRequest,
     payload: web::Payload,
     operation: fn(LossSpec, Payload) -> Operation,
 ) -> Answer {
-    let body = gateway.bodies.read(&request, payload, body::DATA).await?;
-    let (run_id, loss, packed) = body::off_thread(move || {
+    let body = caller.bodies.read(&request, payload, body::DATA).await?;
+    let (body, run_id, loss, data) = body::off_thread(move || {
         let Pass { run_id, data, loss_fn, loss_fn_config, top_k_logprobs } = body.json()?;
         let loss = loss_spec(loss_fn.as_deref(), loss_fn_config, top_k_logprobs)?;
-        if data.is_empty() {
-            return Err(InvalidInput::new("data", "no datum is given; at least 1 is needed").into());
-        }
         let data = data.into_iter().enumerate().map(|(i, datum)| datum.read(i));
         let data: Vec<Datum> = data.collect::<Result<_, _>>()?;
-        Ok((run_id, loss, encode_compressed(&data)))
+        Ok((body, run_id, loss, data))
     })
     .await?;
-    let run = addressed(&gateway, &request, run_id.as_deref()).await?;
+    let run = addressed(&caller, &request, run_id.as_deref()).await?;
+    let limits = limits(&run);
+    let (loss, packed) = body::off_thread(move || {
+        if let Some(limits) = limits {
+            loss.check_data(limits, &data)?;
+        }
+        // The body's room is for what was made of it as well.
+        drop(body);
+        Ok((loss, encode_compressed(&data)))
+    })
+    .await?;
     let data = match packed.len() {
         0..=MAX_INLINE_PAYLOAD => Payload::Inline(packed),
-        _ => Payload::Blob(gateway.upstream.put_blob(packed).await?),
+        _ => Payload::Blob(caller.upstream.put_blob(packed).await?),
     };
-    submit(&gateway, &request, &run, operation(loss, data)).await
+    submit(&caller, &request, &run, operation(loss, data)).await
+}
+
+/// What a run's data are held to; the ranks hold them to it as well, but only when the operation's
+/// turn has come.
+fn limits(run: &RunInfo) -> Option<DataLimits> {
+    let vocab_size = run.vocab_size? as usize;
+    Some(DataLimits { vocab_size, max_seq_len: run.max_seq_len as usize })
 }
 
 impl WireDatum {
@@ -180,16 +186,17 @@ struct Step {
 }
 
 /// `POST {trainer}/optim_step`
-pub async fn optim_step(gateway: web::Data<Gateway>, request: HttpRequest, payload: web::Payload) -> Answer {
-    let step: Step = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
-    let run = addressed(&gateway, &request, step.run_id.as_deref()).await?;
-    submit(&gateway, &request, &run, Operation::OptimStep { adam: step.adam_params }).await
+pub async fn optim_step(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let step: Step = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let run = addressed(&caller, &request, step.run_id.as_deref()).await?;
+    submit(&caller, &request, &run, Operation::OptimStep { adam: step.adam_params }).await
 }
 
 #[derive(Deserialize)]
 struct Save {
     run_id: Option<String>,
     name: String,
+    ttl_seconds: Option<u64>,
     #[serde(default = "yes")]
     bump_version: bool,
 }
@@ -199,22 +206,23 @@ fn yes() -> bool {
 }
 
 /// `POST {trainer}/save_state`
-pub async fn save_state(gateway: web::Data<Gateway>, request: HttpRequest, payload: web::Payload) -> Answer {
-    let save: Save = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
-    let run = addressed(&gateway, &request, save.run_id.as_deref()).await?;
-    submit(&gateway, &request, &run, Operation::SaveState { name: save.name }).await
+pub async fn save_state(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let save: Save = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let run = addressed(&caller, &request, save.run_id.as_deref()).await?;
+    submit(&caller, &request, &run, Operation::SaveState { name: save.name, ttl_seconds: save.ttl_seconds })
+        .await
 }
 
 /// `POST {trainer}/save_weights_for_sampler`
-pub async fn save_weights_for_sampler(
-    gateway: web::Data<Gateway>,
-    request: HttpRequest,
-    payload: web::Payload,
-) -> Answer {
-    let save: Save = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
-    let run = addressed(&gateway, &request, save.run_id.as_deref()).await?;
-    let operation = Operation::SaveWeightsForSampler { name: save.name, publish: save.bump_version };
-    submit(&gateway, &request, &run, operation).await
+pub async fn save_weights_for_sampler(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let save: Save = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let run = addressed(&caller, &request, save.run_id.as_deref()).await?;
+    let operation = Operation::SaveWeightsForSampler {
+        name: save.name,
+        publish: save.bump_version,
+        ttl_seconds: save.ttl_seconds,
+    };
+    submit(&caller, &request, &run, operation).await
 }
 
 #[derive(Deserialize)]
@@ -224,41 +232,32 @@ struct Load {
 }
 
 /// `POST {trainer}/load_state`
-pub async fn load_state(gateway: web::Data<Gateway>, request: HttpRequest, payload: web::Payload) -> Answer {
-    load(gateway, request, payload, false).await
+pub async fn load_state(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    load(caller, request, payload, false).await
 }
 
 /// `POST {trainer}/load_state_with_optimizer`
 pub async fn load_state_with_optimizer(
-    gateway: web::Data<Gateway>,
+    caller: Caller,
     request: HttpRequest,
     payload: web::Payload,
 ) -> Answer {
-    load(gateway, request, payload, true).await
+    load(caller, request, payload, true).await
 }
 
-async fn load(
-    gateway: web::Data<Gateway>,
-    request: HttpRequest,
-    payload: web::Payload,
-    with_optimizer: bool,
-) -> Answer {
-    let Load { run_id, path } = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
-    let run = addressed(&gateway, &request, run_id.as_deref()).await?;
-    submit(&gateway, &request, &run, Operation::LoadState { path, with_optimizer, source: None }).await
+async fn load(caller: Caller, request: HttpRequest, payload: web::Payload, with_optimizer: bool) -> Answer {
+    let Load { run_id, path } = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let run = addressed(&caller, &request, run_id.as_deref()).await?;
+    submit(&caller, &request, &run, Operation::LoadState { path, with_optimizer, source: None }).await
 }
 
 /// The run that a submit is for.
-async fn addressed(
-    gateway: &Gateway,
-    request: &HttpRequest,
-    run_id: Option<&str>,
-) -> Result<RunInfo, Refused> {
-    mount::run(gateway, request, run_id, SUBMIT_HOLD).await
+async fn addressed(caller: &Caller, request: &HttpRequest, run_id: Option<&str>) -> Result<RunInfo, Refused> {
+    mount::run(caller, request, run_id, SUBMIT_HOLD).await
 }
 
 /// Submits under the request's key; a full queue holds it.
-async fn submit(gateway: &Gateway, request: &HttpRequest, run: &RunInfo, operation: Operation) -> Answer {
+async fn submit(caller: &Caller, request: &HttpRequest, run: &RunInfo, operation: Operation) -> Answer {
     let key = match mount::header(request, IDEMPOTENCY_KEY)? {
         Some(key) => operation_key(key),
         None => fresh_key()?,
@@ -266,7 +265,7 @@ async fn submit(gateway: &Gateway, request: &HttpRequest, run: &RunInfo, operati
     let submit = SubmitOperation { run: run.run, key, operation };
     let accepted = async {
         loop {
-            match gateway.upstream.submit(submit.clone(), SUBMIT_HOLD).await {
+            match caller.upstream.submit(submit.clone(), SUBMIT_HOLD).await {
                 Err(refused) if refused.is_passing() => tokio::time::sleep(QUEUE_PAUSE).await,
                 answer => return answer,
             }
@@ -281,12 +280,12 @@ async fn submit(gateway: &Gateway, request: &HttpRequest, run: &RunInfo, operati
 }
 
 /// `GET {trainer}/operations/{id}`; ids are global, so the mount is not looked at.
-pub async fn poll(gateway: web::Data<Gateway>, path: web::Path<PolledOperation>) -> Answer {
+pub async fn poll(caller: Caller, path: web::Path<PolledOperation>) -> Answer {
     let unknown = || Refused::not_found(format!("there is no operation {:?}", path.id));
     let id: OperationId = path.id.parse().map_err(|_| unknown())?;
-    match gateway.upstream.outcome(id.run, id.seq, POLL_HOLD).await? {
+    match caller.upstream.outcome(id.run, id.seq, POLL_HOLD).await? {
         OperationStatus::Done(result) => {
-            let text = results::done(&gateway, id, result).await?;
+            let text = results::done(&caller, id, result).await?;
             Ok(HttpResponse::Ok().content_type("application/json").body(text))
         }
         OperationStatus::Failed(error) => Ok(HttpResponse::Ok().json(results::failed(id, &error))),

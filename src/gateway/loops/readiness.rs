@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::{protocol::RunInfo, types::InvalidInput};
 
 use super::{
-    super::{Gateway, refusal::Refused},
+    super::{caller::Caller, refusal::Refused},
     control, mount,
 };
 
@@ -30,17 +30,13 @@ pub struct Health {
 }
 
 /// `GET {trainer}/health`: 200 once the run's operations are accepted. Also its heartbeat.
-pub async fn trainer_health(
-    gateway: web::Data<Gateway>,
-    request: HttpRequest,
-    query: web::Query<Health>,
-) -> Answer {
+pub async fn trainer_health(caller: Caller, request: HttpRequest, query: web::Query<Health>) -> Answer {
     // "Not yet" is 503 on this route alone.
     let starting = |refused: Refused| match refused.status() {
         StatusCode::BAD_GATEWAY => refused.with_status(StatusCode::SERVICE_UNAVAILABLE),
         _ => refused,
     };
-    let run = mount::run(&gateway, &request, None, HEALTH_HOLD).await.map_err(starting)?;
+    let run = mount::run(&caller, &request, None, HEALTH_HOLD).await.map_err(starting)?;
     let id = run.run;
     if let Some(asked) = query.base_model.as_deref().filter(|asked| *asked != run.base_model) {
         let problem = format!("{id} trains {:?}, not {asked:?}", run.base_model);
@@ -53,15 +49,15 @@ pub async fn trainer_health(
 }
 
 /// `GET {trainer}/policy_version`: optimiser steps applied; not ordered behind the queue.
-pub async fn policy_version(gateway: web::Data<Gateway>, request: HttpRequest) -> Answer {
-    let run = mount::run(&gateway, &request, None, VERSION_HOLD).await?;
+pub async fn policy_version(caller: Caller, request: HttpRequest) -> Answer {
+    let run = mount::run(&caller, &request, None, VERSION_HOLD).await?;
     Ok(HttpResponse::Ok().json(json!({ "policy_version": run.step })))
 }
 
 /// `GET /v1/loops/deployments/{id}`: a run's deployment has the run's id.
-pub async fn deployment(gateway: web::Data<Gateway>, request: HttpRequest) -> Answer {
-    let run = mount::run(&gateway, &request, None, STATUS_HOLD).await?;
-    let mut deployment = control::described(&run, &mount::trainer_url(&gateway, &request, run.run)?);
+pub async fn deployment(caller: Caller, request: HttpRequest) -> Answer {
+    let run = mount::run(&caller, &request, None, STATUS_HOLD).await?;
+    let mut deployment = control::described(&run, &mount::trainer_url(&caller, &request, run.run)?);
     deployment["status"] = json!({ "name": if is_broken(&run) { "FAILED" } else { "RUNNING" } });
     Ok(HttpResponse::Ok().json(json!({ "deployment": deployment })))
 }

@@ -10,7 +10,8 @@ use crate::{
 
 use super::{
     super::{
-        Gateway, body,
+        body,
+        caller::Caller,
         refusal::{Refused, error_class},
     },
     ids::OperationId,
@@ -18,12 +19,12 @@ use super::{
 
 /// The text of `{"status": "done", "result": …}`. A forward pass may be megabytes, so nothing of
 /// it goes through a [`Value`].
-pub async fn done(gateway: &Gateway, id: OperationId, result: OperationResult) -> Result<Vec<u8>, Refused> {
+pub async fn done(caller: &Caller, id: OperationId, result: OperationResult) -> Result<Vec<u8>, Refused> {
     match result {
         OperationResult::ForwardBackward(payload) => {
             let bytes = match payload {
                 Payload::Inline(bytes) => bytes,
-                Payload::Blob(blob) => gateway.upstream.blob(blob).await?,
+                Payload::Blob(blob) => caller.upstream.blob(blob).await?,
             };
             body::off_thread(move || {
                 let output: ForwardBackwardOutput = decode_compressed("forward_backward output", &bytes)

@@ -18,7 +18,7 @@ use crate::{
 };
 
 use super::{
-    super::{Gateway, body, refusal::Refused},
+    super::{body, caller::Caller, refusal::Refused},
     completion::Completion,
     control::input_error,
     ids::SamplerId,
@@ -63,19 +63,19 @@ struct Draw {
 }
 
 /// `POST {sampler}/sample`
-pub async fn sample(gateway: web::Data<Gateway>, request: HttpRequest, payload: web::Payload) -> Answer {
-    let sampler = mount::sampler(&gateway, &request).await?;
-    let body = gateway.bodies.read(&request, payload, body::DATA).await?;
+pub async fn sample(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let sampler = mount::sampler(&caller, &request).await?;
+    let body = caller.bodies.read(&request, payload, body::DATA).await?;
     let (digest, wanted) = (Digest::of(&body.bytes), body.json::<Body>()?);
     drop(body);
     let sampler = match sampler {
         Sampler::Of(id) => id,
-        Sampler::Bare => SamplerId::Base(local::base_model(&gateway, wanted.model.as_deref()).await?),
+        Sampler::Bare => SamplerId::Base(local::base_model(&caller, wanted.model.as_deref()).await?),
     };
     let target = target(&sampler, &request)?;
     let draw = wanted.read()?;
     let waits_for_version = matches!(target, SampleTarget::Live { min_version: 1.., .. });
-    let upstream = gateway.upstream.clone();
+    let upstream = caller.upstream.clone();
     let generate = async move {
         let Draw { prompt, num_samples, params, flags } = draw;
         let tokens = prompt.to_ints()?;
@@ -84,7 +84,7 @@ pub async fn sample(gateway: web::Data<Gateway>, request: HttpRequest, payload: 
         body::off_thread(move || Completion::of(&tokens, result)).await
     };
     let answered = match header(&request, IDEMPOTENCY_KEY)? {
-        Some(key) => gateway.replays.join(format!("{sampler} {key}"), digest, generate).await,
+        Some(key) => caller.replays.join(replay_key(&caller, &sampler, key), digest, generate).await,
         None => generate.await.map(Into::into),
     };
     let completion = answered.map_err(|refused| as_this_route_says(refused, waits_for_version))?;
@@ -92,6 +92,11 @@ pub async fn sample(gateway: web::Data<Gateway>, request: HttpRequest, payload: 
         .insert_header((POLICY_VERSION, completion.policy_version.to_string()))
         .content_type("application/json")
         .body(completion.json.clone()))
+}
+
+/// Keys of one caller and one sampler are of no other.
+fn replay_key(caller: &Caller, sampler: &SamplerId, key: &str) -> String {
+    format!("{} {sampler} {key}", caller.name.as_deref().unwrap_or_default())
 }
 
 /// What the client retries here, and what it may not.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::types::{CheckpointTarget, InvalidInput};
 
 use super::{
-    super::{Gateway, body, refusal::Refused},
+    super::{body, caller::Caller, refusal::Refused},
     control::{input_error, session},
     ids::SamplerId,
     local,
@@ -33,15 +33,11 @@ struct CreateSampler {
 }
 
 /// `POST {root}/samplers`: paired with a run, always the same one; or of a model or path alone.
-pub async fn create_sampler(
-    gateway: web::Data<Gateway>,
-    request: HttpRequest,
-    payload: web::Payload,
-) -> Answer {
-    let create: CreateSampler = gateway.bodies.read(&request, payload, body::SMALL).await?.json()?;
+pub async fn create_sampler(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
+    let create: CreateSampler = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
     session(&create.session_id)?;
     let id = match (create.run_id, create.base_model, create.model_path) {
-        (Some(run), None | Some(_), None) => SamplerId::Paired(mount::named_run(&gateway, &run).await?.run),
+        (Some(run), None | Some(_), None) => SamplerId::Paired(mount::named_run(&caller, &run).await?.run),
         (None, Some(model), None) => SamplerId::Base(model),
         (None, None | Some(_), Some(path)) => SamplerId::Checkpoint(path.trim_end_matches('/').to_owned()),
         _ => {
@@ -49,15 +45,15 @@ pub async fn create_sampler(
             return Err(InvalidInput::new("run_id", problem).into());
         }
     };
-    let model = base_model(&gateway, &id).await.map_err(input_error)?;
-    gateway.upstream.find_model(&model).await.map_err(input_error)?;
-    if let (Some(asked), Some(context)) = (create.max_seq_length, context(&gateway, &model).await?)
+    let model = base_model(&caller, &id).await.map_err(input_error)?;
+    caller.upstream.find_model(&model).await.map_err(input_error)?;
+    if let (Some(asked), Some(context)) = (create.max_seq_length, context(&caller, &model).await?)
         && !(1..=context).contains(&asked)
     {
         let problem = format!("must be 1 to {context}, the context of {model}, got {asked}");
         return Err(InvalidInput::new("max_seq_length", problem).into());
     }
-    let url = format!("{}/v1/loops/samplers/{id}/serve", mount::public_url(&gateway, &request)?);
+    let url = format!("{}/v1/loops/samplers/{id}/serve", mount::public_url(&caller, &request)?);
     Ok(HttpResponse::Ok().json(json!({ "sampler": {
         "id": id.to_string(),
         "model_id": id.to_string(),
@@ -71,10 +67,10 @@ pub async fn create_sampler(
 }
 
 /// `GET /v1/models/{id}/deployments/{id}`: whether a sampler can be used yet.
-pub async fn deployment(gateway: web::Data<Gateway>, path: web::Path<(String, String)>) -> Answer {
+pub async fn deployment(caller: Caller, path: web::Path<(String, String)>) -> Answer {
     let id: SamplerId = path.0.parse().map_err(|e: InvalidInput| Refused::not_found(e.to_string()))?;
-    let model = base_model(&gateway, &id).await?;
-    let status = match tokio::time::timeout(STATUS_HOLD, gateway.upstream.find_model(&model)).await {
+    let model = base_model(&caller, &id).await?;
+    let status = match tokio::time::timeout(STATUS_HOLD, caller.upstream.find_model(&model)).await {
         Err(_) => "LOADING_MODEL",
         Ok(Ok(())) => "ACTIVE",
         Ok(Err(refused)) if refused.status() == StatusCode::NOT_FOUND => "FAILED",
@@ -84,18 +80,18 @@ pub async fn deployment(gateway: web::Data<Gateway>, path: web::Path<(String, St
 }
 
 /// `GET {sampler}/v1/models`: the base model, and the adapter while one is live.
-pub async fn models(gateway: web::Data<Gateway>, request: HttpRequest) -> Answer {
-    let (base, adapter) = match mount::sampler(&gateway, &request).await? {
+pub async fn models(caller: Caller, request: HttpRequest) -> Answer {
+    let (base, adapter) = match mount::sampler(&caller, &request).await? {
         Sampler::Of(id) => {
             let adapter = match &id {
-                SamplerId::Paired(run) => gateway.upstream.run(*run, STATUS_HOLD).await?.live,
+                SamplerId::Paired(run) => caller.upstream.run(*run, STATUS_HOLD).await?.live,
                 SamplerId::Checkpoint(_) | SamplerId::Base(_) => None,
             };
-            (base_model(&gateway, &id).await?, adapter)
+            (base_model(&caller, &id).await?, adapter)
         }
-        Sampler::Bare => match local::published_last(&gateway, STATUS_HOLD).await? {
+        Sampler::Bare => match local::published_last(&caller, STATUS_HOLD).await? {
             Some(run) => (run.base_model, run.live),
-            None => (local::base_model(&gateway, None).await?, None),
+            None => (local::base_model(&caller, None).await?, None),
         },
     };
     let model = |id: &str, parent: Option<&str>| json!({ "id": id, "object": "model", "parent": parent });
@@ -105,28 +101,28 @@ pub async fn models(gateway: web::Data<Gateway>, request: HttpRequest) -> Answer
 }
 
 /// `GET {sampler}/trainers_policy_version`: the version of the live adapter.
-pub async fn policy_version(gateway: web::Data<Gateway>, request: HttpRequest) -> Answer {
-    let live = match mount::sampler(&gateway, &request).await? {
-        Sampler::Of(SamplerId::Paired(run)) => gateway.upstream.run(run, STATUS_HOLD).await?.live,
+pub async fn policy_version(caller: Caller, request: HttpRequest) -> Answer {
+    let live = match mount::sampler(&caller, &request).await? {
+        Sampler::Of(SamplerId::Paired(run)) => caller.upstream.run(run, STATUS_HOLD).await?.live,
         Sampler::Of(SamplerId::Base(_) | SamplerId::Checkpoint(_)) => None,
-        Sampler::Bare => local::published_last(&gateway, STATUS_HOLD).await?.and_then(|run| run.live),
+        Sampler::Bare => local::published_last(&caller, STATUS_HOLD).await?.and_then(|run| run.live),
     };
     Ok(HttpResponse::Ok().json(json!({ "policy_version": live.map(|live| live.step) })))
 }
 
 /// `GET {sampler}/health`, `POST {sampler}/wake`: it is never asleep.
-pub async fn awake(gateway: web::Data<Gateway>, request: HttpRequest) -> Answer {
-    mount::sampler(&gateway, &request).await?;
+pub async fn awake(caller: Caller, request: HttpRequest) -> Answer {
+    mount::sampler(&caller, &request).await?;
     Ok(HttpResponse::Ok().json(Value::Object(Default::default())))
 }
 
 /// The base model of what a sampler serves.
-async fn base_model(gateway: &Gateway, id: &SamplerId) -> Result<String, Refused> {
+async fn base_model(caller: &Caller, id: &SamplerId) -> Result<String, Refused> {
     match id {
         SamplerId::Base(model) => Ok(model.clone()),
-        SamplerId::Paired(run) => Ok(gateway.upstream.run(*run, STATUS_HOLD).await?.base_model),
+        SamplerId::Paired(run) => Ok(caller.upstream.run(*run, STATUS_HOLD).await?.base_model),
         SamplerId::Checkpoint(path) => {
-            let checkpoint = gateway.upstream.checkpoint_at(path, "model_path").await?;
+            let checkpoint = caller.upstream.checkpoint_at(path, "model_path").await?;
             if checkpoint.target != CheckpointTarget::Sampler {
                 let problem = format!("{path} is no sampler checkpoint; save_weights_for_sampler makes one");
                 return Err(InvalidInput::new("model_path", problem).into());
@@ -137,7 +133,7 @@ async fn base_model(gateway: &Gateway, id: &SamplerId) -> Result<String, Refused
 }
 
 /// The context of a model that is offered under this name.
-async fn context(gateway: &Gateway, model: &str) -> Result<Option<u32>, Refused> {
-    let models = gateway.upstream.capabilities().await?.supported_models;
+async fn context(caller: &Caller, model: &str) -> Result<Option<u32>, Refused> {
+    let models = caller.upstream.capabilities().await?.supported_models;
     Ok(models.into_iter().find(|m| m.model_name == model).and_then(|m| m.max_context_length))
 }

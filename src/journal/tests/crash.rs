@@ -124,7 +124,7 @@ fn what_was_never_committed_is_not_there() {
     journal.close();
     // As a process would leave it that dies between writing the rows and the commit.
     let database = rusqlite::Connection::open(directory.path().join("journal.sqlite")).unwrap();
-    database.execute_batch("BEGIN IMMEDIATE; INSERT INTO session VALUES (7, 7)").unwrap();
+    database.execute_batch("BEGIN IMMEDIATE; INSERT INTO session VALUES (7, NULL, 7)").unwrap();
     drop(database);
     assert_eq!(recover(directory.path()).sessions, [0, 1].map(SessionId));
 }

@@ -58,8 +58,13 @@ fn blob(n: u8) -> BlobRef {
     BlobRef { digest: Digest::of(&[n]), size: u64::from(n) }
 }
 
+/// Of some sessions.
+fn owner(session: u64) -> Option<String> {
+    session.is_multiple_of(2).then(|| format!("owner {session}"))
+}
+
 fn session(n: u64) -> Record {
-    Record::Session { session: SessionId(n), created_at_ms: 1_700_000_000_000 }
+    Record::Session { session: SessionId(n), owner: owner(n), created_at_ms: 1_700_000_000_000 }
 }
 
 fn create(session: u64) -> CreateRun {
@@ -143,6 +148,7 @@ fn checkpoint(id: u64, run: u64, target: CheckpointTarget, name: &str) -> Checkp
         base_model: "org/model".into(),
         lora_rank: 8,
         lora_alpha: 32.0,
+        expires_at_ms: None,
         step: 1,
         size_bytes: 3,
         path: format!("bt://loops:run-{run}/weights/{name}"),

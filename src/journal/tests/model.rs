@@ -157,6 +157,7 @@ impl Model {
         Recovered {
             epoch,
             sessions: self.sessions.iter().copied().map(SessionId).collect(),
+            owners: self.sessions.iter().filter_map(|n| Some((SessionId(*n), owner(*n)?))).collect(),
             runs: self.runs.iter().map(run).collect(),
             checkpoints,
         }

@@ -4,7 +4,13 @@ use super::*;
 fn every_record_is_recovered_as_it_was_written() {
     let directory = tempfile::tempdir().unwrap();
     let (journal, first) = Journal::open(directory.path()).unwrap();
-    let empty = Recovered { epoch: Epoch(1), sessions: vec![], runs: vec![], checkpoints: vec![] };
+    let empty = Recovered {
+        epoch: Epoch(1),
+        sessions: vec![],
+        owners: Default::default(),
+        runs: vec![],
+        checkpoints: vec![],
+    };
     assert_eq!(first, empty);
 
     let inline = forward_backward(Payload::Inline(vec![0; 64 << 10]));

@@ -32,7 +32,7 @@ fn a_key_may_be_used_in_another_run() {
 fn a_number_given_to_another_operation_is_refused() {
     let (_, reason) = refused(vec![operation(1, 1, 7, step())], vec![operation(1, 1, 8, step())]);
     assert!(reason.contains("another operation"), "{reason}");
-    let other_kind = Operation::SaveState { name: "a".into() };
+    let other_kind = Operation::SaveState { name: "a".into(), ttl_seconds: None };
     let (_, reason) = refused(vec![operation(1, 1, 7, step())], vec![operation(1, 1, 7, other_kind)]);
     assert!(reason.contains("another operation"), "{reason}");
 }

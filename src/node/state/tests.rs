@@ -165,7 +165,7 @@ fn a_slot_that_a_new_roster_leaves_out_gives_its_rank_up() {
 #[test]
 fn operations_go_to_every_slot_of_the_run() {
     let mut state = formed_pair();
-    let operation = Operation::SaveState { name: "a".to_owned() };
+    let operation = Operation::SaveState { name: "a".to_owned(), ttl_seconds: None };
     let event = RankEvent::Execute { token: token(), operation: operation.clone() };
     assert_eq!(
         say(&mut state, CoordinatorMessage::Execute { token: token(), operation }),
@@ -182,7 +182,7 @@ fn operations_go_to_every_slot_of_the_run() {
 
 #[test]
 fn an_operation_of_a_run_that_is_not_here_is_answered() {
-    let operation = Operation::SaveState { name: "a".to_owned() };
+    let operation = Operation::SaveState { name: "a".to_owned(), ttl_seconds: None };
     assert_eq!(
         say(&mut connected(1, 0), CoordinatorMessage::Execute { token: token(), operation }),
         vec![not_here(token())]

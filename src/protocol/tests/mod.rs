@@ -49,8 +49,8 @@ fn operations() -> Vec<Operation> {
         Operation::Forward { loss: loss.clone(), data: inline },
         Operation::ForwardBackward { loss, data: stored },
         Operation::OptimStep { adam: AdamParams::default() },
-        Operation::SaveState { name: "a".into() },
-        Operation::SaveWeightsForSampler { name: "b".into(), publish: true },
+        Operation::SaveState { name: "a".into(), ttl_seconds: Some(60) },
+        Operation::SaveWeightsForSampler { name: "b".into(), publish: true, ttl_seconds: None },
         Operation::LoadState { path: "bt://".into(), with_optimizer: false, source: Some(source) },
     ]
 }
@@ -97,6 +97,7 @@ fn run_info() -> RunInfo {
     RunInfo {
         run: RunId(1),
         session: SessionId(2),
+        owner: Some("ada".into()),
         name: "a run".into(),
         base_model: "org/model".into(),
         lora: LoraConfig::new(8, 1),
@@ -151,6 +152,9 @@ fn client_requests() -> Vec<ClientRequest> {
         ClientRequest::Tokenizer { base_model: "org/model".into() },
         ClientRequest::ClusterStatus,
         ClientRequest::FindRun { name: "local:a".into() },
+        ClientRequest::CreateSessionFor { owner: "ada".into() },
+        ClientRequest::SessionOwner { session: SessionId(1) },
+        ClientRequest::DeleteCheckpoint { checkpoint: CheckpointId(1) },
     ]
 }
 
@@ -182,6 +186,7 @@ fn client_responses() -> Vec<ClientResponse> {
         step: 4,
         size_bytes: 5,
         path: "bt://".into(),
+        expires_at_ms: Some(6),
     };
     let file = CheckpointFile {
         url: "blob:".into(),
@@ -204,6 +209,8 @@ fn client_responses() -> Vec<ClientResponse> {
         ClientResponse::Blob(blob()),
         ClientResponse::Cluster(ClusterStatus { nodes: vec![node], runs: vec![run_info()] }),
         ClientResponse::Error(error()),
+        ClientResponse::SessionOwner(Some("ada".into())),
+        ClientResponse::Deleted,
     ]
 }
 

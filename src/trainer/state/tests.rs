@@ -28,7 +28,7 @@ fn token(seq: u64) -> OpToken {
 }
 
 fn operation() -> Operation {
-    Operation::SaveState { name: "a".to_owned() }
+    Operation::SaveState { name: "a".to_owned(), ttl_seconds: None }
 }
 
 fn execute(token: OpToken) -> Event {

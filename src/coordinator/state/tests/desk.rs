@@ -316,7 +316,13 @@ pub fn create(session: SessionId, replicas: Option<u32>) -> CreateRun {
 
 /// What a new journal holds.
 pub fn nothing() -> Recovered {
-    Recovered { epoch: Epoch(1), sessions: Vec::new(), runs: Vec::new(), checkpoints: Vec::new() }
+    Recovered {
+        epoch: Epoch(1),
+        sessions: Vec::new(),
+        owners: BTreeMap::new(),
+        runs: Vec::new(),
+        checkpoints: Vec::new(),
+    }
 }
 
 pub fn disk_full() -> JournalError {
@@ -340,11 +346,11 @@ pub fn optim_step() -> Operation {
 }
 
 pub fn save_state(name: &str) -> Operation {
-    Operation::SaveState { name: name.to_owned() }
+    Operation::SaveState { name: name.to_owned(), ttl_seconds: None }
 }
 
 pub fn publish(name: &str) -> Operation {
-    Operation::SaveWeightsForSampler { name: name.to_owned(), publish: true }
+    Operation::SaveWeightsForSampler { name: name.to_owned(), publish: true, ttl_seconds: None }
 }
 
 pub fn load(path: &str) -> Operation {
@@ -366,7 +372,7 @@ fn result_of(operation: &Operation, step: u64) -> (OperationResult, Option<Saved
         Operation::OptimStep { .. } => {
             (OperationResult::OptimStep(OptimStepResponse { metrics: BTreeMap::new() }), None)
         }
-        Operation::SaveState { name } => {
+        Operation::SaveState { name, .. } => {
             let path = format!("bt://loops:{RUN}/weights/{name}");
             let saved = saved(STATE_FILE, format!("state at {step} as {name}"));
             (OperationResult::SaveState(SaveWeightsResponse { path }), saved)

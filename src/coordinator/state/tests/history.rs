@@ -154,7 +154,8 @@ fn publishes_push_out_older_ones_but_none_that_is_in_use() {
         0 => publish(&format!("publish {key}").replace(' ', "-")),
         _ => optim_step(),
     });
-    let waiter = desk.run(11, Operation::SaveWeightsForSampler { name: "kept".into(), publish: false });
+    let waiter = desk
+        .run(11, Operation::SaveWeightsForSampler { name: "kept".into(), publish: false, ttl_seconds: None });
     desk.done(waiter);
     desk.pass(10_000);
     assert_eq!(dropped(&desk), [2, 3], "the first is sampled from, and the last two stay");

@@ -59,7 +59,13 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
         ],
         slots: Vec::new(),
     };
-    Recovered { epoch: Epoch(2), sessions: vec![SessionId(1)], runs: vec![run], checkpoints: Vec::new() }
+    Recovered {
+        epoch: Epoch(2),
+        sessions: vec![SessionId(1)],
+        owners: Default::default(),
+        runs: vec![run],
+        checkpoints: Vec::new(),
+    }
 }
 
 #[test]

@@ -373,6 +373,20 @@ fn a_saved_name_replaces_the_earlier_checkpoint() {
 }
 
 #[test]
+fn a_run_belongs_to_whom_its_session_does() {
+    let mut desk = Desk::new();
+    desk.join(1, 1, 0);
+    let asked = desk.asked(ClientRequest::CreateSessionFor { owner: "ada".into() });
+    let ClientResponse::Session(session) = asked else { panic!("{asked:?}") };
+    let owner = desk.asked(ClientRequest::SessionOwner { session });
+    assert_eq!(owner, ClientResponse::SessionOwner(Some("ada".into())));
+    let created = desk.asked(ClientRequest::CreateRun(create(session, None)));
+    assert!(matches!(created, ClientResponse::Run(info) if info.owner.as_deref() == Some("ada")));
+    let error = desk.refused(ClientRequest::CreateSessionFor { owner: String::new() });
+    assert!(error.message.starts_with("`owner`: must be 1 to 255 bytes"), "{error}");
+}
+
+#[test]
 fn a_run_is_found_by_its_newest_name() {
     let mut desk = Desk::new();
     desk.join(1, 1, 0);

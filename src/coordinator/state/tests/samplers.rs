@@ -185,7 +185,11 @@ fn an_older_version_is_served_as_long_as_someone_asks_for_it() {
 #[test]
 fn a_checkpoint_is_served_under_its_own_policy() {
     let mut desk = Desk::with_run(&[(1, 1)], None);
-    let save = crate::protocol::Operation::SaveWeightsForSampler { name: "kept".into(), publish: false };
+    let save = crate::protocol::Operation::SaveWeightsForSampler {
+        name: "kept".into(),
+        publish: false,
+        ttl_seconds: None,
+    };
     for (key, operation) in [optim_step(), save, optim_step()].into_iter().enumerate() {
         let waiter = desk.run(key as u8, operation);
         desk.done(waiter);
@@ -371,6 +375,41 @@ fn version_zero_stays_beside_what_is_published_later() {
 }
 
 #[test]
+fn a_checkpoint_goes_when_its_time_is_up_and_what_is_served_stays() {
+    let mut desk = Desk::with_run(&[(1, 1)], None);
+    let save = |name: &str, ttl_seconds| crate::protocol::Operation::SaveWeightsForSampler {
+        name: name.into(),
+        publish: true,
+        ttl_seconds,
+    };
+    do_all(&mut desk, 1, vec![optim_step(), save("short", Some(10)), save("kept", None)]);
+    let names = |desk: &mut Desk| match desk.asked(ClientRequest::ListCheckpoints { run: None }) {
+        ClientResponse::Checkpoints(found) => found.into_iter().map(|c| c.checkpoint_id).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(names(&mut desk), ["kept", "short"]);
+    desk.pass(9_000);
+    assert_eq!(names(&mut desk).len(), 2);
+    desk.pass(2_000);
+    assert_eq!(names(&mut desk), ["kept"]);
+    let path = format!("bt://loops:{RUN}/sampler_weights/short");
+    let gone = ClientRequest::Sample(request(SampleTarget::Checkpoint { path }));
+    assert_eq!(desk.refused(gone).kind, ErrorKind::NotFound);
+
+    let checkpoint = crate::types::CheckpointId(2);
+    assert_eq!(desk.asked(ClientRequest::DeleteCheckpoint { checkpoint }), ClientResponse::Deleted);
+    assert_eq!(names(&mut desk), Vec::<String>::new());
+    assert_eq!(desk.refused(ClientRequest::DeleteCheckpoint { checkpoint }).kind, ErrorKind::NotFound);
+    let live = SampleTarget::Live { run: RUN, min_version: 1 };
+    assert_eq!(served(&mut desk, live).map(|policy| policy.step), Some(1));
+    for ttl_seconds in [0, u64::MAX] {
+        let refused = desk.submit(9, save("never", Some(ttl_seconds)));
+        let ClientResponse::Error(error) = refused else { panic!("{refused:?}") };
+        assert!(error.message.starts_with("`ttl_seconds`"), "{error}");
+    }
+}
+
+#[test]
 fn a_publish_that_an_init_overtakes_is_reported_and_not_served() {
     let (mut desk, waiter, policy) = publishing();
     let fresh = crate::protocol::Operation::Init { lora: crate::types::LoraConfig::new(4, 1) };
@@ -390,7 +429,11 @@ fn a_publish_that_an_init_overtakes_is_reported_and_not_served() {
 #[test]
 fn a_checkpoint_answers_until_the_floor_is_reached() {
     let mut desk = Desk::with_run(&[(1, 1)], None);
-    let save = crate::protocol::Operation::SaveWeightsForSampler { name: "kept".into(), publish: false };
+    let save = crate::protocol::Operation::SaveWeightsForSampler {
+        name: "kept".into(),
+        publish: false,
+        ttl_seconds: None,
+    };
     do_all(&mut desk, 1, vec![optim_step(), publish("v1"), save, optim_step()]);
     let path = format!("bt://loops:{RUN}/sampler_weights/kept");
     let from = |min_version| SampleTarget::LiveOrCheckpoint { run: RUN, min_version, path: path.clone() };

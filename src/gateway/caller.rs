@@ -1,0 +1,56 @@
+//! Who asks, and the gateway as they see it: with their own runs and checkpoints alone.
+
+use std::{
+    future::{Ready, ready},
+    ops::Deref,
+};
+
+use actix_web::{FromRequest, HttpRequest, dev::Payload, http::header::AUTHORIZATION, web};
+
+use super::{Gateway, keys, refusal::Refused, upstream::Upstream};
+
+/// Taken out of every request that needs a key. A handler without one serves anybody.
+pub(super) struct Caller {
+    gateway: web::Data<Gateway>,
+    /// Name of the key; absent: the service has no keys, and everything belongs to everybody.
+    pub name: Option<String>,
+    pub upstream: Upstream,
+}
+
+impl Caller {
+    fn of(request: &HttpRequest) -> Result<Self, Refused> {
+        let gateway = request.app_data::<web::Data<Gateway>>();
+        let gateway = gateway.ok_or_else(|| Refused::fault("a route without its gateway"))?.clone();
+        let name = match &gateway.keys {
+            None => None,
+            Some(known) => {
+                let given = request.headers().get(AUTHORIZATION);
+                let given = given.ok_or_else(|| {
+                    Refused::unauthorized("this service needs `Authorization: Api-Key KEY`")
+                })?;
+                let key = given.to_str().ok().and_then(keys::key_of);
+                let name = key.and_then(|key| known.name_of(key));
+                Some(name.ok_or_else(|| Refused::unauthorized("this API key is not known here"))?.to_owned())
+            }
+        };
+        let upstream = gateway.everything.seen_by(name.clone());
+        Ok(Self { gateway, name, upstream })
+    }
+}
+
+impl Deref for Caller {
+    type Target = Gateway;
+
+    fn deref(&self) -> &Gateway {
+        &self.gateway
+    }
+}
+
+impl FromRequest for Caller {
+    type Error = Refused;
+    type Future = Ready<Result<Self, Refused>>;
+
+    fn from_request(request: &HttpRequest, _body: &mut Payload) -> Self::Future {
+        ready(Self::of(request))
+    }
+}
