@@ -43,7 +43,7 @@ pub struct LoraOptions {
     pub alpha: f32,
     /// Linear layers that carry an adapter.
     pub targets: Vec<LoraTarget>,
-    /// Data-parallel ranks; absent: all that the cluster has.
+    /// Data-parallel ranks; absent: all that the cluster has, at any time.
     pub replicas: Option<u32>,
     /// Longest sequence in tokens; absent: the model's context.
     pub max_seq_len: Option<u32>,
@@ -111,7 +111,7 @@ impl ServiceClient {
 
     /// Creates a run with a fresh adapter of `rank` on `base_model`.
     ///
-    /// Refused: a model that is not offered, rank 0, more replicas than the cluster has.
+    /// Refused: a model that is not offered, rank 0, more replicas than the cluster has had.
     pub async fn create_lora_training_client(
         &self,
         base_model: &str,

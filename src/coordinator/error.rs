@@ -66,9 +66,11 @@ pub enum Refusal {
     UnknownCheckpointId(CheckpointId),
     #[error("policy {0} is not kept; publish or save it under a name of its own")]
     UnknownPolicy(PolicyId),
-    /// More data-parallel ranks than trainer slots.
-    #[error("`replicas`: {asked} asked for, but the cluster has {have} trainer slots that offer {model:?}")]
-    TooManyReplicas { asked: u32, have: u32, model: String },
+    /// More data-parallel ranks than there ever were trainer slots.
+    #[error(
+        "`replicas`: {asked} asked for, but the cluster has had at most {most} trainer slots that offer {model:?}"
+    )]
+    TooManyReplicas { asked: u32, most: u32, model: String },
     #[error("{run} has {bound} operations that are not finished; wait for one before submitting more")]
     QueueFull { run: RunId, bound: usize },
     #[error("{bound} {what} are in flight; try again when some have finished")]

@@ -34,12 +34,16 @@ impl CoordinatorConfig {
 /// How long the coordinator waits for others, and how much it holds at once.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// From `Execute` to the last rank's answer.
+    /// From `Execute`, or from the last progress of any of its ranks, to the last rank's answer.
     pub operation_deadline: Duration,
     /// From `FormRanks` to the last node's answer; covers loading the base model.
     pub form_deadline: Duration,
     /// From `Stage` or `Activate` to a node's answer.
     pub stage_deadline: Duration,
+    /// From a publish's durable outcome until some replica must serve it.
+    pub publish_deadline: Duration,
+    /// How long a publish waits for a node with a sampler for its model.
+    pub sampler_grace: Duration,
     /// A node without a pong for this long is lost.
     pub node_deadline: Duration,
     /// How long a drain waits for what is executing.
@@ -67,6 +71,8 @@ impl Default for Limits {
             operation_deadline: Duration::from_secs(600),
             form_deadline: Duration::from_secs(300),
             stage_deadline: Duration::from_secs(60),
+            publish_deadline: Duration::from_secs(180),
+            sampler_grace: Duration::from_secs(30),
             node_deadline: Duration::from_secs(15),
             drain_deadline: Duration::from_secs(30),
             generate_deadline: Duration::from_secs(1800),

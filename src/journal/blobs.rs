@@ -18,6 +18,7 @@ impl Record {
             | Self::Outcome { outcome: Outcome::Failed { .. }, .. }
             | Self::DropCheckpoint { .. }
             | Self::DropSlots { .. }
+            | Self::PublishFailed { .. }
             | Self::Prune { .. } => Vec::new(),
         }
     }

@@ -21,7 +21,7 @@
 //! | `session` | this session id was given out, and to whom | never |
 //! | `run` | what the run is, with every default | never |
 //! | `operation` | it was accepted; with its idempotency key, so a retry finds it | `Prune` |
-//! | `outcome` | it ended, and how; without one it is run (again) after a restart | `Prune` |
+//! | `outcome` | it ended, and how; without one it is run (again) after a restart | `Prune`; `PublishFailed` replaces it |
 //! | `snapshot` | this blob is the run's state after that operation | `Prune` |
 //! | `checkpoint` | this name means these files; one row, so replacing it is atomic | a later save of the name; `DropCheckpoint` |
 //! | `slot` | this policy is the run's live one, or that of version 0 | a later publish; `DropSlots` |

@@ -26,6 +26,9 @@ pub enum Record {
     /// A checkpoint and its files. One (run, target, name) is one checkpoint: a later one replaces
     /// the earlier.
     Checkpoint(SavedCheckpoint),
+    /// A publish that was journaled as done has failed after all: that is the operation's outcome now,
+    /// and the policy is in no slot. Its checkpoint stays.
+    PublishFailed { run: RunId, seq: OperationSeq, policy: PolicyId, error: OperationError },
     /// A published policy of a run. Version 0 has a slot of its own; one of a later version
     /// replaces the one before.
     Slot { policy: PolicyId, base_model: String, adapter: BlobRef },
@@ -139,6 +142,9 @@ impl fmt::Display for Record {
             Self::Checkpoint(saved) => write!(f, "{}", saved.checkpoint.id),
             Self::DropCheckpoint { checkpoint } => write!(f, "dropping {checkpoint}"),
             Self::Slot { policy, .. } => write!(f, "the slot of {policy}"),
+            Self::PublishFailed { seq, policy, .. } => {
+                write!(f, "the failure of operation {} to publish {policy}", seq.0)
+            }
             Self::DropSlots { run } => write!(f, "dropping the slots of {run}"),
             Self::Prune { run, base, upto } => {
                 write!(f, "pruning {run} up to the snapshot after {} and operation {}", base.0, upto.0)

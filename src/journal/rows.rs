@@ -2,7 +2,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::{
     protocol::{BlobRef, MAX_MESSAGE, Operation, OperationKey, OperationSeq, encode},
-    types::{CheckpointTarget, Digest, RunId},
+    types::{CheckpointTarget, Digest, OperationError, PolicyId, RunId},
 };
 
 use super::{
@@ -55,6 +55,9 @@ pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
                 ],
             )?;
             hold(db, Owner { run, kind: "slot", seq: version_zero }, &[*adapter])
+        }
+        Record::PublishFailed { run, seq, policy, error } => {
+            write_publish_failed(db, (*run, *seq), policy, error)
         }
         Record::DropSlots { run } => {
             let run = signed(run.0)?;
@@ -161,6 +164,33 @@ fn write_checkpoint(db: &Connection, saved: &SavedCheckpoint) -> Result<(), Faul
     )?;
     let blobs: Vec<_> = files.iter().map(|file| file.blob).collect();
     hold(db, Owner { run, kind: "checkpoint", seq: id }, &blobs)
+}
+
+fn write_publish_failed(
+    db: &Connection,
+    (run, seq): (RunId, OperationSeq),
+    policy: &PolicyId,
+    error: &OperationError,
+) -> Result<(), Fault> {
+    let (run, seq) = (signed(run.0)?, signed(seq.0)?);
+    let changed = db
+        .prepare_cached(
+            "UPDATE outcome SET payload = ?, state = NULL, step = NULL
+             WHERE run = ?2 AND seq = ?3 AND state IS NOT NULL AND EXISTS
+             (SELECT 1 FROM operation WHERE run = ?2 AND seq = ?3 AND kind = 'save_weights_for_sampler')",
+        )?
+        .execute(params![bounded(encode(error))?, run, seq])?;
+    if changed == 0 {
+        return Err(Fault::Refused("it is no publish that was done".into()));
+    }
+    let slot: Option<i64> = db
+        .prepare_cached("DELETE FROM slot WHERE run = ? AND policy = ? RETURNING version_zero")?
+        .query_row(params![run, encode(policy)], |row| row.get(0))
+        .optional()?;
+    match slot {
+        Some(seq) => hold(db, Owner { run, kind: "slot", seq }, &[]),
+        None => Ok(()),
+    }
 }
 
 fn drop_checkpoint(db: &Connection, id: i64) -> Result<(), Fault> {

@@ -38,6 +38,9 @@ pub(super) const KV_BYTES: usize = 2 << 30;
 /// Sequences decoded together: past 64 a step of a small model gains little on a CPU.
 const MAX_BATCH: usize = 64;
 
+/// Between two reports of how far an operation is: often enough for its deadline without progress.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
 /// What a node's actor is made of.
 pub(super) struct Parts<'a> {
     pub(super) config: &'a NodeConfig,
@@ -121,6 +124,7 @@ impl NodeActor {
                     cores: cores.clone(),
                     blobs: Arc::new(blobs.clone()),
                     join: join.clone(),
+                    progress_every: PROGRESS_EVERY,
                     on_death: on_death.clone(),
                 };
                 TrainerRank::launch(rank, rank_reports.clone())

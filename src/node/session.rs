@@ -171,6 +171,7 @@ impl Sessions {
                 tokenizer: tokenizer.digest,
                 tokenizer_size: tokenizer.size,
                 footprint: config.footprint(),
+                lora_rank_max: config.lora_rank_max(),
             });
         }
         Ok(NodeHello {

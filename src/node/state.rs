@@ -14,7 +14,8 @@ use crate::{
     types::{ErrorKind, OperationError, PolicyId, RunId},
 };
 
-/// Sample requests that may be under way at once; one more is refused and tried elsewhere.
+/// Sample requests that may be under way at once for each replica: twice what the coordinator gives,
+/// because that those are cancelled is noticed here later. One more is refused.
 pub(super) const MAX_REQUESTS: usize = 1024;
 
 /// Numbers this node's connections to the coordinator, so that what an earlier one still
@@ -402,7 +403,7 @@ impl NodeState {
     fn request(&mut self, ticket: Ticket) -> Effect {
         let refuse =
             |kind, problem: &str| Effect::Refuse { ticket, error: OperationError::new(kind, problem) };
-        if self.requests.len() >= MAX_REQUESTS {
+        if self.requests.len() >= MAX_REQUESTS * self.samplers.max(1) as usize {
             return refuse(
                 ErrorKind::ResourceExhausted,
                 "this node generates for as many requests as it takes",

@@ -52,7 +52,7 @@ pub struct CreateRun {
     pub session: SessionId,
     pub base_model: String,
     pub lora: LoraConfig,
-    /// Data-parallel ranks; absent: all that the cluster has.
+    /// Data-parallel ranks; absent: all that the cluster has whenever ranks are formed.
     pub replicas: Option<u32>,
     /// Longest sequence; absent: the model's context.
     pub max_seq_len: Option<u32>,

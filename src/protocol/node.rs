@@ -41,6 +41,8 @@ pub struct ModelOffer {
     pub tokenizer_size: u64,
     /// What it takes of a node's memory.
     pub footprint: Footprint,
+    /// Largest rank of an adapter on each of [`LoraTarget::ALL`](crate::types::LoraTarget::ALL).
+    pub lora_rank_max: [u32; 7],
 }
 
 /// Memory that a node may use.
@@ -173,6 +175,9 @@ pub enum NodeMessage {
     Activated { policy: PolicyId },
     /// The node's control thread is alive.
     Pong { nonce: u64 },
+    /// The operation is not done but under way: so many of this rank's micro-batches are computed.
+    /// At most one a second and rank.
+    Progress { token: OpToken, rank: RankIndex, done: u32, of: u32 },
 }
 
 /// Why an operation did not get prepared.

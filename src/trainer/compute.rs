@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc},
+    time::{Duration, Instant},
 };
 
 use actix::{Addr, WeakAddr};
@@ -58,6 +59,23 @@ struct Pending {
 pub(super) struct Tools {
     pub(super) config: RankConfig,
     pub(super) workspace: Workspace,
+    pub(super) progress: Progress,
+}
+
+/// Tells the actor how far an operation is, no more often than the rank is configured to.
+pub(super) struct Progress {
+    outlet: Outlet,
+    every: Duration,
+    told: Instant,
+}
+
+impl Progress {
+    pub(super) fn tell(&mut self, token: OpToken, done: u32, of: u32) {
+        if self.told.elapsed() >= self.every {
+            self.told = Instant::now();
+            self.outlet.offer(Event::Progress { token, done, of });
+        }
+    }
 }
 
 struct Compute {
@@ -84,7 +102,9 @@ pub(super) fn spawn(
     let outlet = Outlet { actor: actor.downgrade(), control: tokio::runtime::Handle::current() };
     spawn_guarded(name, config.on_death.clone(), move || {
         lower_thread_priority();
-        let tools = Tools { config, workspace: Workspace::default() };
+        let progress =
+            Progress { outlet: outlet.clone(), every: config.progress_every, told: Instant::now() };
+        let tools = Tools { config, workspace: Workspace::default(), progress };
         let mut compute = Compute { tools, runs: HashMap::new(), outlet };
         while let Ok(Work { job, abort }) = work.recv() {
             let done = compute.perform(job, abort);
@@ -100,6 +120,15 @@ impl Outlet {
     fn deliver(&self, event: Event) -> bool {
         let Some(actor) = self.actor.upgrade() else { return false };
         self.control.block_on(actor.send(Deliver(event))).is_ok()
+    }
+
+    /// For what is better left out than waited for.
+    fn offer(&self, event: Event) {
+        if let Some(actor) = self.actor.upgrade()
+            && actor.try_send(Deliver(event)).is_err()
+        {
+            tracing::debug!("a rank's mailbox is full, or it has stopped");
+        }
     }
 }
 
@@ -208,6 +237,7 @@ impl Compute {
         if run.abort.is_thrown() {
             return Err(Failure::environment(ErrorKind::Unavailable, format!("{token} was called off")));
         }
+        self.tools.progress.told = Instant::now();
         let clears_gradient = matches!(operation, Operation::OptimStep { .. });
         match operation::run(run, &mut self.tools, token, operation) {
             Ok(operation::Outcome { next, result, saved }) => {

@@ -35,9 +35,10 @@ use super::{
     operation::{Outcome, store},
 };
 
-/// From the start of an operation to its last collective call. An operation of hours is not
-/// one: a batch of 64 sequences of 4,096 tokens takes a 2-core machine a quarter of this.
-const OPERATION_DEADLINE: Duration = Duration::from_secs(600);
+/// Bounds a collective call of which nobody hears any more. A rank waits for its peers for as long as
+/// they compute: the coordinator calls the operation off when a peer's node is lost or no rank makes
+/// progress, and losing the coordinator calls it off, too.
+const COLLECTIVE_DEADLINE: Duration = Duration::from_secs(24 * 3_600);
 
 /// Largest gathered part: the outputs of one rank, uncompressed.
 const MAX_PART: usize = 1 << 30;
@@ -66,7 +67,6 @@ pub(super) fn run(
     data: &Payload,
     mode: Mode,
 ) -> Result<Outcome, Failure> {
-    let deadline = Instant::now() + OPERATION_DEADLINE;
     let kind = match loss.skip_token_normalization {
         true => GradientKind::Sum,
         false => GradientKind::TokenMean,
@@ -79,6 +79,7 @@ pub(super) fn run(
         Ok(OwnShare { part, leaves, partials }) => (part, leaves, partials),
         Err(Failure { error, blame }) => (RankPart::Failed { error, blame }, 0, Vec::new()),
     };
+    let deadline = Instant::now() + COLLECTIVE_DEADLINE;
     let gathered = run.collective.all_gather(token, encode(&part), deadline)?;
     let micro_batches = in_order(gathered)?;
     let active = micro_batches.iter().map(|part| part.active).sum();
@@ -141,6 +142,7 @@ fn own_share(
             lease.team(),
         )?);
         drop(lease);
+        tools.progress.tell(token, computed.len() as u32, mine.len() as u32);
         if let Some(gradient) = gradient {
             sums.push(gradient);
         }

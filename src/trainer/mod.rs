@@ -11,7 +11,7 @@
 //! Nothing here knows a connection: blobs come through [`Blobs`], peers through the
 //! [`Join`] that the node gives it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -43,6 +43,8 @@ pub struct RankConfig {
     pub cores: CoreBudget,
     pub blobs: Arc<dyn Blobs>,
     pub join: Join,
+    /// Least time between two reports of how far an operation is.
+    pub progress_every: Duration,
     /// Called with a sentence when the actor or its thread has panicked: the binary aborts and
     /// is restarted by its launcher, an embedded cluster fails its operations.
     pub on_death: Arc<dyn Fn(&str) + Send + Sync>,

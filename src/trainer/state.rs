@@ -47,6 +47,8 @@ pub enum Event {
     TakeSnapshot { token: OpToken },
     /// The coordinator is gone: whatever it asked for is void.
     Disconnected,
+    /// The compute thread is so far with an operation; may be left out.
+    Progress { token: OpToken, done: u32, of: u32 },
     /// The compute thread finished the job it was given.
     Done(Done),
     /// A snapshot that it took is stored, or can't be.
@@ -171,6 +173,7 @@ impl RankState {
             Event::Discard { token } => self.discard(token),
             Event::TakeSnapshot { token } => self.take_snapshot(token),
             Event::Disconnected => self.disconnected(),
+            Event::Progress { token, done, of } => self.progress(token, done, of),
             Event::Done(done) => self.done(done),
             Event::SnapshotStored { token, result } => self.snapshot_stored(token, result),
         };
@@ -248,6 +251,16 @@ impl RankState {
         run.phase = Phase::Executing(token);
         self.queue.push_back(Job::Execute { token, operation });
         Vec::new()
+    }
+
+    fn progress(&self, token: OpToken, done: u32, of: u32) -> Vec<Effect> {
+        match self.runs.get(&token.run) {
+            Some(run) if run.phase == Phase::Executing(token) => {
+                vec![message(NodeMessage::Progress { token, rank: run.rank, done, of })]
+            }
+            // Called off meanwhile.
+            _ => Vec::new(),
+        }
     }
 
     fn commit(&mut self, token: OpToken) -> Vec<Effect> {

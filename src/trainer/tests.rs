@@ -93,6 +93,20 @@ fn a_gradient_that_is_not_finite_fails_its_operation_and_spoils_no_earlier_one()
 }
 
 #[test]
+fn a_rank_says_how_far_it_is() {
+    slots_that_tell(Duration::ZERO, 1, async |mut slots| {
+        slots.form(1, &[0]).await;
+        slots.execute(1, forward_backward(Payload::Inline(encode_compressed(&batch()))));
+        // Of 3 sequences each is over half of the budget of 4 tokens: a micro-batch alone.
+        for n in 1..=3 {
+            let (token, rank) = (token(1, 1), RankIndex(0));
+            assert_eq!(slots.message().await, NodeMessage::Progress { token, rank, done: n, of: 3 });
+        }
+        slots.prepared().await;
+    });
+}
+
+#[test]
 fn a_snapshot_restores_the_committed_state() {
     slots(1, async |mut slots| {
         slots.form(1, &[0]).await;
@@ -197,6 +211,11 @@ struct Slots {
 
 /// Runs `test` on `count` slots in an actix system of its own.
 fn slots(count: u32, test: impl AsyncFnOnce(Slots)) {
+    slots_that_tell(JOIN_PATIENCE, count, test);
+}
+
+/// The same, with ranks that say how far they are at most every `progress_every`.
+fn slots_that_tell(progress_every: Duration, count: u32, test: impl AsyncFnOnce(Slots)) {
     let directory = tempfile::tempdir().unwrap();
     tiny::write(directory.path(), &tiny::config(), 3).unwrap();
     let source =
@@ -220,6 +239,7 @@ fn slots(count: u32, test: impl AsyncFnOnce(Slots)) {
                     cores: cores.clone(),
                     blobs: Arc::new(SlotBlobs { slot, blobs: blobs.clone() }),
                     join: join_by(endpoint.clone()),
+                    progress_every,
                     on_death: Arc::new(move |what| death.try_send(what.to_owned()).unwrap_or_default()),
                 };
                 TrainerRank::launch(config, report.clone()).unwrap()

@@ -19,6 +19,7 @@ pub struct ModelJournal {
     /// Queued and not written; a crash loses it.
     pub queue: VecDeque<(AppendId, Vec<Record>)>,
     pub pruned: u64,
+    pub unpublished: u64,
     epoch: u64,
     sessions: Vec<SessionId>,
     runs: BTreeMap<RunId, ModelRun>,
@@ -32,8 +33,14 @@ pub struct ModelRun {
     snapshots: BTreeMap<OperationSeq, (BlobRef, Standing)>,
     /// Nothing up to here is left but in `operations`, for comparison.
     forgotten: OperationSeq,
+    /// The last operation whose outcome the present coordinator has read, not written.
+    recovered: OperationSeq,
     /// Of version 0, then of later ones.
     slots: BTreeMap<bool, (PolicyId, BlobRef)>,
+    /// What each slot held before.
+    replaced: BTreeMap<bool, (PolicyId, BlobRef)>,
+    /// The slot whose publish has just failed, so that it may be put right.
+    failed: Option<bool>,
     /// The operation that filled a slot last, and which.
     published: Option<(OperationSeq, PolicyId)>,
     /// Computed from the outcomes alone.
@@ -48,6 +55,7 @@ impl ModelJournal {
         for record in records {
             self.write_record(record, blobs);
         }
+        self.runs.values_mut().for_each(|run| run.failed = None);
     }
 
     fn write_record(&mut self, record: Record, blobs: &mut Blobs) {
@@ -64,7 +72,10 @@ impl ModelJournal {
                     operations: BTreeMap::new(),
                     snapshots: BTreeMap::new(),
                     forgotten: OperationSeq(0),
+                    recovered: OperationSeq(0),
                     slots: BTreeMap::new(),
+                    replaced: BTreeMap::new(),
+                    failed: None,
                     published: None,
                     state,
                     states: BTreeMap::new(),
@@ -117,15 +128,35 @@ impl ModelJournal {
             }
             Record::Slot { policy, adapter, .. } => {
                 let run = self.runs.get_mut(&policy.run).expect("a run of its own");
+                let slot = policy.step > 0;
+                if run.failed.take() == Some(slot) {
+                    let before = run.replaced.get(&slot);
+                    assert_eq!(before, Some(&(policy, adapter)), "{policy} was not in the slot before");
+                    run.slots.insert(slot, (policy, adapter));
+                    return;
+                }
                 assert_eq!(run.state.step, policy.step, "{policy} is not of the present step");
                 assert_eq!(run.state.weights, policy.digest, "{policy} is not of the present weights");
-                run.slots.insert(policy.step > 0, (policy, adapter));
+                let replaced = run.slots.insert(slot, (policy, adapter));
+                run.replaced.remove(&slot);
+                run.replaced.extend(replaced.map(|replaced| (slot, replaced)));
                 run.published = run.states.keys().last().map(|seq| (*seq, policy));
+            }
+            Record::PublishFailed { run, seq, policy, error } => {
+                let run = self.runs.get_mut(&run).expect("a run of its own");
+                let operation = run.operations.get_mut(&seq).expect("a publish");
+                assert!(matches!(operation.outcome, Some(Outcome::Done { .. })), "failed twice");
+                operation.outcome = Some(Outcome::Failed { error });
+                run.slots.retain(|_, (held, _)| *held != policy);
+                run.failed = Some(policy.step > 0);
+                run.published = None;
+                self.unpublished += 1;
             }
             Record::DropSlots { run } => {
                 let run = self.runs.get_mut(&run).expect("a run of its own");
                 assert_eq!(run.state.step, 0, "only a fresh adapter drops what was published");
                 run.slots.clear();
+                run.replaced.clear();
                 run.published = None;
             }
             Record::Prune { run, base, upto } => {
@@ -187,10 +218,18 @@ impl ModelJournal {
         run.published.filter(|(by, _)| *by == seq).map(|(_, policy)| policy)
     }
 
+    /// Whether the operation ended in an earlier life of the coordinator.
+    pub fn is_recovered(&self, run: RunId, seq: OperationSeq) -> bool {
+        self.runs.get(&run).is_some_and(|run| seq <= run.recovered)
+    }
+
     /// What a restarted coordinator reads.
     pub fn recover(&mut self) -> Recovered {
         self.queue.clear();
         self.epoch += 1;
+        for run in self.runs.values_mut() {
+            run.recovered = run.states.keys().next_back().copied().unwrap_or(OperationSeq(0));
+        }
         let runs = self.runs.iter().map(|(id, run)| RecoveredRun {
             run: *id,
             create: run.create.clone(),

@@ -84,6 +84,7 @@ impl ModelNode {
                 tokenizer: Digest::of(b"tokenizer"),
                 tokenizer_size: 9,
                 footprint: lockstep::model::tiny::config().footprint(),
+                lora_rank_max: [64; 7],
             }],
             numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
             address: format!("memory:{}", self.name),

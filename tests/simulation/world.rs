@@ -112,6 +112,8 @@ pub struct Tally {
     /// Pieces of the past that the journal forgot, and blobs that went with them.
     pub pruned: u64,
     pub swept: u64,
+    /// Publishes that failed for want of a sampler.
+    pub unpublished: u64,
 }
 
 impl Tally {
@@ -125,6 +127,7 @@ impl Tally {
         self.tried_again += other.tried_again;
         self.pruned += other.pruned;
         self.swept += other.swept;
+        self.unpublished += other.unpublished;
     }
 }
 
@@ -137,6 +140,7 @@ pub struct World {
     pub clients: Vec<ModelClient>,
     coordinator: State,
     life: u64,
+    life_began_ms: u64,
     wires: Vec<Wire>,
     queue: BTreeMap<(u64, u64), Action>,
     queued: u64,
@@ -156,6 +160,7 @@ fn limits() -> Limits {
         operation_deadline: Duration::from_secs(20),
         form_deadline: Duration::from_secs(20),
         stage_deadline: Duration::from_secs(5),
+        publish_deadline: Duration::from_secs(3),
         generate_deadline: Duration::from_secs(60),
         snapshot_every_steps: 3,
         results_kept: 24,
@@ -181,6 +186,7 @@ impl World {
             clients,
             coordinator,
             life: 0,
+            life_began_ms: now_ms,
             wires: Vec::new(),
             queue: BTreeMap::new(),
             queued: 0,
@@ -468,6 +474,7 @@ impl World {
         }
         self.tally.crashes += 1;
         self.life += 1;
+        self.life_began_ms = self.now_ms;
         self.stopped = false;
         self.asked.clear();
         self.confirmed.clear();
@@ -493,6 +500,11 @@ impl World {
                 self.lose_node(node);
             }
         }
+    }
+
+    /// Since this life of the coordinator began.
+    pub fn has_publish_deadline_passed(&self) -> bool {
+        self.now_ms >= self.life_began_ms + limits().publish_deadline.as_millis() as u64
     }
 
     pub fn is_confirmed(&self, policy: &PolicyId) -> bool {

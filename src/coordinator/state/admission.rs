@@ -2,8 +2,8 @@
 //! the bound and the value.
 
 use crate::{
-    protocol::{Operation, Payload},
-    types::{CheckpointPath, InvalidInput, LoraConfig, ModelInput, ModelInputChunk},
+    protocol::{ModelOffer, Operation, Payload},
+    types::{CheckpointPath, InvalidInput, LoraConfig, LoraTarget, ModelInput, ModelInputChunk},
 };
 
 use super::checkpoints::LoadPath;
@@ -34,10 +34,28 @@ pub(super) fn owner(owner: &str) -> Result<(), InvalidInput> {
     Ok(())
 }
 
-/// An adapter's configuration. That the rank fits the model's dimensions is seen by the ranks.
+/// An adapter's configuration, whatever the model.
 pub(super) fn lora(lora: &LoraConfig) -> Result<(), InvalidInput> {
     lora.validate().map_err(|e| e.within("lora"))?;
     in_range("lora.rank", lora.rank, 1, LORA_RANK_MAX)
+}
+
+/// That an adapter's rank fits the model's dimensions.
+pub(super) fn rank(lora: &LoraConfig, offer: &ModelOffer) -> Result<(), InvalidInput> {
+    let bounds = LoraTarget::ALL.into_iter().zip(offer.lora_rank_max);
+    let adapted = bounds.filter(|(target, _)| lora.targets.contains(target));
+    match adapted.min_by_key(|(_, bound)| *bound) {
+        Some((target, bound)) if lora.rank > bound => {
+            let problem = format!(
+                "must be at most {bound}, the smaller dimension of `{}` in {:?}, got {}",
+                target.name(),
+                offer.name,
+                lora.rank
+            );
+            Err(InvalidInput::new("lora.rank", problem))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A run's display name: as given, or the base model.

@@ -14,6 +14,7 @@ use super::{
     checkpoints::LoadPath,
     fault, ms,
     run::{Answer, Execution, Ranks, Run, Work},
+    unpublished::Samplers,
 };
 
 impl State {
@@ -54,8 +55,16 @@ impl State {
         let Some(seq) = run.head() else { return };
         let Some(operation) = run.operations[&seq].operation.clone() else { return };
         let publishes = matches!(operation, Operation::SaveWeightsForSampler { publish: true, .. });
-        if publishes && run.publishing.is_some() {
-            return; // Two publishes of a run would race for its live slot.
+        if publishes {
+            match self.samplers_for(run) {
+                Samplers::Missing(error) => {
+                    return self.conclude(id, seq, Outcome::Failed { error }, None, None, None);
+                }
+                Samplers::Awaited => return,
+                // Two publishes of a run would race for its live slot.
+                Samplers::There if run.publishing.is_some() => return,
+                Samplers::There => {}
+            }
         }
         match self.resolve(id, operation) {
             Ok(resolved) => self.execute(id, seq, resolved),
@@ -136,6 +145,19 @@ impl State {
         execution.answers.insert(rank, answer);
         if execution.answers.len() == ranks {
             self.judge(token.run);
+        }
+    }
+
+    /// A rank is still at it. So may others be that wait for it: the deadline is one for all.
+    pub(super) fn rank_progressed(&mut self, node: NodeId, token: OpToken, rank: RankIndex) {
+        let deadline_ms = self.now_ms + ms(self.limits.operation_deadline);
+        let Some(run) = self.runs.get_mut(&token.run) else { return };
+        let seated = run.roster().iter().any(|seat| seat.node == node && seat.rank == rank);
+        if let Work::Execute(execution) = &mut run.work
+            && execution.token == token
+            && seated
+        {
+            execution.deadline_ms = deadline_ms;
         }
     }
 
@@ -256,7 +278,7 @@ impl State {
             Work::Execute(execution) if execution.deadline_ms <= now_ms => {
                 let silent = self.silent_nodes(run, |rank| !execution.answers.contains_key(&rank));
                 let message = format!(
-                    "node {silent} did not finish operation {} of {id} within {} s",
+                    "node {silent} made no progress with operation {} of {id} for {} s",
                     execution.token.seq.0,
                     self.limits.operation_deadline.as_secs()
                 );

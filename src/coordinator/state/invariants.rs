@@ -4,6 +4,7 @@ use super::{
     State,
     operations::QUEUE_MAX,
     run::{Ranks, Run, Work},
+    sampling::HANDED_MAX,
 };
 
 impl State {
@@ -16,7 +17,10 @@ impl State {
             }
         }
         for (id, node) in &self.nodes {
-            assert_eq!(node.generating, self.counted_samples(*id), "requests on {id}");
+            let counted = self.counted_samples(*id);
+            assert_eq!((node.generating, node.generating_tokens), counted, "requests, tokens on {id}");
+            let bound = HANDED_MAX * node.hello.samplers as usize;
+            assert!(node.generating <= bound, "{id} has {} requests, over {bound}", node.generating);
         }
         for (policy, served) in &self.policies.served {
             assert_eq!(served.pins, self.counted_pins(*policy), "pins of {policy}");

@@ -22,6 +22,8 @@ pub(super) struct Node {
     pub last_pong_ms: u64,
     /// Sample requests that its replicas have.
     pub generating: usize,
+    /// Prompt tokens of these.
+    pub generating_tokens: usize,
 }
 
 impl State {
@@ -40,9 +42,15 @@ impl State {
         for offer in &hello.models {
             self.learn_model(offer);
         }
-        let node = Node { hello, last_pong_ms: self.now_ms, generating: 0 };
+        let node = Node { hello, last_pong_ms: self.now_ms, generating: 0, generating_tokens: 0 };
+        let offers: Vec<_> = node.hello.models.iter().map(|o| (o.name.clone(), o.digest)).collect();
         self.nodes.insert(id, node);
         self.ever_joined = true;
+        for (model, digest) in offers {
+            let slots = self.slots_for(&model, digest);
+            let most = self.most_slots.entry(model).or_default();
+            *most = (*most).max(slots);
+        }
         self.membership_changed_ms = self.now_ms;
         self.send(id, CoordinatorMessage::Welcome { node: id, epoch: self.epoch });
         self.want_refill();
@@ -81,6 +89,10 @@ impl State {
         let name = node.hello.name;
         tracing::warn!(node = %name, id = id.0, "lost: {reason}");
         self.membership_changed_ms = self.now_ms;
+        if node.hello.samplers > 0 {
+            let seen = node.hello.models.into_iter().map(|offer| (offer.name, self.now_ms));
+            self.samplers_seen_ms.extend(seen);
+        }
         let concerned: Vec<RunId> =
             self.runs.values().filter(|run| run.rank_nodes().contains(&id)).map(|run| run.id).collect();
         for run in concerned {
@@ -89,6 +101,7 @@ impl State {
         }
         self.unstage_node(id);
         self.retry_samples_of(id, &format!("node {name} was lost: {reason}"));
+        self.dispatch_waiting();
     }
 
     /// Ends the connection of a node that is still there.
@@ -103,6 +116,7 @@ impl State {
         node.last_pong_ms = self.now_ms;
         match message {
             NodeMessage::Pong { .. } => {}
+            NodeMessage::Progress { token, rank, .. } => self.rank_progressed(id, token, rank),
             NodeMessage::RanksReady { run, generation } => self.ranks_ready(id, run, generation),
             NodeMessage::RanksFailed { run, generation, error } => {
                 self.ranks_failed(id, run, generation, error);

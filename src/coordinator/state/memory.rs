@@ -46,6 +46,10 @@ impl State {
     /// figures if there is not memory for as many ranks as the run is to have.
     pub(super) fn fit(&self, asked: &Asked<'_>) -> Result<u32, InvalidInput> {
         let shares: Vec<Share> = self.shares(asked.offer);
+        if shares.is_empty() {
+            // All that had trainers are away: nobody knows.
+            return Ok(asked.max_seq_len.unwrap_or(asked.offer.context));
+        }
         let fits = |tokens: u32, quarters: u64| {
             let need = asked.need(tokens);
             let seats = shares.iter().map(|share| share.seats(need, asked.replicas, quarters));

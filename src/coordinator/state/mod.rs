@@ -31,6 +31,7 @@ mod requests;
 mod run;
 mod sampling;
 mod snapshots;
+mod unpublished;
 mod versions;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,8 +41,8 @@ pub use event::{AppendId, Effect, Event, WaiterId};
 use crate::{
     journal::{JournalError, Record},
     protocol::{
-        BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, Epoch, ModelOffer, NodeId, OperationSeq,
-        RequestId,
+        BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, ModelOffer, NodeId,
+        OperationSeq, RequestId,
     },
     types::{CheckpointId, OperationError, RunId, SessionId},
 };
@@ -59,6 +60,10 @@ pub const TICK_MS: u64 = 250;
 /// is starting is slow, not wrong. Longer than nodes need to notice that a coordinator was killed and
 /// is back, and to read their models' digests.
 const STARTING_HOLD_MS: u64 = 60_000;
+
+/// How long after a restart a run that asks for more ranks than there are slots is held: nodes try to
+/// reach a coordinator that was away at least every 5 s.
+const RETURNING_HOLD_MS: u64 = 20_000;
 
 /// Requests held while the service starts.
 const HELD_MAX: usize = 1_024;
@@ -84,6 +89,11 @@ pub struct State {
     /// Models that a node offers or has offered, by name.
     models: BTreeMap<String, ModelOffer>,
     ever_joined: bool,
+    /// Most trainer slots that a run on each model could have had at once.
+    most_slots: BTreeMap<String, u32>,
+    started_ms: u64,
+    /// When the last node with samplers for a model left; absent: none has.
+    samplers_seen_ms: BTreeMap<String, u64>,
     membership_changed_ms: u64,
     next_ping_ms: u64,
     ping_nonce: u64,
@@ -145,6 +155,11 @@ enum Appending {
         checkpoints: Vec<CheckpointId>,
         waiter: Option<WaiterId>,
     },
+    PublishFailed {
+        run: RunId,
+        seq: OperationSeq,
+        error: OperationError,
+    },
 }
 
 impl State {
@@ -194,6 +209,7 @@ impl State {
         for run in runs {
             self.expire_waiters(run);
             self.expire_work(run);
+            self.expire_publish(run);
             self.rest_if_idle(run);
             self.advance(run);
         }
@@ -215,6 +231,7 @@ impl State {
             Appending::Snapshot { run, seq, snapshot } => self.snapshot_durable(run, seq, snapshot, result),
             Appending::Prune { run, base, upto } => self.pruned(run, base, upto, result),
             Appending::Drop { checkpoints, waiter } => self.dropped(checkpoints, waiter, result),
+            Appending::PublishFailed { run, seq, error } => self.publish_failed(run, seq, error, result),
         }
     }
 
@@ -244,6 +261,19 @@ impl State {
         }
         let until_ms = self.now_ms + STARTING_HOLD_MS;
         self.held.push(Held { waiter, request: request.clone(), entropy, until_ms });
+        true
+    }
+
+    /// Holds a run that asks for more ranks than there are slots, while the nodes that had them may
+    /// still be on their way back to a coordinator that was started again.
+    fn hold_for_nodes(&mut self, waiter: WaiterId, create: &CreateRun) -> bool {
+        let until_ms = self.started_ms + RETURNING_HOLD_MS;
+        let first_start = self.epoch == Epoch(1);
+        if first_start || self.now_ms >= until_ms || self.held.len() >= HELD_MAX {
+            return false;
+        }
+        let request = ClientRequest::CreateRun(create.clone());
+        self.held.push(Held { waiter, request, entropy: 0, until_ms });
         true
     }
 

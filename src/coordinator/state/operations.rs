@@ -2,7 +2,7 @@
 
 use crate::{
     journal::{JournalError, Record},
-    protocol::{ClientResponse, OperationSeq, SubmitOperation, encode},
+    protocol::{ClientResponse, Operation, OperationSeq, SubmitOperation, encode},
     types::{Digest, InvalidInput, RunId},
 };
 
@@ -32,6 +32,10 @@ impl State {
         let SubmitOperation { run: id, key, mut operation } = submit;
         let run = self.runs.get_mut(&id).ok_or(Refusal::UnknownRun(id))?;
         admission::operation(&mut operation)?;
+        if let (Operation::Init { lora }, Some(offer)) = (&operation, self.models.get(&run.create.base_model))
+        {
+            admission::rank(lora, offer)?;
+        }
         let body = Digest::of(&encode(&operation));
         if let Some(seq) = run.keys.get(&key) {
             return accept_again(run, *seq, waiter, body);

@@ -9,7 +9,7 @@ use crate::{
 
 use super::{
     Appending, State, fault,
-    run::{Conclusion, Publication, Work},
+    run::{Conclusion, Work},
 };
 
 /// How long to wait before an outcome is written again that could not be made durable.
@@ -170,7 +170,7 @@ impl State {
             self.checkpoints.insert(stored);
         }
         match publish {
-            Some((policy, _)) => self.publish(id, Publication { seq, policy }),
+            Some((policy, _)) => self.publish(id, seq, policy),
             None => self.show(id, seq),
         }
         self.advance(id);

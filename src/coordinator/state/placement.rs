@@ -55,14 +55,16 @@ impl State {
         }
         let slots = self.best_slots(&run.create.base_model, run.model_digest, Some(id));
         let grace_over = now_ms >= self.membership_changed_ms + ms(self.limits.placement_grace);
-        let enough = slots.len() >= run.replicas() as usize;
+        let most = self.most_slots.get(&run.create.base_model).copied().unwrap_or(0);
+        let enough = slots.len() >= run.create.replicas.unwrap_or(most) as usize;
         if slots.is_empty() || !(enough || grace_over) {
             return;
         }
         if slots.iter().all(|slot| slot.held >= RUNS_PER_SLOT) {
             return self.make_room();
         }
-        let roster = self.seat(slots, run.replicas());
+        let ranks = run.ranks_on(slots.len());
+        let roster = self.seat(slots, ranks);
         let deadline_ms = now_ms + ms(self.limits.form_deadline);
         let Some(run) = self.runs.get_mut(&id) else { return };
         run.generation = Generation(run.generation.0 + 1);
@@ -109,9 +111,9 @@ impl State {
     }
 
     /// Gives ranks 0.. the best slots one by one.
-    fn seat(&self, mut slots: Vec<Slot>, replicas: u32) -> Vec<RankSeat> {
+    fn seat(&self, mut slots: Vec<Slot>, ranks: usize) -> Vec<RankSeat> {
         let mut roster: Vec<RankSeat> = Vec::new();
-        while roster.len() < replicas as usize && !slots.is_empty() {
+        while roster.len() < ranks && !slots.is_empty() {
             let on = |node| roster.iter().filter(|seat| seat.node == node).count();
             let load = |node| slots.iter().filter(|s| s.node == node).map(|s| s.held).sum::<usize>();
             let best = (0..slots.len()).min_by_key(|&i| {
@@ -160,12 +162,7 @@ impl State {
             return;
         }
         let message = format!("node {} can't hold a rank of {id}: {error}", self.node_name(node));
-        let error = OperationError::new(error.kind, message);
-        // The run's own configuration does not fit the model: no other node can do better.
-        if error.kind == ErrorKind::InvalidInput {
-            return self.quarantine(id, error);
-        }
-        self.lose_ranks(id, error);
+        self.lose_ranks(id, OperationError::new(error.kind, message));
     }
 
     /// The deadline of a rank set that is being formed.
@@ -186,8 +183,8 @@ impl State {
 
     /// Gives up the run's rank set. What it was executing has no outcome, and the next set executes
     /// it again: a lost node costs its callers time and nothing else. Only after
-    /// [`SETBACKS_MAX`] sets, or for want of memory, which the next set would not have either,
-    /// the operation at the head of the queue fails with `cause`.
+    /// [`SETBACKS_MAX`] sets, or for want of memory or of a configuration that fits, which the next
+    /// set would not have either, the operation at the head of the queue fails with `cause`.
     pub(super) fn lose_ranks(&mut self, id: RunId, cause: OperationError) {
         let now_ms = self.now_ms;
         let Some(run) = self.runs.get_mut(&id) else { return };
@@ -205,7 +202,11 @@ impl State {
         if executing {
             run.work = Work::Idle;
         }
-        let hopeless = run.setbacks >= SETBACKS_MAX || cause.kind == ErrorKind::ResourceExhausted;
+        let same_everywhere = matches!(cause.kind, ErrorKind::ResourceExhausted | ErrorKind::InvalidInput);
+        let hopeless = run.setbacks >= SETBACKS_MAX || same_everywhere;
+        if same_everywhere && run.unfinished() == 0 {
+            run.wanted = false; // The next operation asks again, and hears why not.
+        }
         let idle = matches!(run.work, Work::Idle);
         let given_up = run.head().filter(|_| hopeless && idle && run.broken.is_none());
         let setbacks = run.setbacks;
@@ -234,8 +235,7 @@ impl State {
             return false;
         }
         let slots = self.best_slots(&run.create.base_model, run.model_digest, Some(id)).len();
-        let possible = slots.min(run.replicas() as usize);
-        let better = possible > run.roster().len();
+        let better = run.ranks_on(slots) > run.roster().len();
         if better {
             self.release(id);
             self.place(id);
@@ -288,7 +288,7 @@ impl State {
     pub(super) fn want_refill(&mut self) {
         for run in self.runs.values_mut() {
             let ranks = run.roster().len();
-            run.refill |= ranks > 0 && ranks < run.replicas() as usize;
+            run.refill |= ranks > 0 && ranks < run.ranks_on(usize::MAX);
         }
     }
 }

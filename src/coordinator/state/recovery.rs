@@ -12,6 +12,7 @@ use super::{
     Limits, State,
     checkpoints::Checkpoints,
     history::Kept,
+    ms,
     run::{Entry, Publication, Run, after},
     versions::Policies,
 };
@@ -45,6 +46,9 @@ impl State {
             nodes: BTreeMap::new(),
             models: BTreeMap::new(),
             ever_joined: false,
+            started_ms: now_ms,
+            most_slots: BTreeMap::new(),
+            samplers_seen_ms: BTreeMap::new(),
             membership_changed_ms: now_ms,
             next_ping_ms: now_ms,
             ping_nonce: 0,
@@ -69,6 +73,9 @@ impl State {
 
     fn recover_run(&mut self, recovered: RecoveredRun) {
         let RecoveredRun { run: id, create, model_digest, snapshots, operations, slots, .. } = recovered;
+        // Accepted once, so there were that many.
+        let most = self.most_slots.entry(create.base_model.clone()).or_default();
+        *most = (*most).max(create.replicas.unwrap_or(0));
         let mut run = Run::new(id, create, model_digest);
         let covered = snapshots.last().map_or(OperationSeq(0), |newest| newest.seq);
         let (old, new): (Vec<_>, Vec<_>) = operations.into_iter().partition(|o| o.seq <= covered);
@@ -86,7 +93,7 @@ impl State {
             self.policies.served.entry(policy).or_default().last_used_ms = self.now_ms;
             run.serve(policy, self.wall_ms);
         }
-        run.hide_last_publish();
+        run.hide_last_publish(self.now_ms + ms(self.limits.publish_deadline));
         let finished = run.operations.range(after(covered)..).map(|(seq, _)| *seq);
         let finished: Vec<_> = finished.filter(|seq| *seq <= run.finished).collect();
         self.runs.insert(id, run);
@@ -145,7 +152,7 @@ impl Run {
     }
 
     /// The last publish is reported again only when a sampler serves it again.
-    fn hide_last_publish(&mut self) {
+    fn hide_last_publish(&mut self, deadline_ms: u64) {
         let slots = [self.live, self.initial];
         let published = self.operations.iter_mut().rev().find_map(|(seq, entry)| {
             let publish =
@@ -160,7 +167,8 @@ impl Run {
         let filled = |policy: &PolicyId| policy.incarnation == entry.incarnation && policy.step == step;
         if let Some(policy) = slots.into_iter().flatten().find(filled) {
             entry.visible = false;
-            self.publishing = Some(Publication { seq, policy });
+            let publication = Publication::new(seq, policy, deadline_ms);
+            self.publishing = Some(Publication { recovered: true, ..publication });
         }
     }
 }

@@ -135,14 +135,21 @@ impl State {
         }
         let offer = self.offer(&create.base_model)?.clone();
         admission::lora(&create.lora)?;
-        let have = self.slots_for(&offer.name, offer.digest);
-        let replicas = create.replicas.unwrap_or(have.max(1));
+        admission::rank(&create.lora, &offer)?;
+        let replicas = create.replicas.unwrap_or(1);
         if replicas == 0 {
             return Err(InvalidInput::new("replicas", "must be at least 1, got 0").into());
         }
-        if replicas > have {
-            return Err(Refusal::TooManyReplicas { asked: replicas, have, model: offer.name });
+        let most = self.most_slots.get(&offer.name).copied().unwrap_or(0);
+        if replicas > most {
+            if self.hold_for_nodes(waiter, &create) {
+                return Ok(None);
+            }
+            return Err(Refusal::TooManyReplicas { asked: replicas, most, model: offer.name });
         }
+        // What is away now may come back; what is there must have room.
+        let there = self.slots_for(&offer.name, offer.digest).max(1);
+        let replicas = create.replicas.unwrap_or(there).min(there);
         if let Some(max_seq_len) = create.max_seq_len {
             admission::in_range("max_seq_len", max_seq_len, 1, offer.context)?;
         }
@@ -158,7 +165,6 @@ impl State {
         let max_seq_len = self.fit(&asked)?;
         create.name = Some(admission::display_name(create.name, &offer.name)?);
         create.base_model = offer.name;
-        create.replicas = Some(replicas);
         create.max_seq_len = Some(max_seq_len);
         create.micro_batch_tokens = Some(micro_batch_tokens);
 
@@ -180,9 +186,9 @@ impl State {
             Ok(()) => {
                 let id = run.id;
                 run.last_used_ms = self.now_ms;
-                self.respond(waiter, ClientResponse::Run(self.described(&run)));
                 self.runs.insert(id, run);
                 self.advance(id);
+                self.respond(waiter, ClientResponse::Run(self.described(&self.runs[&id])));
             }
             Err(why) => self.refuse(waiter, Refusal::NotDurable(why.to_string())),
         }
@@ -202,7 +208,9 @@ impl State {
     fn described(&self, run: &Run) -> RunInfo {
         let vocab_size = self.models.get(&run.create.base_model).map(|offer| offer.vocab);
         let owner = self.sessions.get(&run.create.session).cloned().flatten();
-        RunInfo { vocab_size, owner, ..run.info() }
+        let all = self.slots_for(&run.create.base_model, run.model_digest).max(1);
+        let replicas = run.create.replicas.unwrap_or(all);
+        RunInfo { vocab_size, owner, replicas, ..run.info() }
     }
 
     fn capabilities(&self) -> ServerCapabilities {

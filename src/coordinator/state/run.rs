@@ -171,6 +171,20 @@ pub(super) struct Snapshotting {
 pub(super) struct Publication {
     pub seq: OperationSeq,
     pub policy: PolicyId,
+    /// By which some replica must serve it.
+    pub deadline_ms: u64,
+    /// Its outcome is of an earlier life of the coordinator.
+    pub recovered: bool,
+    /// Why nodes did not, by name; the last of each.
+    pub reasons: BTreeMap<String, String>,
+    /// Its failure is on the way to the disk.
+    pub failing: bool,
+}
+
+impl Publication {
+    pub fn new(seq: OperationSeq, policy: PolicyId, deadline_ms: u64) -> Self {
+        Self { seq, policy, deadline_ms, recovered: false, reasons: BTreeMap::new(), failing: false }
+    }
 }
 
 impl Run {
@@ -211,9 +225,9 @@ impl Run {
         }
     }
 
-    /// Ranks that the run asked for.
-    pub fn replicas(&self) -> u32 {
-        self.create.replicas.unwrap_or(1)
+    /// Ranks that it gets of so many slots: as many as it asked for, or all.
+    pub fn ranks_on(&self, slots: usize) -> usize {
+        self.create.replicas.map_or(slots, |asked| slots.min(asked as usize))
     }
 
     pub fn spec(&self) -> RunSpec {
@@ -343,7 +357,7 @@ impl Run {
             name: self.create.name.clone().unwrap_or_else(|| self.create.base_model.clone()),
             base_model: self.create.base_model.clone(),
             lora: self.lora.clone(),
-            replicas: self.replicas(),
+            replicas: self.create.replicas.unwrap_or(self.roster().len() as u32),
             max_seq_len: self.create.max_seq_len.unwrap_or(0),
             vocab_size: None,
             micro_batch_tokens: self.create.micro_batch_tokens.unwrap_or(0),

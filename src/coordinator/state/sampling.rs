@@ -19,6 +19,14 @@ const NUM_SAMPLES_MAX: u32 = 128;
 /// Replicas that a request is tried on.
 const TRIES_MAX: u32 = 3;
 
+/// Requests that one replica is given at once: several batches, so that it never idles, and half of
+/// what it takes, as it hears later than we do that one was cancelled. The others wait here.
+pub(super) const HANDED_MAX: usize = 512;
+
+/// Prompt tokens of the requests that one replica is given at once, half of what it takes. A longer
+/// prompt has the replica's queue to itself.
+const HANDED_TOKENS_MAX: usize = 2 << 20;
+
 /// How long a request waits for a node that can serve it.
 const NODE_WAIT_MS: u64 = 30_000;
 
@@ -41,6 +49,8 @@ enum Place {
     Version { run: RunId, floor: u64, since_ms: u64 },
     /// For a node that serves its weights.
     Node { since_ms: u64 },
+    /// For room on one that does.
+    Room { since_ms: u64 },
     /// On a replica of `node`.
     Replica { node: NodeId, since_ms: u64 },
 }
@@ -143,9 +153,42 @@ impl State {
             self.stage_everywhere(policy);
         }
         match self.idlest_node(&self.samples[&id].generate) {
-            Some(node) => self.hand_over(id, node),
-            None => {
+            Some(node) if self.has_room(node, id) => self.hand_over(id, node),
+            idlest => {
+                self.wait_for(id, idlest.is_some());
                 self.waiting.insert(id);
+            }
+        }
+    }
+
+    /// Says what a request waits for, from now on if it waited for something else before.
+    fn wait_for(&mut self, id: RequestId, room: bool) {
+        let since_ms = self.now_ms;
+        let Some(sample) = self.samples.get_mut(&id) else { return };
+        match sample.place {
+            Place::Room { .. } if room => {}
+            Place::Node { .. } if !room => {}
+            _ if room => sample.place = Place::Room { since_ms },
+            _ => sample.place = Place::Node { since_ms },
+        }
+    }
+
+    /// Whether a node may be given a request beside those that it has.
+    fn has_room(&self, node: NodeId, id: RequestId) -> bool {
+        let node = &self.nodes[&node];
+        let replicas = node.hello.samplers as usize;
+        let tokens = node.generating_tokens + self.samples[&id].generate.prompt.len();
+        node.generating == 0
+            || (node.generating < HANDED_MAX * replicas && tokens <= HANDED_TOKENS_MAX * replicas)
+    }
+
+    /// Gives the room that a request has left to the one that has waited longest for it.
+    fn fill_room(&mut self) {
+        let waits = |id: &&RequestId| matches!(self.samples[id].place, Place::Room { .. });
+        for id in self.waiting.iter().filter(waits).copied().collect::<Vec<_>>() {
+            self.dispatch(id);
+            if !self.waiting.contains(&id) {
+                return;
             }
         }
     }
@@ -168,6 +211,7 @@ impl State {
         let effect = Effect::Generate { node, attempt: sample.tries, generate: sample.generate.clone() };
         if let Some(node) = self.nodes.get_mut(&node) {
             node.generating += 1;
+            node.generating_tokens += sample.generate.prompt.len();
         }
         self.effects.push(effect);
     }
@@ -251,7 +295,7 @@ impl State {
             let (since_ms, limit_ms) = match sample.place {
                 Place::Version { since_ms, .. } => (since_ms, VERSION_WAIT_MS),
                 Place::Node { since_ms } => (since_ms, NODE_WAIT_MS),
-                Place::Replica { since_ms, .. } => (since_ms, generate_ms),
+                Place::Room { since_ms } | Place::Replica { since_ms, .. } => (since_ms, generate_ms),
             };
             let waited_ms = now_ms.saturating_sub(since_ms);
             (waited_ms >= limit_ms).then(|| (*id, self.lateness(sample, waited_ms)))
@@ -273,7 +317,7 @@ impl State {
                 Refusal::TriesExhausted { tries: sample.tries, last: sample.last_failure.clone() }
             }
             Place::Node { .. } => Refusal::NoSampler { model: sample.generate.base_model.clone(), waited_ms },
-            Place::Replica { .. } => Refusal::GenerateDeadline { waited_ms },
+            Place::Room { .. } | Place::Replica { .. } => Refusal::GenerateDeadline { waited_ms },
         }
     }
 
@@ -283,6 +327,7 @@ impl State {
             self.pin(sample.generate.policy, -1);
             self.respond(sample.waiter, response);
         }
+        self.fill_room();
     }
 
     /// Forgets a request, also on the replica that has it; returns who waits for it.
@@ -293,6 +338,7 @@ impl State {
         self.waiting.remove(&id);
         let sample = self.samples.remove(&id)?;
         self.pin(sample.generate.policy, -1);
+        self.fill_room();
         Some(sample.waiter)
     }
 
@@ -303,6 +349,7 @@ impl State {
         sample.place = Place::Node { since_ms: self.now_ms };
         if let Some(node) = self.nodes.get_mut(&node) {
             node.generating -= 1;
+            node.generating_tokens -= sample.generate.prompt.len();
         }
         true
     }
@@ -316,10 +363,12 @@ impl State {
         }
     }
 
-    /// Requests on a node, and pins of a policy, as counted from the requests themselves.
-    pub(super) fn counted_samples(&self, node: NodeId) -> usize {
+    /// Requests on a node with their prompts' tokens, and pins of a policy, as counted from the
+    /// requests themselves.
+    pub(super) fn counted_samples(&self, node: NodeId) -> (usize, usize) {
         let there = |s: &&Sample| matches!(s.place, Place::Replica { node: n, .. } if n == node);
-        self.samples.values().filter(there).count()
+        let prompts = self.samples.values().filter(there).map(|s| s.generate.prompt.len());
+        prompts.fold((0, 0), |(requests, tokens), prompt| (requests + 1, tokens + prompt))
     }
 
     pub(super) fn counted_pins(&self, policy: PolicyId) -> usize {

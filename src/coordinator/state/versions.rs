@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    protocol::{BlobRef, CoordinatorMessage, NodeId},
+    protocol::{BlobRef, CoordinatorMessage, NodeId, OperationSeq},
     types::{OperationError, PolicyId, RunId},
 };
 
@@ -107,10 +107,10 @@ impl Policies {
 impl State {
     /// Begins to make a policy the run's live one; its outcome and slot are durable, its
     /// adapter is known.
-    pub(super) fn publish(&mut self, id: RunId, publication: Publication) {
-        let policy = publication.policy;
+    pub(super) fn publish(&mut self, id: RunId, seq: OperationSeq, policy: PolicyId) {
+        let deadline_ms = self.now_ms + ms(self.limits.publish_deadline);
         let Some(run) = self.runs.get_mut(&id) else { return };
-        run.publishing = Some(publication);
+        run.publishing = Some(Publication::new(seq, policy, deadline_ms));
         self.stage_everywhere(policy);
         self.continue_publish(policy);
     }
@@ -177,12 +177,17 @@ impl State {
 
     pub(super) fn stage_failed(&mut self, node: NodeId, policy: PolicyId, error: &OperationError) {
         if self.standing(policy, node).is_some() {
-            tracing::warn!(node = %self.node_name(node), %policy, "not staged, left out until it is: {error}");
-            self.fall_behind(node, policy);
+            self.fall_behind(node, policy, &error.to_string());
         }
     }
 
-    fn fall_behind(&mut self, node: NodeId, policy: PolicyId) {
+    fn fall_behind(&mut self, node: NodeId, policy: PolicyId, why: &str) {
+        let name = self.node_name(node);
+        tracing::warn!(node = %name, %policy, "not staged, left out until it is: {why}");
+        let publication = self.runs.get_mut(&policy.run).and_then(|run| run.publishing.as_mut());
+        if let Some(publication) = publication.filter(|p| p.policy == policy) {
+            publication.reasons.insert(name, why.to_owned());
+        }
         let retry_ms = self.now_ms + RETRY_MS;
         self.set_standing(policy, node, Standing::Behind { retry_ms });
         self.continue_publish(policy);
@@ -190,7 +195,7 @@ impl State {
 
     fn is_publishing(&self, policy: PolicyId) -> bool {
         let run = self.runs.get(&policy.run);
-        run.is_some_and(|run| run.publishing.as_ref().is_some_and(|p| p.policy == policy))
+        run.is_some_and(|run| run.publishing.as_ref().is_some_and(|p| p.policy == policy && !p.failing))
     }
 
     /// The next step of a publish: activate when all have staged, be done when all serve it.
@@ -256,8 +261,8 @@ impl State {
                 Standing::Staging { deadline_ms } | Standing::Activating { deadline_ms }
                     if deadline_ms <= now_ms =>
                 {
-                    tracing::warn!(node = %self.node_name(node), %policy, "missed the deadline of a publish");
-                    self.fall_behind(node, policy);
+                    let limit = self.limits.stage_deadline.as_secs();
+                    self.fall_behind(node, policy, &format!("it took more than {limit} s"));
                 }
                 Standing::Behind { retry_ms } if retry_ms <= now_ms => self.stage(policy, node),
                 _ => {}

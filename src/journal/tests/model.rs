@@ -114,6 +114,7 @@ impl Model {
                 self.slots.insert((policy.run.0, policy.step > 0), (policy, adapter));
                 self.runs.contains(&policy.run.0)
             }
+            Record::PublishFailed { .. } => unreachable!("never drawn; see `recovery`"),
             Record::DropSlots { run } => {
                 self.slots.retain(|(r, _), _| *r != run.0);
                 true

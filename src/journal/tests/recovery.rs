@@ -201,6 +201,47 @@ fn pruning_forgets_up_to_a_snapshot_and_frees_the_blobs() {
 }
 
 #[test]
+fn a_publish_that_failed_after_all_has_that_outcome_and_no_slot() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    let save = |seq, publish| {
+        operation(
+            1,
+            seq,
+            seq as u8,
+            Operation::SaveWeightsForSampler { name: "a".into(), publish, ttl_seconds: None },
+        )
+    };
+    let path = "bt://loops:run-1/sampler_weights/a".to_owned();
+    let response = crate::types::SaveWeightsForSamplerResponse { path, version: 2 };
+    let saved = OperationResult::SaveWeightsForSampler(response);
+    let facts = vec![session(1), run(1), save(1, true), done(1, 1, saved), slot(1, 2, 2), slot(1, 0, 1)];
+    write(&journal, facts).unwrap();
+    let error = OperationError::new(ErrorKind::Unavailable, "no sampler");
+    let fails = |seq, step| Record::PublishFailed {
+        run: RunId(1),
+        seq: OperationSeq(seq),
+        policy: policy(1, step),
+        error: error.clone(),
+    };
+    write(&journal, vec![fails(1, 2), slot(1, 1, 3)]).unwrap();
+    assert!(
+        matches!(write(&journal, vec![fails(1, 2)]), Err(JournalError::Refused { .. })),
+        "it failed before"
+    );
+    write(&journal, vec![operation(1, 2, 2, step()), done(1, 2, stepped())]).unwrap();
+    assert!(
+        matches!(write(&journal, vec![fails(2, 2)]), Err(JournalError::Refused { .. })),
+        "it is no publish"
+    );
+    journal.close();
+    let recovered = recover(directory.path());
+    assert_eq!(recovered.runs[0].operations[0].outcome, Some(Outcome::Failed { error }));
+    assert_eq!(recovered.runs[0].slots, [(policy(1, 0), blob(1)), (policy(1, 1), blob(3))]);
+    assert_eq!(named(directory.path()), by_digest([1, 3]));
+}
+
+#[test]
 fn the_epoch_rises_at_every_open() {
     let directory = tempfile::tempdir().unwrap();
     let epochs: Vec<_> = (0..3).map(|_| recover(directory.path()).epoch.0).collect();

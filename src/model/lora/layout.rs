@@ -170,6 +170,18 @@ impl LoraLayout {
 }
 
 impl ModelConfig {
+    /// Largest rank that [`LoraLayout::new`] takes on each of [`LoraTarget::ALL`]: the smallest
+    /// dimension of its linear layers.
+    pub fn lora_rank_max(&self) -> [u32; 7] {
+        LoraTarget::ALL.map(|target| {
+            let bounds = (0..self.num_layers).map(|layer| {
+                let (in_features, out_features) = self.linear_shape(layer, target);
+                in_features.min(out_features)
+            });
+            bounds.min().map_or(0, |bound| u32::try_from(bound).unwrap_or(u32::MAX))
+        })
+    }
+
     /// `(in_features, out_features)` of a linear layer of a block, or of each of its experts'.
     pub fn linear_shape(&self, layer: usize, target: LoraTarget) -> (usize, usize) {
         let queries = self.num_heads * self.head_dim;

@@ -224,6 +224,7 @@ fn hello() -> NodeHello {
         tokenizer: digest(),
         tokenizer_size: 1,
         footprint: tiny::config().footprint(),
+        lora_rank_max: tiny::config().lora_rank_max(),
     };
     NodeHello {
         protocol_version: PROTOCOL_VERSION,
@@ -324,6 +325,7 @@ fn node_messages() -> Vec<NodeMessage> {
         NodeMessage::StageFailed { policy: policy(), error: error() },
         NodeMessage::Activated { policy: policy() },
         NodeMessage::Pong { nonce: 1 },
+        NodeMessage::Progress { token: token(), rank, done: 3, of: 64 },
     ]
 }
 

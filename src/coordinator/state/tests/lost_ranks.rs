@@ -159,6 +159,30 @@ fn an_operation_has_a_deadline_that_names_the_node() {
 }
 
 #[test]
+fn an_operation_that_makes_progress_is_not_given_up() {
+    let mut desk = Desk::with_run(&[(1, 0), (1, 0)], None);
+    desk.answering = false;
+    desk.run(1, init());
+    let (node, token, _) = desk.executed().remove(0);
+    let alive = |desk: &mut Desk, progress: Option<u32>| {
+        for node in [1, 2] {
+            desk.say(NodeId(node), NodeMessage::Pong { nonce: 0 });
+        }
+        if let Some(done) = progress {
+            // The other rank waits for this one.
+            desk.say(node, NodeMessage::Progress { token, rank: RankIndex(0), done, of: 4_000 });
+        }
+        desk.pass(1_000);
+    };
+    (0..3_000).for_each(|second| alive(&mut desk, Some(second)));
+    (0..598).for_each(|_| alive(&mut desk, None));
+    let released = |desk: &Desk| desk.count(|m| matches!(m, CoordinatorMessage::ReleaseRanks { .. }));
+    assert_eq!(released(&desk), 0);
+    (0..4).for_each(|_| alive(&mut desk, None));
+    assert_eq!(released(&desk), 2, "without progress for 600 s");
+}
+
+#[test]
 fn a_silent_node_is_lost_and_a_stalled_coordinator_blames_nobody() {
     let mut desk = Desk::with_run(&[(1, 0)], None);
     desk.now_ms += 60_000; // Nobody ran.

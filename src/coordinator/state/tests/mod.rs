@@ -4,6 +4,8 @@ pub(in crate::coordinator) mod desk;
 mod history;
 mod lost_ranks;
 mod memory;
+mod publishing;
 mod recovery;
+mod replicas;
 mod runs;
 mod samplers;

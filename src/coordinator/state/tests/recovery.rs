@@ -5,7 +5,7 @@ use crate::{
     journal::{Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, Standing},
     protocol::{
         Blame, ClientRequest, ClientResponse, CoordinatorMessage, Epoch, Generation, NodeId, NodeMessage,
-        Operation, OperationKey, OperationSeq, RankIndex, SubmitOperation, encode,
+        Operation, OperationKey, OperationSeq, RankIndex, encode,
     },
     types::{Digest, ErrorKind, LoraConfig, OperationError, SessionId},
 };
@@ -68,6 +68,24 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
     }
 }
 
+/// A journal whose run has published at step 1.
+pub(super) fn published() -> Recovered {
+    let path = format!("bt://loops:{RUN}/sampler_weights/v1");
+    let result = crate::protocol::OperationResult::SaveWeightsForSampler(
+        crate::types::SaveWeightsForSamplerResponse { path, version: 1 },
+    );
+    let mut recovered = recovered(None);
+    let run = &mut recovered.runs[0];
+    run.operations.truncate(1);
+    let operation = super::desk::publish("v1");
+    run.operations[0].digest = Digest::of(&encode(&operation));
+    run.operations[0].operation = Some(operation);
+    run.operations[0].outcome = Some(Outcome::Done { result, state: Digest::of(b"state 1"), step: 1 });
+    let policy = crate::types::PolicyId { run: RUN, incarnation: 1, step: 1, digest: Digest::of(b"adapter") };
+    run.slots.push((policy, blob("adapter")));
+    recovered
+}
+
 #[test]
 fn a_restart_repeats_what_changed_the_state_and_goes_on() {
     let result =
@@ -126,15 +144,24 @@ fn a_step_that_was_not_finite_is_repeated_and_discarded() {
 }
 
 #[test]
-fn a_configuration_that_no_rank_can_hold_breaks_the_run_with_the_reason() {
+fn a_configuration_that_no_rank_can_hold_fails_what_is_asked_with_the_reason_and_no_more() {
     let mut desk = Desk::new();
     desk.join(1, 1, 0);
     desk.answering = false;
     desk.create(None);
     let error = OperationError::new(ErrorKind::InvalidInput, "`rank`: must be at most 16, got 512");
     desk.say(NodeId(1), NodeMessage::RanksFailed { run: RUN, generation: Generation(1), error });
-    let submit = SubmitOperation { run: RUN, key: OperationKey([1; 16]), operation: init() };
-    assert!(desk.refused(ClientRequest::Submit(submit)).message.contains("must be at most 16"));
+    desk.pass(10_000);
+    assert_eq!(desk.count(|m| matches!(m, CoordinatorMessage::FormRanks { .. })), 1, "nobody asks for it");
+    let waiter = desk.run(1, init());
+    let error = OperationError::new(ErrorKind::InvalidInput, "`rank`: must be at most 16, got 512");
+    desk.say(NodeId(1), NodeMessage::RanksFailed { run: RUN, generation: Generation(2), error });
+    let error = desk.failed(waiter);
+    assert!(error.kind == ErrorKind::InvalidInput && error.message.contains("must be at most 16"), "{error}");
+    desk.answering = true;
+    let waiter = desk.run(2, init());
+    desk.pass(2_000);
+    desk.done(waiter);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use super::desk::{
     Desk, MODEL, RUN, blob, create, disk_full, forward_backward, hello, init, load, optim_step, save_state,
 };
 
-fn session(desk: &mut Desk) -> SessionId {
+pub(super) fn session(desk: &mut Desk) -> SessionId {
     match desk.asked(ClientRequest::CreateSession) {
         ClientResponse::Session(session) => session,
         other => panic!("no session: {other:?}"),
@@ -28,35 +28,27 @@ fn a_run_is_journaled_with_every_default() {
     else {
         panic!("no run")
     };
-    assert_eq!((create.base_model.as_str(), create.replicas), (MODEL, Some(3)));
+    assert_eq!((create.base_model.as_str(), create.replicas), (MODEL, None));
     assert_eq!((create.max_seq_len, create.micro_batch_tokens), (Some(32), Some(1_024)));
     assert_eq!(create.name.as_deref(), Some(MODEL));
 }
 
 #[test]
-fn ranks_are_spread_over_nodes_first() {
-    let desk = Desk::with_run(&[(2, 0), (2, 0)], Some(3));
-    let roster = desk.sent.iter().find_map(|(_, message)| match message {
-        CoordinatorMessage::FormRanks { roster, .. } => Some(roster.clone()),
-        _ => None,
-    });
-    let seats: Vec<_> = roster.unwrap().iter().map(|seat| (seat.rank.0, seat.node.0, seat.slot)).collect();
-    assert_eq!(seats, [(0, 1, 0), (1, 2, 0), (2, 1, 1)]);
-}
-
-#[test]
-fn refuses_more_replicas_than_slots_with_both_numbers() {
-    let mut desk = Desk::new();
-    desk.join(1, 2, 0);
+fn refuses_a_rank_over_the_model_s_dimensions_before_it_is_journaled() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
     let session = session(&mut desk);
-    let error = desk.refused(ClientRequest::CreateRun(create(session, Some(3))));
-    assert_eq!(error.kind, ErrorKind::InvalidInput);
-    assert!(
-        error.message.contains("3 asked for") && error.message.contains("has 2 trainer slots"),
-        "{error}"
-    );
-    let error = desk.refused(ClientRequest::CreateRun(create(session, Some(0))));
-    assert!(error.message.starts_with("`replicas`: must be at least 1"), "{error}");
+    let mut create = create(session, None);
+    create.lora.rank = 129;
+    let problem =
+        "`lora.rank`: must be at most 128, the smaller dimension of `k_proj` in \"org/model\", got 129";
+    let error = desk.refused(ClientRequest::CreateRun(create.clone()));
+    assert!(error.kind == ErrorKind::InvalidInput && error.message == problem, "{error}");
+    create.lora.targets = vec![crate::types::LoraTarget::QProj];
+    assert!(matches!(desk.asked(ClientRequest::CreateRun(create)), ClientResponse::Run(_)));
+    let refused = desk.submit(1, Operation::Init { lora: LoraConfig::new(129, 1) });
+    assert!(matches!(refused, ClientResponse::Error(e) if e.message == problem));
+    let waiter = desk.run(1, init());
+    desk.done(waiter);
 }
 
 #[test]

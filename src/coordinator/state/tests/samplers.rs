@@ -1,7 +1,7 @@
 //! Publishing and sampling.
 
 use crate::{
-    coordinator::state::{Effect, Event},
+    coordinator::state::{Effect, Event, sampling::HANDED_MAX},
     protocol::{
         ClientRequest, ClientResponse, CoordinatorMessage, GenerateReply, NodeId, NodeMessage, SampleRequest,
         SampleTarget,
@@ -447,4 +447,43 @@ fn a_checkpoint_answers_until_the_floor_is_reached() {
         path: format!("bt://loops:{RUN}/sampler_weights/other"),
     };
     assert_eq!(desk.refused(ClientRequest::Sample(request(absent))).kind, ErrorKind::NotFound);
+}
+
+#[test]
+fn more_requests_than_a_replica_takes_wait_their_turn() {
+    let mut desk = Desk::with_run(&[(1, 1)], None);
+    let waiters: Vec<_> = (0..1_300).map(|_| desk.ask(ClientRequest::Sample(request(base())))).collect();
+    assert_eq!(desk.generated.len(), HANDED_MAX);
+    // Longer than a request would wait for a node.
+    for _ in 0..40 {
+        desk.pass(1_000);
+    }
+    assert!(waiters.iter().all(|waiter| desk.answer(*waiter).is_none()));
+    let (_, attempt, generate) = desk.generated.remove(7);
+    desk.feed(Event::Generated { request: generate.request, attempt, reply: reply(0) });
+    let next = desk.generated.last().unwrap().2.request;
+    assert_eq!(next.0, desk.generated[0].2.request.0 + HANDED_MAX as u64, "the first of those that wait");
+    desk.feed(Event::RequestGone { waiter: waiters[0] });
+    assert_eq!(desk.generated.len(), HANDED_MAX + 1, "a cancelled request leaves its room");
+    while !desk.generated.is_empty() {
+        serve(&mut desk);
+    }
+    let sampled = |waiter: &&_| matches!(desk.answer(**waiter), Some(ClientResponse::Sample { .. }));
+    assert_eq!(waiters.iter().filter(sampled).count(), 1_299);
+}
+
+#[test]
+fn requests_that_wait_for_room_wait_for_a_node_when_theirs_is_lost() {
+    let mut desk = Desk::with_run(&[(1, 0), (0, 1)], None);
+    let waiters: Vec<_> =
+        (0..=HANDED_MAX).map(|_| desk.ask(ClientRequest::Sample(request(base())))).collect();
+    desk.lose(2);
+    desk.pass(29_000);
+    assert!(waiters.iter().all(|waiter| desk.answer(*waiter).is_none()));
+    desk.pass(2_000);
+    for waiter in waiters {
+        assert!(
+            matches!(desk.answer(waiter), Some(ClientResponse::Error(e)) if e.kind == ErrorKind::Unavailable)
+        );
+    }
 }

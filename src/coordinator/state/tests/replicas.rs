@@ -1,0 +1,101 @@
+//! How many ranks a run asks for, and how many it gets.
+
+use crate::{
+    journal::Record,
+    protocol::{ClientRequest, ClientResponse, CoordinatorMessage},
+    types::ErrorKind,
+};
+
+use super::{
+    desk::{Desk, RUN, create, optim_step},
+    runs::session,
+};
+
+#[test]
+fn ranks_are_spread_over_nodes_first() {
+    let desk = Desk::with_run(&[(2, 0), (2, 0)], Some(3));
+    let roster = desk.sent.iter().find_map(|(_, message)| match message {
+        CoordinatorMessage::FormRanks { roster, .. } => Some(roster.clone()),
+        _ => None,
+    });
+    let seats: Vec<_> = roster.unwrap().iter().map(|seat| (seat.rank.0, seat.node.0, seat.slot)).collect();
+    assert_eq!(seats, [(0, 1, 0), (1, 2, 0), (2, 1, 1)]);
+}
+
+/// Ranks of the last rank set.
+fn ranks(desk: &Desk) -> usize {
+    let roster = desk.sent.iter().rev().find_map(|(_, message)| match message {
+        CoordinatorMessage::FormRanks { roster, .. } => Some(roster.len()),
+        _ => None,
+    });
+    roster.unwrap_or(0)
+}
+
+#[test]
+fn a_run_on_all_replicas_takes_those_that_join_later() {
+    let mut desk = Desk::with_run(&[(1, 0)], None);
+    let journaled = desk.records.iter().find_map(|record| match record {
+        Record::Run { create, .. } => Some(create.replicas),
+        _ => None,
+    });
+    assert_eq!((journaled, ranks(&desk)), (Some(None), 1));
+    let waiter = desk.run(1, optim_step());
+    desk.done(waiter);
+    desk.join(2, 2, 0);
+    assert_eq!(ranks(&desk), 3);
+    let ClientResponse::Run(info) = desk.asked(ClientRequest::RunInfo { run: RUN }) else { panic!("no run") };
+    assert_eq!(info.replicas, 3);
+}
+
+#[test]
+fn replicas_whose_nodes_are_away_are_accepted_and_waited_for() {
+    let mut desk = Desk::new();
+    desk.join(1, 1, 0);
+    desk.join(2, 1, 0);
+    desk.lose(2);
+    assert!(matches!(desk.create(Some(2)), ClientResponse::Run(info) if info.replicas == 2));
+    assert_eq!(ranks(&desk), 0);
+    desk.pass(1_000);
+    desk.join(3, 1, 0);
+    assert_eq!(ranks(&desk), 2);
+}
+
+#[test]
+fn after_a_restart_nodes_are_given_time_to_come_back_before_replicas_are_refused() {
+    let restarted = || {
+        let mut recovered = super::desk::nothing();
+        recovered.epoch = crate::protocol::Epoch(2);
+        let mut desk = Desk::recovered(recovered);
+        desk.join(1, 1, 0);
+        let session = session(&mut desk);
+        let waiter = desk.ask(ClientRequest::CreateRun(create(session, Some(2))));
+        desk.pass(5_000);
+        assert_eq!(desk.answer(waiter), None);
+        (desk, waiter)
+    };
+    let (mut desk, waiter) = restarted();
+    desk.join(2, 1, 0);
+    assert!(matches!(desk.answer(waiter), Some(ClientResponse::Run(_))));
+    let (mut desk, waiter) = restarted();
+    desk.pass(16_000);
+    let answer = desk.answer(waiter);
+    assert!(
+        matches!(answer, Some(ClientResponse::Error(e)) if e.kind == ErrorKind::InvalidInput),
+        "{answer:?}"
+    );
+}
+
+#[test]
+fn refuses_more_replicas_than_slots_with_both_numbers() {
+    let mut desk = Desk::new();
+    desk.join(1, 2, 0);
+    let session = session(&mut desk);
+    let error = desk.refused(ClientRequest::CreateRun(create(session, Some(3))));
+    assert_eq!(error.kind, ErrorKind::InvalidInput);
+    assert!(
+        error.message.contains("3 asked for") && error.message.contains("has had at most 2 trainer slots"),
+        "{error}"
+    );
+    let error = desk.refused(ClientRequest::CreateRun(create(session, Some(0))));
+    assert!(error.message.starts_with("`replicas`: must be at least 1"), "{error}");
+}
