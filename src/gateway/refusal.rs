@@ -87,6 +87,14 @@ impl Refused {
         self
     }
 
+    /// The same for what a body named: a model or run that is not there is wrong input.
+    pub fn of_a_body(self) -> Self {
+        match self.status {
+            StatusCode::NOT_FOUND => Self::invalid(self.to_string()),
+            _ => self,
+        }
+    }
+
     /// On routes whose client takes 429 for the end: too much at once is "not yet".
     pub fn busy_as_not_yet(self) -> Self {
         match self.status {

@@ -98,8 +98,8 @@ struct Part {
 }
 
 impl Supervisor {
-    /// Starts the coordinator, waits until it listens, then starts the nodes. They die with
-    /// the thread that calls this, which should be the main one.
+    /// Starts the coordinator, waits until it listens, then starts the nodes. They die with the
+    /// runtime of this process.
     pub async fn start(config: SupervisorConfig) -> Result<Self, ServiceError> {
         config.data.prepare_identities()?;
         (0..config.nodes.max(1)).try_for_each(|index| config.data.prepare_node(&node_name(index)))?;

@@ -33,9 +33,8 @@ pub fn up(config: UpConfig) -> Result<(), ServiceError> {
 
 async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
     // First what may be refused at once: a port in use.
-    let mut serving = config.gateway.clone();
-    serving.presign_key.get_or_insert_with(|| config.supervisor.data.presign_key());
-    let listener = gateway::Listener::bind(config.http, serving)?;
+    let data = &config.supervisor.data;
+    let listener = bind(config.http, config.gateway.clone(), data)?;
     let mut stop = std::pin::pin!(shutdown_requested()?);
     let mut supervisor = tokio::select! {
         () = &mut stop => return Ok(()),
@@ -43,31 +42,21 @@ async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
     };
     let (found, client) = oneshot::channel();
     let watching = supervisor.watchdog().watch(client);
+    let serving = async {
+        let client = wait_until_joined(data.path(), config.supervisor.nodes).await?;
+        // The watchdog is gone only if all of this is.
+        let _ = found.send(client.clone());
+        tracing::info!("for Rust clients: ServiceClient::connect({:?})", data.path().display().to_string());
+        serve(listener, client).await
+    };
     let outcome = tokio::select! {
         () = &mut stop => Ok(()),
         error = supervisor.failed() => Err(error),
-        ended = serve(listener, &config, found) => ended,
+        ended = serving => ended,
         () = watching => Ok(()),
     };
     supervisor.shutdown().await;
     outcome
-}
-
-/// Serves HTTP for ever, once the nodes are there.
-async fn serve(
-    listener: gateway::Listener,
-    config: &UpConfig,
-    found: oneshot::Sender<ServiceClient>,
-) -> Result<(), ServiceError> {
-    let data = config.supervisor.data.path();
-    let client = wait_until_joined(data, config.supervisor.nodes).await?;
-    // The watchdog is gone only if all of this is.
-    let _ = found.send(client.clone());
-    let address = listener.address();
-    let server = listener.serve(client)?;
-    println!("ready http://{address}");
-    tracing::info!("for Rust clients: ServiceClient::connect({:?})", data.display().to_string());
-    Ok(server.await.map_err(gateway::GatewayError::Serve)?)
 }
 
 /// What runs a gateway as a process.
@@ -84,22 +73,32 @@ pub struct GatewayProcess {
 pub fn run_gateway(process: GatewayProcess) -> Result<(), ServiceError> {
     super::process::in_system("gateway", async move {
         let data = DataDirectory::open(process.data_dir)?;
-        let mut serving = process.gateway;
-        serving.presign_key.get_or_insert_with(|| data.presign_key());
-        let listener = gateway::Listener::bind(process.http, serving)?;
-        let mut stop = std::pin::pin!(shutdown_requested()?);
-        let serving = async {
-            let client = ServiceClient::connect(ConnectTarget::from(data.path())).await?;
-            let address = listener.address();
-            let server = listener.serve(client)?;
-            println!("ready http://{address}");
-            Ok(server.await.map_err(gateway::GatewayError::Serve)?)
-        };
+        let listener = bind(process.http, process.gateway, &data)?;
+        let serving =
+            async { serve(listener, ServiceClient::connect(ConnectTarget::from(data.path())).await?).await };
         tokio::select! {
-            () = &mut stop => Ok(()),
+            () = shutdown_requested()? => Ok(()),
             ended = serving => ended,
         }
     })
+}
+
+/// A listener whose signed URLs outlive it.
+fn bind(
+    http: SocketAddr,
+    mut config: gateway::GatewayConfig,
+    data: &DataDirectory,
+) -> Result<gateway::Listener, ServiceError> {
+    config.presign_key.get_or_insert_with(|| data.presign_key());
+    Ok(gateway::Listener::bind(http, config)?)
+}
+
+/// Serves HTTP for ever; says `ready` when it does.
+async fn serve(listener: gateway::Listener, client: ServiceClient) -> Result<(), ServiceError> {
+    let address = listener.address();
+    let server = listener.serve(client)?;
+    println!("ready http://{address}");
+    Ok(server.await.map_err(gateway::GatewayError::Serve)?)
 }
 
 /// A client of the service, once all its nodes are there.

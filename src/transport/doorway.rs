@@ -2,7 +2,6 @@
 //! who it is. A stranger gets one stream of a few kilobytes, for a few seconds.
 
 use std::{
-    io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::Arc,
     time::Duration,
@@ -47,10 +46,7 @@ impl Doorway {
     pub fn bind(bind: SocketAddr, identity: &Identity, alpn: &[u8]) -> Result<Self, TransportError> {
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls::doorway_config(identity, alpn)?));
         server.transport_config(Arc::new(transport_config()));
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => TransportError::AddressInUse { address: bind.to_string() },
-            _ => TransportError::Bind { address: bind.to_string(), source },
-        };
+        let failed = |source| quic::bind_error(bind, source);
         let endpoint = quinn::Endpoint::server(server, bind).map_err(failed)?;
         let local = endpoint.local_addr().map_err(failed)?;
         let (ready, opened) = mpsc::channel(MAX_STRANGERS);
@@ -92,7 +88,7 @@ pub async fn knock(
             true => (Ipv4Addr::UNSPECIFIED, 0).into(),
             false => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
-        let bind = |source| TransportError::Bind { address: any.to_string(), source };
+        let bind = |source| quic::bind_error(any, source);
         let socket = UdpSocket::bind(any).map_err(bind)?;
         let config = quinn::EndpointConfig::default();
         let endpoint = quinn::Endpoint::new(config, None, socket, Arc::new(quinn::TokioRuntime));
@@ -127,15 +123,8 @@ fn transport_config() -> TransportConfig {
 async fn accept_all(endpoint: quinn::Endpoint, ready: mpsc::Sender<(Stream, SocketAddr)>) {
     let slots = Arc::new(Semaphore::new(MAX_STRANGERS));
     while let Some(incoming) = endpoint.accept().await {
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
-            incoming.refuse();
-            continue;
-        };
-        if MAX_STRANGERS - slots.available_permits() > UNVALIDATED && incoming.may_retry() {
-            // Checked: `retry` fails only for one that has been retried.
-            let _ = incoming.retry();
-            continue;
-        }
+        let busy = MAX_STRANGERS - slots.available_permits() >= UNVALIDATED;
+        let Some((incoming, slot)) = quic::take_slot(incoming, &slots, busy) else { continue };
         let ready = ready.clone();
         tokio::spawn(async move {
             let from = incoming.remote_address();

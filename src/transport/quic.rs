@@ -23,7 +23,7 @@ use ring::hmac;
 use rustls_pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
 use tokio::{
-    sync::{Mutex, Semaphore, mpsc},
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc},
     task::AbortHandle,
     time::timeout,
 };
@@ -100,10 +100,7 @@ impl Socket {
             }
         };
 
-        let bind_error = |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => TransportError::AddressInUse { address: bind.to_string() },
-            _ => TransportError::Bind { address: bind.to_string(), source },
-        };
+        let bind_error = |source| bind_error(bind, source);
         let socket = UdpSocket::bind(bind).map_err(bind_error)?;
         let endpoint =
             quinn::Endpoint::new(endpoint_config(&identity), server, socket, Arc::new(quinn::TokioRuntime))
@@ -216,16 +213,8 @@ fn transport_config() -> TransportConfig {
 async fn accept_all(endpoint: quinn::Endpoint, cluster: String, ready: mpsc::Sender<Connection>) {
     let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = endpoint.accept().await {
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
-            incoming.refuse();
-            continue;
-        };
-        let busy = MAX_HANDSHAKES - slots.available_permits() > UNVALIDATED_HANDSHAKES;
-        if busy && incoming.may_retry() {
-            // Checked: `retry` fails only for one that has been retried.
-            let _ = incoming.retry();
-            continue;
-        }
+        let busy = MAX_HANDSHAKES - slots.available_permits() >= UNVALIDATED_HANDSHAKES;
+        let Some((incoming, slot)) = take_slot(incoming, &slots, busy) else { continue };
         let (cluster, ready) = (cluster.clone(), ready.clone());
         tokio::spawn(async move {
             let from = incoming.remote_address();
@@ -236,6 +225,33 @@ async fn accept_all(endpoint: quinn::Endpoint, cluster: String, ready: mpsc::Sen
             }
             drop(slot);
         });
+    }
+}
+
+/// Gives a handshake one of the slots; turns it away if there is none, and first makes it prove that it
+/// receives at its address if many are taken.
+pub(super) fn take_slot(
+    incoming: quinn::Incoming,
+    slots: &Arc<Semaphore>,
+    busy: bool,
+) -> Option<(quinn::Incoming, OwnedSemaphorePermit)> {
+    let Ok(slot) = slots.clone().try_acquire_owned() else {
+        incoming.refuse();
+        return None;
+    };
+    if busy && incoming.may_retry() {
+        // Checked: `retry` fails only for one that has been retried.
+        let _ = incoming.retry();
+        return None;
+    }
+    Some((incoming, slot))
+}
+
+/// Why a socket can't be had.
+pub(super) fn bind_error(bind: SocketAddr, source: io::Error) -> TransportError {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => TransportError::AddressInUse { address: bind.to_string() },
+        _ => TransportError::Bind { address: bind.to_string(), source },
     }
 }
 

@@ -17,9 +17,10 @@ use lockstep::{
 };
 
 use super::{
+    dice::Dice,
     node::{MODEL, VOCAB},
     rank::{BAD_BATCH, INFINITE_BATCH},
-    world::{Dice, World, key_of},
+    world::{World, key_of},
 };
 
 /// Submitted and not finished at once.

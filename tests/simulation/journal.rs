@@ -12,7 +12,7 @@ use lockstep::{
     types::{CheckpointTarget, Digest, PolicyId, RunId, SessionId},
 };
 
-use super::{rank::Weights, world::Blobs};
+use super::{blobs::Blobs, rank::Weights};
 
 #[derive(Default)]
 pub struct ModelJournal {

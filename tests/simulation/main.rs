@@ -15,15 +15,19 @@
 //!
 //! A failure names its seed: `LOCKSTEP_SEED=N cargo test --test simulation` repeats it.
 
+mod blobs;
 mod client;
+mod dice;
 mod journal;
 mod node;
 mod rank;
+mod tally;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use world::{Tally, World};
+use tally::Tally;
+use world::World;
 
 /// Histories that a run of the tests goes through.
 const SEEDS: u64 = 400;

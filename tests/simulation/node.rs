@@ -11,11 +11,7 @@ use lockstep::{
     types::{Digest, ErrorKind, OperationError, PolicyId, RunId, SampleResult, SampledSequence, StopReason},
 };
 
-use super::{
-    journal::ModelJournal,
-    rank::Weights,
-    world::{Blobs, Dice},
-};
+use super::{blobs::Blobs, dice::Dice, journal::ModelJournal, rank::Weights};
 
 pub const MODEL: &str = "org/tiny";
 pub const CONTEXT: u32 = 64;

@@ -11,7 +11,7 @@ use lockstep::{
     },
 };
 
-use super::world::Blobs;
+use super::blobs::Blobs;
 
 /// A batch that every rank refuses.
 pub const BAD_BATCH: u8 = 0xBA;

@@ -8,67 +8,13 @@ use lockstep::{
         state::{Effect, Event, State, TICK_MS, WaiterId},
     },
     journal::JournalError,
-    protocol::{
-        BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, Generate, NodeId, NodeMessage, encode,
-    },
+    protocol::{ClientRequest, ClientResponse, CoordinatorMessage, Generate, NodeId, NodeMessage, encode},
     types::{Digest, PolicyId},
 };
-use rand_chacha::{
-    ChaCha8Rng,
-    rand_core::{RngCore, SeedableRng},
+
+use super::{
+    blobs::Blobs, client::ModelClient, dice::Dice, journal::ModelJournal, node::ModelNode, tally::Tally,
 };
-
-use super::{client::ModelClient, journal::ModelJournal, node::ModelNode, rank::Weights};
-
-/// All choices of a run come from here.
-pub struct Dice {
-    rng: ChaCha8Rng,
-    /// Off: nothing fails any more.
-    pub accidents: bool,
-}
-
-impl Dice {
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.rng.next_u64() % n
-    }
-
-    pub fn between(&mut self, low: u64, high: u64) -> u64 {
-        low + self.below(high - low)
-    }
-
-    /// An accident with a chance of so many percent.
-    pub fn fails(&mut self, percent: u64) -> bool {
-        self.accidents && self.below(100) < percent
-    }
-}
-
-/// States by the digest of what stands for their bytes.
-#[derive(Default)]
-pub struct Blobs {
-    now_ms: u64,
-    /// With the time at which each was put last.
-    stored: HashMap<Digest, (Weights, u64)>,
-}
-
-impl Blobs {
-    pub fn put(&mut self, state: Weights) -> BlobRef {
-        let digest = Digest::of(format!("{state:?}").as_bytes());
-        self.stored.insert(digest, (state, self.now_ms));
-        BlobRef { digest, size: 1 }
-    }
-
-    pub fn get(&self, blob: BlobRef) -> &Weights {
-        &self.stored.get(&blob.digest).expect("a blob that was stored").0
-    }
-
-    fn old(&self) -> Vec<Digest> {
-        let old = self.stored.iter().filter(|(_, (_, put_ms))| put_ms + YOUNG_MS <= self.now_ms);
-        old.map(|(digest, _)| *digest).collect()
-    }
-}
-
-/// Blobs that are not swept yet: longer than from a rank's file to the row that names it.
-const YOUNG_MS: u64 = 10_000;
 
 /// Between two sweeps.
 const SWEEP_MS: u64 = 7_000;
@@ -94,41 +40,6 @@ struct Wire {
     link: u64,
     down_ms: u64,
     up_ms: u64,
-}
-
-/// How often what the simulation is for has happened.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct Tally {
-    pub crashes: u64,
-    pub nodes_lost: u64,
-    pub stalls: u64,
-    pub appends_refused: u64,
-    /// Operations executed again that have an outcome.
-    pub replayed: u64,
-    /// Rank sets that began from a snapshot.
-    pub restored: u64,
-    /// Sample requests tried on another replica.
-    pub tried_again: u64,
-    /// Pieces of the past that the journal forgot, and blobs that went with them.
-    pub pruned: u64,
-    pub swept: u64,
-    /// Publishes that failed for want of a sampler.
-    pub unpublished: u64,
-}
-
-impl Tally {
-    pub fn add(&mut self, other: Self) {
-        self.crashes += other.crashes;
-        self.nodes_lost += other.nodes_lost;
-        self.stalls += other.stalls;
-        self.appends_refused += other.appends_refused;
-        self.replayed += other.replayed;
-        self.restored += other.restored;
-        self.tried_again += other.tried_again;
-        self.pruned += other.pruned;
-        self.swept += other.swept;
-        self.unpublished += other.unpublished;
-    }
 }
 
 pub struct World {
@@ -175,7 +86,7 @@ impl World {
         let mut journal = ModelJournal::default();
         let now_ms = 1_000_000;
         let coordinator = State::recover(limits(), journal.recover(), now_ms);
-        let mut dice = Dice { rng: ChaCha8Rng::seed_from_u64(seed), accidents: true };
+        let mut dice = Dice::new(seed);
         let clients = (0..clients).map(|index| ModelClient::new(index, operations, &mut dice)).collect();
         let mut world = Self {
             now_ms,
@@ -404,7 +315,7 @@ impl World {
     fn sweep(&mut self) {
         let unnamed = self.blobs.old().into_iter().filter(|digest| !self.journal.names(*digest));
         for digest in self.coordinator.unneeded(unnamed.collect()) {
-            self.blobs.stored.remove(&digest);
+            self.blobs.remove(&digest);
             self.tally.swept += 1;
         }
     }
@@ -448,7 +359,7 @@ impl World {
                 // Nobody ran, so nobody answered.
                 let stalled_ms = self.dice.between(1_000, 30_000);
                 self.now_ms += stalled_ms;
-                self.blobs.stored.values_mut().for_each(|(_, put_ms)| *put_ms += stalled_ms);
+                self.blobs.stall(stalled_ms);
                 self.tally.stalls += 1;
             }
             _ => {}

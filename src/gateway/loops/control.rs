@@ -93,7 +93,7 @@ pub async fn create_trainer(caller: Caller, request: HttpRequest, payload: web::
             name: create.name,
         })
         .await
-        .map_err(input_error)?;
+        .map_err(Refused::of_a_body)?;
     let url = mount::trainer_url(&caller, &request, run.run)?;
     Ok(HttpResponse::Ok().json(json!({ "run": described(&run, &url) })))
 }
@@ -104,14 +104,6 @@ pub fn session(text: &str) -> Result<SessionId, Refused> {
         let problem = format!("{text:?} is no session; make one with POST /v1/loops/sessions");
         InvalidInput::new("session_id", problem).into()
     })
-}
-
-/// A model or run that is named in a body and not there is wrong input.
-pub fn input_error(refused: Refused) -> Refused {
-    match refused.status().as_u16() {
-        404 => Refused::invalid(refused.to_string()),
-        _ => refused,
-    }
 }
 
 /// A run as this dialect shows it. `deployment_id` makes it a dedicated one.

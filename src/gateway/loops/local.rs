@@ -65,7 +65,7 @@ pub async fn find_or_create(
         micro_batch_tokens: None,
         name: Some(format!("{PREFIX}{name}")),
     };
-    caller.upstream.create_run(create).await.map_err(super::control::input_error)
+    caller.upstream.create_run(create).await.map_err(Refused::of_a_body)
 }
 
 /// The run that was published last: what a bare sampler says of itself, as nobody names a run

@@ -20,7 +20,6 @@ use crate::{
 use super::{
     super::{body, caller::Caller, refusal::Refused},
     completion::Completion,
-    control::input_error,
     ids::SamplerId,
     local,
     mount::{self, Sampler, header},
@@ -103,7 +102,7 @@ fn replay_key(caller: &Caller, sampler: &SamplerId, key: &str) -> String {
 fn as_this_route_says(refused: Refused, waits_for_version: bool) -> Refused {
     match refused.status() {
         StatusCode::GATEWAY_TIMEOUT if waits_for_version => refused.with_status(StatusCode::REQUEST_TIMEOUT),
-        _ => input_error(refused).busy_as_not_yet(),
+        _ => refused.of_a_body().busy_as_not_yet(),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::types::{CheckpointTarget, InvalidInput};
 
 use super::{
     super::{body, caller::Caller, refusal::Refused},
-    control::{input_error, session},
+    control::session,
     ids::SamplerId,
     local,
     mount::{self, Sampler},
@@ -45,8 +45,8 @@ pub async fn create_sampler(caller: Caller, request: HttpRequest, payload: web::
             return Err(InvalidInput::new("run_id", problem).into());
         }
     };
-    let model = base_model(&caller, &id).await.map_err(input_error)?;
-    caller.upstream.find_model(&model).await.map_err(input_error)?;
+    let model = base_model(&caller, &id).await.map_err(Refused::of_a_body)?;
+    caller.upstream.find_model(&model).await.map_err(Refused::of_a_body)?;
     if let (Some(asked), Some(context)) = (create.max_seq_length, context(&caller, &model).await?)
         && !(1..=context).contains(&asked)
     {
