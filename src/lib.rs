@@ -1,6 +1,7 @@
 //! Lockstep: an open, self-hosted training service for language models.
 
 pub mod archive;
+pub mod bench;
 pub mod client;
 pub mod collective;
 pub mod coordinator;

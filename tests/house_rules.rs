@@ -24,6 +24,7 @@ const RULES: &[Rule] = &[
     Rule { word: "rusqlite::", allowed: &["journal"], reason: "append records to the journal" },
     Rule { word: "object_store::", allowed: &["store"], reason: "blobs go through store" },
     Rule { word: "actix_web::", allowed: &["gateway"], reason: "only the gateway knows HTTP" },
+    Rule { word: "crate::bench", allowed: &["bench"], reason: "what is measured knows no measurement" },
     Rule { word: "crate::coordinator", allowed: &["coordinator", "service"], reason: "speak its protocol" },
     Rule {
         word: "actix::",

@@ -1,6 +1,7 @@
 //! The command line: one file a family of subcommands, each parsing into the configuration
 //! of the room that does the work.
 
+mod bench;
 mod checkpoints;
 mod doctor;
 mod http;
@@ -57,6 +58,8 @@ enum Command {
     Cluster(look::Look),
     /// Say what this machine has and what Lockstep makes of it.
     Doctor(doctor::Doctor),
+    #[command(subcommand)]
+    Bench(bench::Bench),
 }
 
 impl Cli {
@@ -78,6 +81,7 @@ impl Cli {
             Command::Checkpoints(checkpoints) => checkpoints.run(),
             Command::Cluster(look) => look.cluster(),
             Command::Doctor(doctor) => doctor.run(),
+            Command::Bench(bench) => bench.run(),
         }
     }
 }

@@ -26,6 +26,10 @@ impl Connection {
         &self.peer
     }
 
+    pub(super) fn wire(&self) -> &Wire {
+        &self.wire
+    }
+
     /// Opens a stream. Waits while the other end has as many open as it allows.
     ///
     /// Over QUIC the other end hears of it with the first bytes that are sent.

@@ -31,7 +31,10 @@ mod quic;
 
 mod doorway;
 
+mod bulk;
+
 pub use applicant::{Admission, Applicant, PublicKey};
+pub use bulk::{receive_bulk, send_bulk};
 pub use ca::ClusterCa;
 pub use connection::Connection;
 pub use doorway::{Doorway, knock};

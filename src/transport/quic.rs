@@ -305,6 +305,23 @@ impl Link {
         stream_error(self.0.closed().await)
     }
 
+    pub(super) async fn send_bulk(&self, chunk: Bytes, count: u64) -> Result<(), TransportError> {
+        let (mut send, _recv) = self.0.open_bi().await.map_err(stream_error)?;
+        for _ in 0..count {
+            send.write_chunk(chunk.clone()).await.map_err(write_error)?;
+        }
+        Writer(send).finish().await
+    }
+
+    pub(super) async fn receive_bulk(&self) -> Result<u64, TransportError> {
+        let (_send, mut recv) = self.0.accept_bi().await.map_err(stream_error)?;
+        let (mut pieces, mut received) = ([const { Bytes::new() }; PIECES], 0);
+        while let Some(count) = recv.read_chunks(&mut pieces).await.map_err(read_error)? {
+            received += pieces[..count].iter().map(|piece| piece.len() as u64).sum::<u64>();
+        }
+        Ok(received)
+    }
+
     pub(super) fn close(&self, reason: &str) {
         self.0.close(CODE_CLOSED.into(), reason.as_bytes());
     }
@@ -318,13 +335,7 @@ pub(super) struct Writer(quinn::SendStream);
 
 impl Writer {
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), TransportError> {
-        self.0.write_all(bytes).await.map_err(|e| match e {
-            WriteError::Stopped(_) => TransportError::Stopped,
-            WriteError::ConnectionLost(e) => stream_error(e),
-            WriteError::ClosedStream | WriteError::ZeroRttRejected => {
-                TransportError::NotWritable { reason: "it was closed" }
-            }
-        })
+        self.0.write_all(bytes).await.map_err(write_error)
     }
 
     /// quinn's own `finish` returns at once; `stopped` returns when everything is acknowledged, or
@@ -359,12 +370,7 @@ impl Reader {
                 Ok(true)
             }
             Ok(None) => Ok(false),
-            Err(ReadError::Reset(code)) => {
-                // Ours are of 32 bits; what is longer says nothing that we know.
-                Err(TransportError::Reset { code: u32::try_from(code.into_inner()).unwrap_or(0) })
-            }
-            Err(ReadError::ConnectionLost(e)) => Err(stream_error(e)),
-            Err(e) => Err(TransportError::Lost { reason: e.to_string() }),
+            Err(e) => Err(read_error(e)),
         }
     }
 }
@@ -389,6 +395,29 @@ pub(super) fn connect_error(address: &str, role: Role, error: ConnectionError) -
         // quinn's own limit for a handshake is the idle timeout.
         ConnectionError::TimedOut => TransportError::ConnectTimeout { address, deadline: IDLE_TIMEOUT },
         other => stream_error(other),
+    }
+}
+
+/// Why a stream can't be written.
+fn write_error(error: WriteError) -> TransportError {
+    match error {
+        WriteError::Stopped(_) => TransportError::Stopped,
+        WriteError::ConnectionLost(e) => stream_error(e),
+        WriteError::ClosedStream | WriteError::ZeroRttRejected => {
+            TransportError::NotWritable { reason: "it was closed" }
+        }
+    }
+}
+
+/// Why a stream can't be read.
+fn read_error(error: ReadError) -> TransportError {
+    match error {
+        // Ours are of 32 bits; what is longer says nothing that we know.
+        ReadError::Reset(code) => {
+            TransportError::Reset { code: u32::try_from(code.into_inner()).unwrap_or(0) }
+        }
+        ReadError::ConnectionLost(e) => stream_error(e),
+        e => TransportError::Lost { reason: e.to_string() },
     }
 }
 

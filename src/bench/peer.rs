@@ -1,0 +1,47 @@
+//! The peers' scripts, which travel in this binary, and how they are run.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use serde::de::DeserializeOwned;
+
+use super::BenchError;
+
+/// A script of `benches/peers/`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Script {
+    pub name: &'static str,
+    text: &'static str,
+}
+
+pub(super) const GLOO: Script = Script { name: "gloo.py", text: include_str!("../../benches/peers/gloo.py") };
+
+/// Runs a script to its end and reads the last line that it prints.
+pub(super) fn run<T: DeserializeOwned>(
+    python: &Path,
+    script: Script,
+    arguments: &[String],
+) -> Result<T, BenchError> {
+    let failed = |problem: String| BenchError::Peer { script: script.name, problem };
+    let path = std::env::temp_dir().join(format!("lockstep-bench-{}-{}", std::process::id(), script.name));
+    fs::write(&path, script.text).map_err(|e| failed(e.to_string()))?;
+    let ran = Command::new(python)
+        .arg(&path)
+        .args(arguments)
+        // The peers fetch nothing, and compute on the CPU.
+        .envs([("CUDA_VISIBLE_DEVICES", ""), ("HF_HUB_OFFLINE", "1")])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output();
+    let _ = fs::remove_file(&path);
+    let output = ran.map_err(|e| failed(format!("{}: {e}", python.display())))?;
+    if !output.status.success() {
+        return Err(failed(format!("it ended with {}", output.status)));
+    }
+    let said = String::from_utf8_lossy(&output.stdout);
+    let line = said.lines().last().unwrap_or_default();
+    serde_json::from_str(line).map_err(|e| failed(format!("{e} in {line:?}")))
+}
