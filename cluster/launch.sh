@@ -80,34 +80,9 @@ else
 fi
 [ -z "$threads" ] || node_flags+=(--threads "$threads")
 
-# Stopping: the coordinator drains, takes snapshots and tells the nodes to end.
-coordinator="" gateway="" keepers=()
-stop() {
-    trap - INT TERM EXIT
-    [ -z "$gateway" ] || kill -TERM "$gateway" 2>/dev/null || true
-    # Keepers first, so that no node is started again.
-    for keeper in "${keepers[@]}"; do kill -TERM "$keeper" 2>/dev/null || true; done
-    [ -z "$coordinator" ] || kill -TERM "$coordinator" 2>/dev/null || true
-    wait
-}
-trap 'stop; exit 130' INT TERM
-trap stop EXIT
-
-mkdir -p "$data_dir"
-said=$(mktemp "$data_dir/coordinator.XXXXXX")
-"$lockstep" coordinator --listen "$listen:$port" --join-listen "$listen:$((port + 1))" --data-dir "$data_dir" >"$said" &
-coordinator=$!
-until grep -q '^listening' "$said"; do
-    kill -0 "$coordinator" 2>/dev/null || fail "the coordinator did not start; it said why above"
-    sleep 0.1
-done
-rm -f "$said"
-
-# A use for each node: once it has its certificate it needs none. It goes over standard input, as
-# arguments and environments are everybody's to read.
-token=$("$lockstep" token create --uses "$nodes" --valid 1h --data-dir "$data_dir")
-
-# keep NAME COMMAND…: runs a node again when it dies, but not when it says that this is no use (78).
+# keep NAME COMMAND…: runs a part again when it dies, but not when it says that this is no use (78) or is
+# not there (126, 127). Its standard input is the token, once there is one.
+token=""
 keep() {
     local name=$1 child="" status pause=1
     shift
@@ -117,12 +92,41 @@ keep() {
         "$@" <<<"$token" &
         child=$!
         wait "$child" || status=$?
-        case $status in 0 | 78) return "$status" ;; esac
+        case $status in 0 | 78 | 126 | 127) return "$status" ;; esac
         echo "launch.sh: $name ended with status $status; starting it again in $pause s" >&2
         sleep "$pause"
         pause=$((pause < 30 ? pause * 2 : 30))
     done
 }
+
+# Stopping: the coordinator drains, takes snapshots and tells the nodes to end.
+coordinator="" gateway="" keepers=()
+stop() {
+    trap - INT TERM EXIT
+    [ -z "$gateway" ] || kill -TERM "$gateway" 2>/dev/null || true
+    # The nodes' keepers first, so that no node is started again.
+    for keeper in "${keepers[@]}"; do kill -TERM "$keeper" 2>/dev/null || true; done
+    [ -z "$coordinator" ] || kill -TERM "$coordinator" 2>/dev/null || true
+    wait
+}
+trap 'stop; exit 130' INT TERM
+trap stop EXIT
+
+mkdir -p "$data_dir"
+# The address that an earlier life left is no answer to whether this one is up.
+begun=$(mktemp)
+keep "the coordinator" "$lockstep" coordinator --listen "$listen:$port" --join-listen "$listen:$((port + 1))" \
+    --data-dir "$data_dir" >/dev/null &
+coordinator=$!
+until [ "$data_dir/endpoint" -nt "$begun" ]; do
+    kill -0 "$coordinator" 2>/dev/null || fail "the coordinator did not start; it said why above"
+    sleep 0.1
+done
+rm -f "$begun"
+
+# A use for each node: once it has its certificate it needs none. It goes over standard input, as
+# arguments and environments are everybody's to read.
+token=$("$lockstep" token create --uses "$nodes" --valid 1h --data-dir "$data_dir")
 
 # What runs on a node: reads the token from standard input.
 node='IFS= read -r LOCKSTEP_TOKEN; export LOCKSTEP_TOKEN; exec "$@"'
@@ -139,6 +143,6 @@ for ((index = 0; index < nodes; index++)); do
     keepers+=($!)
 done
 
-"$lockstep" gateway --http "$http" "${insecure[@]}" --data-dir "$data_dir" &
+keep "the gateway" "$lockstep" gateway --http "$http" "${insecure[@]}" --data-dir "$data_dir" &
 gateway=$!
 wait "$gateway"

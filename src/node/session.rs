@@ -119,7 +119,7 @@ impl Sessions {
                 Ok(Err(reason)) => return Ok(Ended::BeforeWelcome(reason)),
                 Err(_) => return Ok(Ended::BeforeWelcome(format!("no welcome within {HELLO_DEADLINE:?}"))),
             };
-        tracing::info!(%node, epoch = epoch.0, "joined the coordinator at {address}");
+        tracing::info!(node = %self.config.name, id = node.0, epoch = epoch.0, "joined the coordinator at {address}");
 
         self.count += 1;
         let session = SessionNumber(self.count);

@@ -99,10 +99,21 @@ pub fn run_coordinator(process: CoordinatorProcess) -> Result<(), ServiceError> 
 
 /// Tells local clients and the supervisor where the coordinator is.
 fn announce(data: &DataDirectory, address: &str) {
-    if let Err(error) = data.write_endpoint(address) {
+    if let Err(error) = data.write_endpoint(&from_here(address)) {
         tracing::error!("local clients won't find this service: {error}");
     }
     println!("{LISTENING} {address}");
+}
+
+/// How processes of this machine reach what listens on `address`: nobody can connect to "every address".
+fn from_here(address: &str) -> String {
+    let Ok(mut reached) = address.parse::<SocketAddr>() else { return address.into() };
+    match reached.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => reached.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => reached.set_ip(Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    reached.to_string()
 }
 
 /// What runs a node as a process.

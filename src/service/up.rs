@@ -7,7 +7,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    client::{ConnectTarget, ServiceClient},
+    client::{ClientError, ConnectTarget, ServiceClient},
     gateway,
 };
 
@@ -15,6 +15,12 @@ use super::{DataDirectory, ServiceError, Supervisor, SupervisorConfig, shutdown_
 
 /// Longest that the nodes may take to join: they read the models' digests first.
 const JOIN_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Longest that a gateway waits for its coordinator: launchers start both at once.
+const COORDINATOR_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Between two looks whether the coordinator is there.
+const COORDINATOR_POLL: Duration = Duration::from_millis(200);
 
 /// What `lockstep up` runs.
 #[derive(Debug, Clone)]
@@ -74,13 +80,32 @@ pub fn run_gateway(process: GatewayProcess) -> Result<(), ServiceError> {
     super::process::in_system("gateway", async move {
         let data = DataDirectory::open(process.data_dir)?;
         let listener = bind(process.http, process.gateway, &data)?;
-        let serving =
-            async { serve(listener, ServiceClient::connect(ConnectTarget::from(data.path())).await?).await };
+        let serving = async { serve(listener, wait_for_coordinator(data.path()).await?).await };
         tokio::select! {
             () = shutdown_requested()? => Ok(()),
             ended = serving => ended,
         }
     })
+}
+
+/// A client of the coordinator, which may be on its way.
+async fn wait_for_coordinator(data_dir: &Path) -> Result<ServiceClient, ServiceError> {
+    let deadline = Instant::now() + COORDINATOR_DEADLINE;
+    let mut said = false;
+    loop {
+        match ServiceClient::connect(ConnectTarget::from(data_dir)).await {
+            Ok(client) => return Ok(client),
+            Err(ClientError::NoService { reason, .. } | ClientError::Unreachable { reason, .. })
+                if Instant::now() < deadline =>
+            {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::info!("waiting for the coordinator of {}: {reason}", data_dir.display());
+                }
+                tokio::time::sleep(COORDINATOR_POLL).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// A listener whose signed URLs outlive it.

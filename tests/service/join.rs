@@ -104,6 +104,26 @@ fn refused(mut command: Command) -> String {
     said
 }
 
+/// As launchers start them: the gateway may be first, and the coordinator listens on every address.
+#[test]
+fn a_gateway_waits_for_its_coordinator() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let directory = directory.path();
+    let mut gateway = lockstep()
+        .args(["gateway", "--http", "127.0.0.1:0", "--data-dir"])
+        .arg(directory.join("data"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    std::thread::sleep(Duration::from_millis(500));
+    let _coordinator = Coordinator::start(directory, "0.0.0.0");
+    let mut lines = BufReader::new(gateway.stdout.take().expect("piped")).lines();
+    let line = lines.next().expect("it serves, or dies").expect("text");
+    assert!(line.starts_with("ready http://127.0.0.1:"), "{line:?}");
+    send_signal("-TERM", gateway.id());
+    gateway.wait().expect("ended");
+}
+
 #[test]
 fn a_node_joins_with_a_token_and_comes_back_without() {
     let directory = tempfile::tempdir().expect("a temporary directory");
