@@ -13,7 +13,7 @@ use lockstep::{
     model::{ModelSource, cut_micro_batches, prepare, tiny},
     node::{self, NodeConfig},
     protocol::{
-        ADAPTER_FILE, BlobReply, ClientRequest, ClientResponse, CreateRun, MAX_MESSAGE, Operation,
+        ADAPTER_FILE, BlobReply, Call, ClientRequest, ClientResponse, CreateRun, MAX_MESSAGE, Operation,
         OperationKey, OperationResult, OperationSeq, OperationStatus, Payload, RunInfo, STATE_FILE,
         StreamOpen, SubmitOperation, decode, decode_compressed, encode, encode_compressed,
     },
@@ -395,7 +395,7 @@ impl Client {
     }
 
     async fn ask(&self, request: ClientRequest) -> ClientResponse {
-        let mut stream = self.open(&StreamOpen::Request(request)).await;
+        let mut stream = self.open(&StreamOpen::Request { call: Call::default(), request }).await;
         let reply = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().unwrap();
         decode("reply", &reply, MAX_MESSAGE).unwrap()
     }

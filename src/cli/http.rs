@@ -1,7 +1,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
-use lockstep::gateway::{ApiKeys, GatewayConfig};
+use lockstep::gateway::{ApiKeys, GatewayConfig, Limits};
 
 /// How HTTP is served.
 #[derive(Args)]
@@ -12,9 +12,14 @@ pub struct Http {
     /// Serve HTTP without keys on an address that others reach.
     #[arg(long)]
     insecure: bool,
-    /// File with a line `NAME KEY` for each who may use HTTP; each has runs of their own.
+    /// File with a line `NAME KEY [LIMIT=VALUE …]` for each who may use HTTP; each has runs of their own.
     #[arg(long, value_name = "FILE", env = "LOCKSTEP_API_KEYS")]
     api_keys: Option<PathBuf>,
+    /// What each key may use at once, unless its line says otherwise (without keys, everybody together):
+    /// runs=N,queued=N,disk=SIZE,bodies=SIZE, where `queued` are operations, `disk` is of checkpoints and none
+    /// lifts a limit. By default a key has runs=256,queued=4096,disk=64GiB,bodies=128MiB.
+    #[arg(long, value_name = "LIMIT=VALUE,…", env = "LOCKSTEP_LIMITS")]
+    limits: Option<Limits>,
     /// Where clients reach the HTTP server, if not under the host that their requests name.
     #[arg(long, value_name = "URL", env = "LOCKSTEP_PUBLIC_URL")]
     public_url: Option<String>,
@@ -22,10 +27,12 @@ pub struct Http {
 
 impl Http {
     pub fn config(self) -> anyhow::Result<GatewayConfig> {
-        let api_keys = self.api_keys.as_deref().map(ApiKeys::read).transpose()?;
+        let of_a_key = self.limits.clone().unwrap_or_default();
+        let api_keys = self.api_keys.as_deref().map(|file| ApiKeys::read(file, &of_a_key)).transpose()?;
         Ok(GatewayConfig {
             insecure: self.insecure,
             api_keys,
+            limits: self.limits,
             public_url: self.public_url,
             presign_key: None,
         })

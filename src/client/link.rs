@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 
 use crate::{
     protocol::{
-        ALPN, BlobRef, BlobReply, ClientRequest, ClientResponse, CodecError, MAX_BLOB, MAX_MESSAGE,
+        ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, MAX_BLOB, MAX_MESSAGE,
         StreamOpen, decode, encode,
     },
     transport::{Connection, Endpoint, Identity, Role, Stream, TransportError},
@@ -108,16 +108,9 @@ pub struct Link {
     connection: Mutex<Option<Connection>>,
 }
 
-/// Whether a request that may have arrived can be sent again.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Repeat {
-    Always,
-    OnlyIfUnsent,
-}
-
 /// What goes out on one stream.
 enum Exchange {
-    Request(ClientRequest),
+    Request(Call, ClientRequest),
     Put(BlobRef, Bytes),
     Get(BlobRef),
 }
@@ -167,33 +160,12 @@ impl Link {
     /// Sends a request that may be repeated, and waits for its answer; while the service is
     /// away, waits for it to come back.
     pub async fn request(&self, request: ClientRequest) -> Result<ClientResponse, ClientError> {
-        self.response(request, Repeat::Always).await
+        self.call(Call::default(), request).await
     }
 
-    /// Sends a request that must not take effect twice.
-    pub async fn request_once(&self, request: ClientRequest) -> Result<ClientResponse, ClientError> {
-        self.response(request, Repeat::OnlyIfUnsent).await
-    }
-
-    /// Stores bytes in the service and returns their name.
-    pub async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, ClientError> {
-        let blob = BlobRef { digest: Digest::of(&bytes), size: bytes.len() as u64 };
-        match self.exchange(&Exchange::Put(blob, bytes), Repeat::Always).await? {
-            Answer::Stored => Ok(blob),
-            _ => Err(unexpected("no `Stored` for a blob that was sent")),
-        }
-    }
-
-    /// Reads a blob and checks that it is what its name says.
-    pub async fn get_blob(&self, blob: BlobRef) -> Result<Vec<u8>, ClientError> {
-        match self.exchange(&Exchange::Get(blob), Repeat::Always).await? {
-            Answer::Bytes(bytes) if Digest::of(&bytes) == blob.digest => Ok(bytes),
-            _ => Err(unexpected(&format!("blob {} arrived with other bytes", blob.digest.short()))),
-        }
-    }
-
-    async fn response(&self, request: ClientRequest, repeat: Repeat) -> Result<ClientResponse, ClientError> {
-        match self.exchange(&Exchange::Request(request), repeat).await? {
+    /// The same with what accompanies it.
+    pub async fn call(&self, call: Call, request: ClientRequest) -> Result<ClientResponse, ClientError> {
+        match self.exchange(&Exchange::Request(call, request)).await? {
             Answer::Response(response) => match *response {
                 ClientResponse::Error(error) => Err(error.into()),
                 response => Ok(response),
@@ -202,21 +174,36 @@ impl Link {
         }
     }
 
+    /// Stores bytes in the service and returns their name.
+    pub async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, ClientError> {
+        let blob = BlobRef { digest: Digest::of(&bytes), size: bytes.len() as u64 };
+        match self.exchange(&Exchange::Put(blob, bytes)).await? {
+            Answer::Stored => Ok(blob),
+            _ => Err(unexpected("no `Stored` for a blob that was sent")),
+        }
+    }
+
+    /// Reads a blob and checks that it is what its name says.
+    pub async fn get_blob(&self, blob: BlobRef) -> Result<Vec<u8>, ClientError> {
+        match self.exchange(&Exchange::Get(blob)).await? {
+            Answer::Bytes(bytes) if Digest::of(&bytes) == blob.digest => Ok(bytes),
+            _ => Err(unexpected(&format!("blob {} arrived with other bytes", blob.digest.short()))),
+        }
+    }
+
     /// One exchange on a stream of its own, again on a fresh connection while the service is
     /// away.
-    async fn exchange(&self, exchange: &Exchange, repeat: Repeat) -> Result<Answer, ClientError> {
+    async fn exchange(&self, exchange: &Exchange) -> Result<Answer, ClientError> {
         let give_up = Instant::now() + RETRY_FOR;
         let mut pause = BACK_OFF.0;
         loop {
-            let mut sent = false;
-            let attempt = self.attempt(exchange, &mut sent);
-            let failed = match tokio::time::timeout(REQUEST_DEADLINE, attempt).await {
+            let failed = match tokio::time::timeout(REQUEST_DEADLINE, self.attempt(exchange)).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(Attempt::Final(error))) => return Err(error),
                 Ok(Err(Attempt::Transport(error))) => error.to_string(),
                 Err(_) => return Err(self.unreachable(format!("no answer within {REQUEST_DEADLINE:?}"))),
             };
-            if Instant::now() >= give_up || (sent && repeat == Repeat::OnlyIfUnsent) {
+            if Instant::now() >= give_up {
                 return Err(self.unreachable(failed));
             }
             tokio::time::sleep(pause).await;
@@ -224,12 +211,12 @@ impl Link {
         }
     }
 
-    async fn attempt(&self, exchange: &Exchange, sent: &mut bool) -> Result<Answer, Attempt> {
+    async fn attempt(&self, exchange: &Exchange) -> Result<Answer, Attempt> {
         let mut stream = self.stream().await?;
-        *sent = true;
         match exchange {
-            Exchange::Request(request) => {
-                stream.send.send_frame(&encode(&StreamOpen::Request(request.clone()))).await?;
+            Exchange::Request(call, request) => {
+                let open = StreamOpen::Request { call: *call, request: request.clone() };
+                stream.send.send_frame(&encode(&open)).await?;
                 // The sending half stays open: a reset of it says that nobody waits any more.
                 let frame = answer_frame(&mut stream).await?;
                 let response = decode("response", &frame, MAX_MESSAGE).map_err(ClientError::from)?;

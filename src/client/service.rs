@@ -4,7 +4,9 @@ use bytes::Bytes;
 use tokenizers::Tokenizer;
 
 use crate::{
-    protocol::{BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, RunInfo, SampleTarget},
+    protocol::{
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, RunInfo, SampleTarget,
+    },
     types::{
         Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, Digest, ErrorKind, LoraConfig,
         LoraTarget, OperationError, PolicyId, RunId, ServerCapabilities, SessionId, WandbConfig,
@@ -13,7 +15,7 @@ use crate::{
 
 use super::{
     ClientError, ConnectTarget, Link, SamplingClient, TrainingClient, runtime::ClientRuntime,
-    wandb::WandbLogger,
+    submit::fresh_key, wandb::WandbLogger,
 };
 
 /// Files asked for at a time when a checkpoint is listed or downloaded.
@@ -140,11 +142,13 @@ impl ServiceClient {
             name: options.name,
         };
         let link = self.shared.link.clone();
+        // Whatever happens to the connection, there is one run.
+        let call = Call { key: Some(fresh_key()?), ..Call::default() };
         let run = self
             .shared
             .runtime
             .run(async move {
-                match link.request_once(ClientRequest::CreateRun(create)).await? {
+                match link.call(call, ClientRequest::CreateRun(create)).await? {
                     ClientResponse::Run(run) => Ok(run),
                     other => Err(unexpected(&other)),
                 }
@@ -311,8 +315,17 @@ impl ServiceClient {
     /// A message of the protocol as it is, for the gateway; one that may be repeated. While the
     /// service is away it waits; dropping the future calls the request off.
     pub(crate) async fn request(&self, request: ClientRequest) -> Result<ClientResponse, ClientError> {
+        self.call(Call::default(), request).await
+    }
+
+    /// The same with what accompanies it.
+    pub(crate) async fn call(
+        &self,
+        call: Call,
+        request: ClientRequest,
+    ) -> Result<ClientResponse, ClientError> {
         let link = self.shared.link.clone();
-        self.shared.runtime.run(async move { link.request(request).await }).await
+        self.shared.runtime.run(async move { link.call(call, request).await }).await
     }
 
     /// Stores bytes in the service and returns their name.

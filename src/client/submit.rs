@@ -217,7 +217,7 @@ fn with_metrics(mut output: ForwardBackwardOutput, metrics: BTreeMap<String, f64
 }
 
 /// A key that no other submission has.
-fn fresh_key() -> Result<OperationKey, OperationError> {
+pub fn fresh_key() -> Result<OperationKey, OperationError> {
     let mut key = [0; 16];
     getrandom::fill(&mut key)
         .map_err(|e| OperationError::new(ErrorKind::Internal, format!("no randomness for a key: {e}")))?;

@@ -16,8 +16,8 @@ use tokio::{
 use crate::{
     journal::{Journal, JournalError},
     protocol::{
-        ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, MAX_MESSAGE, NodeHello,
-        NodeId, RequestId, StreamOpen, decode, encode,
+        Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, MAX_MESSAGE,
+        NodeHello, NodeId, RequestId, StreamOpen, decode, encode,
     },
     transport::Connection,
     types::Digest,
@@ -37,6 +37,7 @@ const APPENDS_HEARD: usize = 16_384;
 #[rtype(result = "()")]
 pub(super) struct Ask {
     pub waiter: WaiterId,
+    pub call: Call,
     pub request: ClientRequest,
     pub reply: oneshot::Sender<ClientResponse>,
 }
@@ -219,10 +220,10 @@ impl Actor for Coordinator {
 impl Handler<Ask> for Coordinator {
     type Result = ();
 
-    fn handle(&mut self, Ask { waiter, request, reply }: Ask, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Ask { waiter, call, request, reply }: Ask, ctx: &mut Context<Self>) {
         self.waiters.insert(waiter, reply);
         let entropy = self.entropy.next();
-        self.feed(Event::Request { waiter, request, entropy }, ctx);
+        self.feed(Event::Request { waiter, call, request, entropy }, ctx);
     }
 }
 

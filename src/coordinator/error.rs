@@ -73,6 +73,16 @@ pub enum Refusal {
     TooManyReplicas { asked: u32, most: u32, model: String },
     #[error("{run} has {bound} operations that are not finished; wait for one before submitting more")]
     QueueFull { run: RunId, bound: usize },
+    /// Waits for its own.
+    #[error("`quota`: {bound} operations of all your runs are not finished, the most at once; wait for one")]
+    TooManyQueued { bound: u32 },
+    #[error("`quota`: you have {bound} runs, the most that you may; delete one to make another")]
+    TooManyRuns { bound: u32 },
+    #[error(
+        "`quota`: your checkpoints take {used} bytes{}, of {bound} that they may; delete some, or let them expire",
+        match .more { 0 => String::new(), more => format!(", this one {more} more") }
+    )]
+    DiskQuota { used: u64, more: u64, bound: u64 },
     #[error("{bound} {what} are in flight; try again when some have finished")]
     Overloaded { what: &'static str, bound: usize },
     /// Disk full, most likely.
@@ -111,9 +121,12 @@ impl Refusal {
             | Self::UnknownCheckpoint(_)
             | Self::UnknownCheckpointId(_)
             | Self::UnknownPolicy(_) => ErrorKind::NotFound,
-            Self::QueueFull { .. } | Self::Overloaded { .. } | Self::NotDurable(_) => {
-                ErrorKind::ResourceExhausted
-            }
+            Self::QueueFull { .. }
+            | Self::TooManyQueued { .. }
+            | Self::Overloaded { .. }
+            | Self::NotDurable(_) => ErrorKind::ResourceExhausted,
+            // Waiting would not help, so it is not "too much at once".
+            Self::TooManyRuns { .. } | Self::DiskQuota { .. } => ErrorKind::PermissionDenied,
             Self::Draining | Self::NoNode | Self::NoSampler { .. } | Self::TriesExhausted { .. } => {
                 ErrorKind::Unavailable
             }

@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use crate::{
     journal::Journal,
     protocol::{
-        BlobRef, BlobReply, ClientRequest, ClientResponse, CoordinatorMessage, MAX_MESSAGE, NodeHello,
+        BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CoordinatorMessage, MAX_MESSAGE, NodeHello,
         NodeId, NodeMessage, Operation, Payload, StreamOpen, decode, encode,
     },
     store::BlobStore,
@@ -189,8 +189,8 @@ impl Server {
         };
         match (open, peer.role) {
             (StreamOpen::NodeControl(hello), Role::Node) => self.node(connection, hello, stream).await,
-            (StreamOpen::Request(request), Role::Client | Role::Gateway) => {
-                self.request(connection, request, stream).await;
+            (StreamOpen::Request { call, request }, Role::Client | Role::Gateway) => {
+                self.request(connection, call, request, stream).await;
             }
             (StreamOpen::PutBlob { digest, size }, Role::Node | Role::Client | Role::Gateway) => {
                 let reply = self.blobs.put(&mut stream.recv, BlobRef { digest, size }).await;
@@ -212,7 +212,7 @@ impl Server {
             format!("a {:?} may not send this; use a certificate of the right role", peer.role),
         );
         match open {
-            StreamOpen::Request(_) => send_last(send, &encode(&ClientResponse::Error(error))).await,
+            StreamOpen::Request { .. } => send_last(send, &encode(&ClientResponse::Error(error))).await,
             StreamOpen::PutBlob { .. } | StreamOpen::GetBlob { .. } => {
                 send_last(send, &encode(&BlobReply::Refused(error))).await;
             }
@@ -221,11 +221,11 @@ impl Server {
     }
 
     /// One request and its answer.
-    async fn request(&self, connection: Connection, request: ClientRequest, stream: Stream) {
+    async fn request(&self, connection: Connection, call: Call, request: ClientRequest, stream: Stream) {
         let Stream { mut send, recv } = stream;
         let response = match self.missing_blob(&request).await {
             Some(error) => ClientResponse::Error(error),
-            None => match self.answer(connection, request, recv).await {
+            None => match self.answer(connection, call, request, recv).await {
                 Some(response) => response,
                 None => return,
             },
@@ -243,12 +243,13 @@ impl Server {
     async fn answer(
         &self,
         connection: Connection,
+        call: Call,
         request: ClientRequest,
         mut recv: RecvHalf,
     ) -> Option<ClientResponse> {
         let waiter = WaiterId(self.next_waiter.fetch_add(1, Ordering::Relaxed));
         let (reply, answered) = oneshot::channel();
-        self.actor.send(Ask { waiter, request, reply }).await.ok()?;
+        self.actor.send(Ask { waiter, call, request, reply }).await.ok()?;
         let gone = async {
             // The end of the request is no news; a reset of it, or a lost connection, is.
             if let Ok(None) = recv.recv_frame(0).await {

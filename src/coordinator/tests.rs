@@ -9,9 +9,10 @@ use tokio::sync::oneshot;
 use crate::{
     journal::{Journal, JournalError, Record, SavedCheckpoint},
     protocol::{
-        BlobRef, BlobReply, ClientRequest, ClientResponse, CoordinatorMessage, GenerateReply, MAX_MESSAGE,
-        NodeId, Operation, OperationKey, OperationResult, OperationSeq, OperationStatus, Payload, STATE_FILE,
-        SampleRequest, SampleTarget, SavedFile, StreamOpen, SubmitOperation, decode, encode,
+        BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CoordinatorMessage, GenerateReply,
+        MAX_MESSAGE, NodeId, Operation, OperationKey, OperationResult, OperationSeq, OperationStatus,
+        Payload, STATE_FILE, SampleRequest, SampleTarget, SavedFile, StreamOpen, SubmitOperation, decode,
+        encode,
     },
     store::BlobStore,
     transport::{Connection, Endpoint, MemoryNetwork, Role, Stream},
@@ -78,7 +79,7 @@ async fn open(connection: &Connection, first: &StreamOpen) -> Stream {
 }
 
 async fn ask(connection: &Connection, request: ClientRequest) -> ClientResponse {
-    let mut stream = open(connection, &StreamOpen::Request(request)).await;
+    let mut stream = open(connection, &StreamOpen::Request { call: Call::default(), request }).await;
     stream.send.finish().await.unwrap();
     let frame = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().expect("an answer");
     decode("response", &frame, MAX_MESSAGE).unwrap()
@@ -285,7 +286,8 @@ fn a_journal_that_breaks_ends_the_coordinator_so_that_it_is_started_again() {
         let (clock, journal) = (Clock::start(), Journal::failing(broken.clone()));
         let (actor, stopped) = Coordinator::launch(state, clock, journal, DEADLINE);
         let (reply, answered) = oneshot::channel();
-        let ask = Ask { waiter: WaiterId(1), request: ClientRequest::CreateSession, reply };
+        let call = Call::default();
+        let ask = Ask { waiter: WaiterId(1), call, request: ClientRequest::CreateSession, reply };
         actor.send(ask).await.unwrap();
         assert_eq!(stopped.await.unwrap(), Err(broken.clone()));
         assert!(answered.await.is_err(), "the client asks the next coordinator");
@@ -303,7 +305,7 @@ fn a_full_disk_refuses_what_must_be_written_and_ends_nothing() {
         for request in [ClientRequest::CreateSession, ClientRequest::ClusterStatus] {
             let (reply, answered) = oneshot::channel();
             let waiter = WaiterId(answers.len() as u64);
-            actor.send(Ask { waiter, request, reply }).await.unwrap();
+            actor.send(Ask { waiter, call: Call::default(), request, reply }).await.unwrap();
             answers.push(answered.await.unwrap());
         }
         match &answers[..] {

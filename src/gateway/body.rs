@@ -6,7 +6,7 @@ use actix_web::{HttpRequest, http::header::CONTENT_LENGTH, web};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 use super::refusal::Refused;
 
@@ -16,8 +16,8 @@ pub const SMALL: usize = 1 << 20;
 /// Largest body with data. The Python client splits what is over 24 MiB.
 pub const DATA: usize = 48 << 20;
 
-/// Bytes of bodies in memory at once, in KiB: parsed data takes a small multiple of it.
-const BUDGET_KIB: usize = 256 << 10;
+/// Bytes of bodies in memory at once: parsed data takes a small multiple of it.
+pub const BUDGET_BYTES: u64 = 256 << 20;
 
 /// How long a body may take to arrive, from the moment that there is room for it.
 const ARRIVAL_DEADLINE: Duration = Duration::from_secs(300);
@@ -25,7 +25,8 @@ const ARRIVAL_DEADLINE: Duration = Duration::from_secs(300);
 /// How long a request waits for room.
 const ROOM_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Room for the bodies of all requests.
+/// Room for bodies: of all requests, or of one key's.
+#[derive(Debug, Clone)]
 pub struct Bodies {
     room: Arc<Semaphore>,
 }
@@ -33,20 +34,21 @@ pub struct Bodies {
 /// A whole body; its room is free again when it is dropped.
 pub struct Body {
     pub bytes: Bytes,
-    _room: OwnedSemaphorePermit,
-}
-
-impl Default for Bodies {
-    fn default() -> Self {
-        Self { room: Arc::new(Semaphore::new(BUDGET_KIB)) }
-    }
+    _room: (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit),
 }
 
 impl Bodies {
+    /// Room for `bytes`.
+    pub fn new(bytes: u64) -> Self {
+        Self { room: Arc::new(Semaphore::new(usize::try_from(bytes >> 10).unwrap_or(usize::MAX))) }
+    }
+
     /// Reads a body of at most `limit` bytes. Its room is taken before the first byte is read, by
-    /// its `Content-Length`; a body that names none takes room for `limit`.
+    /// its `Content-Length`; a body that names none takes room for `limit`. It is taken among the bodies
+    /// of `own` first, so that whoever waits for their own keeps nobody else waiting.
     pub async fn read(
         &self,
+        own: Option<&Self>,
         request: &HttpRequest,
         mut payload: web::Payload,
         limit: usize,
@@ -59,12 +61,18 @@ impl Bodies {
         if length > limit {
             return Err(too_large(length));
         }
-        let room = self.room.clone().acquire_many_owned(kib(length));
+        let room = async {
+            let own = match own {
+                Some(own) => Some(own.room.clone().acquire_many_owned(kib(length)).await?),
+                None => None,
+            };
+            Ok((own, self.room.clone().acquire_many_owned(kib(length)).await?))
+        };
         let room = tokio::time::timeout(ROOM_DEADLINE, room)
             .await
             .map_err(|_| Refused::not_yet("too many large requests are being read; try again"))?
-            // The semaphore is never closed.
-            .map_err(|e| Refused::fault(e.to_string()))?;
+            // The semaphores are never closed.
+            .map_err(|e: AcquireError| Refused::fault(e.to_string()))?;
         let arrive = async {
             let mut bytes = BytesMut::with_capacity(length.min(SMALL));
             while let Some(piece) = payload.next().await {

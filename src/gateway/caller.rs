@@ -7,7 +7,13 @@ use std::{
 
 use actix_web::{FromRequest, HttpRequest, dev::Payload, http::header::AUTHORIZATION, web};
 
-use super::{Gateway, keys, refusal::Refused, upstream::Upstream};
+use super::{
+    Gateway,
+    body::{Bodies, Body},
+    keys,
+    refusal::Refused,
+    upstream::Upstream,
+};
 
 /// Taken out of every request that needs a key. A handler without one serves anybody.
 pub(super) struct Caller {
@@ -15,26 +21,39 @@ pub(super) struct Caller {
     /// Name of the key; absent: the service has no keys, and everything belongs to everybody.
     pub name: Option<String>,
     pub upstream: Upstream,
+    /// Room for the bodies of this caller alone.
+    own_bodies: Option<Bodies>,
 }
 
 impl Caller {
     fn of(request: &HttpRequest) -> Result<Self, Refused> {
         let gateway = request.app_data::<web::Data<Gateway>>();
         let gateway = gateway.ok_or_else(|| Refused::fault("a route without its gateway"))?.clone();
-        let name = match &gateway.keys {
-            None => None,
+        let (name, limits, own_bodies) = match &gateway.keys {
+            None => (None, &gateway.limits, None),
             Some(known) => {
                 let given = request.headers().get(AUTHORIZATION);
                 let given = given.ok_or_else(|| {
                     Refused::unauthorized("this service needs `Authorization: Api-Key KEY`")
                 })?;
                 let key = given.to_str().ok().and_then(keys::key_of);
-                let name = key.and_then(|key| known.name_of(key));
-                Some(name.ok_or_else(|| Refused::unauthorized("this API key is not known here"))?.to_owned())
+                let known = key.and_then(|key| known.find(key));
+                let known = known.ok_or_else(|| Refused::unauthorized("this API key is not known here"))?;
+                (Some(known.name.clone()), &known.limits, Some(known.bodies.clone()))
             }
         };
-        let upstream = gateway.everything.seen_by(name.clone());
-        Ok(Self { gateway, name, upstream })
+        let upstream = gateway.everything.seen_by(name.clone(), limits.quota);
+        Ok(Self { name, upstream, own_bodies, gateway })
+    }
+
+    /// Reads a body of at most `limit` bytes, once there is room for it.
+    pub async fn read(
+        &self,
+        request: &HttpRequest,
+        payload: web::Payload,
+        limit: usize,
+    ) -> Result<Body, Refused> {
+        self.bodies.read(self.own_bodies.as_ref(), request, payload, limit).await
     }
 }
 

@@ -1,13 +1,13 @@
 //! API keys: who may use the service, and whose runs are whose.
 //!
-//! A key file has a line `NAME KEY` for each; `#` begins a comment. The keys themselves are
-//! forgotten once they are read: requests are held against their digests.
+//! A key file has a line `NAME KEY [LIMIT=VALUE …]` for each; `#` begins a comment. The keys themselves
+//! are forgotten once they are read: requests are held against their digests.
 
 use std::{fs, path::Path};
 
 use crate::types::Digest;
 
-use super::GatewayError;
+use super::{GatewayError, Limits, body::Bodies};
 
 /// Shortest key: 16 characters of base64 are 96 bits.
 const KEY_MIN: usize = 16;
@@ -18,28 +18,36 @@ const LENGTH_MAX: usize = 128;
 /// The keys of a service.
 #[derive(Debug, Clone, Default)]
 pub struct ApiKeys {
-    keys: Vec<(String, Digest)>,
+    keys: Vec<ApiKey>,
+}
+
+/// One of them.
+#[derive(Debug, Clone)]
+pub(super) struct ApiKey {
+    pub name: String,
+    pub limits: Limits,
+    /// Room for the bodies of its requests.
+    pub bodies: Bodies,
+    digest: Digest,
 }
 
 impl ApiKeys {
-    /// Reads a key file.
-    pub fn read(file: &Path) -> Result<Self, GatewayError> {
+    /// Reads a key file. `limits`: of every key whose line says nothing else.
+    pub fn read(file: &Path, limits: &Limits) -> Result<Self, GatewayError> {
         let text = fs::read_to_string(file).map_err(|e| e.to_string());
         let refused = |problem| GatewayError::Keys { file: file.to_owned(), problem };
-        text.and_then(|text| Self::parse(&text)).map_err(refused)
+        text.and_then(|text| Self::parse(&text, limits)).map_err(refused)
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
-        let mut keys: Vec<(String, Digest)> = Vec::new();
+    fn parse(text: &str, limits: &Limits) -> Result<Self, String> {
+        let mut keys: Vec<ApiKey> = Vec::new();
         for (number, line) in text.lines().enumerate() {
             let refused = |problem: &str| Err(format!("line {}: {problem}", number + 1));
             let line = line.split('#').next().unwrap_or_default();
             let mut words = line.split_whitespace();
-            let (name, key) = match (words.next(), words.next(), words.next()) {
-                (None, ..) => continue,
-                (Some(name), Some(key), None) if is_name(name) && is_key(key) => {
-                    (name, Digest::of(key.as_bytes()))
-                }
+            let (name, digest) = match (words.next(), words.next()) {
+                (None, _) => continue,
+                (Some(name), Some(key)) if is_name(name) && is_key(key) => (name, Digest::of(key.as_bytes())),
                 _ => {
                     return refused(&format!(
                         "expected `NAME KEY`, a name of A-Z a-z 0-9 . _ - and a key of {KEY_MIN} to {LENGTH_MAX} \
@@ -47,24 +55,27 @@ impl ApiKeys {
                     ));
                 }
             };
-            if keys.iter().any(|(other, _)| other == name) {
+            let mut limits = limits.clone();
+            if let Err(problem) = words.try_for_each(|limit| limits.set(limit)) {
+                return refused(&problem);
+            }
+            if keys.iter().any(|other| other.name == name) {
                 return refused("the name stands on an earlier line as well");
             }
-            if keys.iter().any(|(_, other)| *other == key) {
+            if keys.iter().any(|other| other.digest == digest) {
                 return refused("the key stands on an earlier line as well");
             }
-            keys.push((name.to_owned(), key));
+            let bodies = Bodies::new(limits.body_bytes);
+            keys.push(ApiKey { name: name.to_owned(), limits, bodies, digest });
         }
         if keys.is_empty() { Err("has no key".to_owned()) } else { Ok(Self { keys }) }
     }
 
-    /// The name of whoever has this key. Takes as long for a key that is nearly right.
-    pub fn name_of(&self, key: &str) -> Option<&str> {
+    /// What is known of this key. Takes as long for a key that is nearly right.
+    pub(super) fn find(&self, key: &str) -> Option<&ApiKey> {
         let given = Digest::of(key.as_bytes());
         let same = |digest: &Digest| digest.0.iter().zip(given.0).fold(0, |odd, (a, b)| odd | (a ^ b)) == 0;
-        self.keys
-            .iter()
-            .fold(None, |found, (name, digest)| if same(digest) { Some(name.as_str()) } else { found })
+        self.keys.iter().fold(None, |found, known| if same(&known.digest) { Some(known) } else { found })
     }
 }
 
@@ -88,16 +99,20 @@ fn is_key(text: &str) -> bool {
 mod tests {
     use super::*;
 
-    const FILE: &str = "# who\nada   0123456789abcdef\n\nbob fedcba9876543210 # his\n";
+    const FILE: &str = "# who\nada   0123456789abcdef\n\nbob fedcba9876543210 runs=2 disk=none # his\n";
 
     #[test]
     fn a_key_says_who_has_it() {
-        let keys = ApiKeys::parse(FILE).unwrap();
-        assert_eq!(keys.name_of("0123456789abcdef"), Some("ada"));
-        assert_eq!(keys.name_of("fedcba9876543210"), Some("bob"));
+        let keys = ApiKeys::parse(FILE, &Limits::default()).unwrap();
+        let name_of = |key: &str| keys.find(key).map(|known| known.name.as_str());
+        assert_eq!(name_of("0123456789abcdef"), Some("ada"));
+        assert_eq!(name_of("fedcba9876543210"), Some("bob"));
         for wrong in ["", "0123456789abcdeF", "0123456789abcde", "ada"] {
-            assert_eq!(keys.name_of(wrong), None, "{wrong:?}");
+            assert_eq!(name_of(wrong), None, "{wrong:?}");
         }
+        let limits = |key: &str| keys.find(key).unwrap().limits.clone();
+        assert_eq!(limits("0123456789abcdef"), Limits::default());
+        assert_eq!(limits("fedcba9876543210"), "runs=2,disk=none".parse().unwrap());
         assert!(!format!("{keys:?}").contains("0123456789abcdef"), "a log never has a key");
     }
 
@@ -113,10 +128,10 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_key_file_is_refused_by_its_line() {
-        let refused = |text: &str| ApiKeys::parse(text).unwrap_err();
+        let refused = |text: &str| ApiKeys::parse(text, &Limits::default()).unwrap_err();
         assert!(refused("ada\n").starts_with("line 1: expected"));
         assert!(refused("ada short\n").starts_with("line 1: expected"));
-        assert!(refused("\nada 0123456789abcdef too\n").starts_with("line 2: expected"));
+        assert!(refused("\nada 0123456789abcdef too\n").starts_with("line 2: unknown limit"));
         assert!(refused("a/da 0123456789abcdef\n").starts_with("line 1: expected"));
         assert!(refused("a 0123456789abcdef\na 0123456789abcdee\n").starts_with("line 2: the name"));
         assert!(refused("a 0123456789abcdef\nb 0123456789abcdef\n").starts_with("line 2: the key"));

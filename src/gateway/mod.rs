@@ -19,6 +19,7 @@ mod refusal;
 mod body;
 mod caller;
 mod keys;
+mod limits;
 mod presign;
 mod range;
 mod replays;
@@ -39,6 +40,7 @@ use serde_json::json;
 use crate::client::ServiceClient;
 
 pub use keys::ApiKeys;
+pub use limits::Limits;
 
 use self::{
     body::Bodies, presign::PresignKey, range::Downloads, refusal::Refused, replays::Replays,
@@ -87,6 +89,8 @@ pub struct GatewayConfig {
     pub insecure: bool,
     /// Who may use it, each with runs of their own; absent: whoever reaches it.
     pub api_keys: Option<ApiKeys>,
+    /// What all callers together may use where there are no keys; absent: what there is.
+    pub limits: Option<Limits>,
     /// Where clients reach it, `http://HOST[:PORT]`; absent: the host that each request names.
     pub public_url: Option<String>,
     /// File of the key that URLs of checkpoint files are signed with, made if it is missing;
@@ -106,6 +110,8 @@ struct Gateway {
     /// Whatever it belongs to; handlers have their [`Caller`](caller::Caller)'s part of it.
     everything: Upstream,
     keys: Option<ApiKeys>,
+    /// Of everybody, without keys.
+    limits: Limits,
     bodies: Bodies,
     downloads: Downloads,
     replays: Replays,
@@ -135,10 +141,13 @@ impl Listener {
     /// A server, to be awaited in a tokio runtime; it ends when it is dropped.
     pub fn serve(self, client: ServiceClient) -> Result<Server, GatewayError> {
         let loopback_only = !self.config.insecure && self.config.api_keys.is_none();
+        // Keys have their own.
+        let limits = self.config.limits.filter(|_| self.config.api_keys.is_none()).unwrap_or(Limits::NONE);
         let gateway = web::Data::new(Gateway {
             everything: Upstream::new(client),
             keys: self.config.api_keys,
-            bodies: Bodies::default(),
+            bodies: Bodies::new(limits.body_bytes),
+            limits,
             downloads: Downloads::default(),
             replays: Replays::default(),
             presign: presign_key(self.config.presign_key)?,

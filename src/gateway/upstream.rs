@@ -7,8 +7,8 @@ use bytes::Bytes;
 use crate::{
     client::ServiceClient,
     protocol::{
-        BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Operation, OperationSeq,
-        OperationStatus, RunInfo, SampleRequest, SampleTarget, SubmitOperation,
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Operation, OperationKey,
+        OperationSeq, OperationStatus, Quota, RunInfo, SampleRequest, SampleTarget, SubmitOperation,
     },
     types::{
         Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointPath, InvalidInput, PolicyId, RunId,
@@ -29,16 +29,18 @@ pub struct Upstream {
     client: ServiceClient,
     /// Whose runs and checkpoints are there; absent: all are.
     owner: Option<String>,
+    /// Goes with every request.
+    call: Call,
 }
 
 impl Upstream {
     pub fn new(client: ServiceClient) -> Self {
-        Self { client, owner: None }
+        Self { client, owner: None, call: Call::default() }
     }
 
-    /// The same for a caller of this name.
-    pub fn seen_by(&self, owner: Option<String>) -> Self {
-        Self { client: self.client.clone(), owner }
+    /// The same for a caller of this name, within these bounds.
+    pub fn seen_by(&self, owner: Option<String>, quota: Quota) -> Self {
+        Self { client: self.client.clone(), owner, call: Call { quota, ..self.call } }
     }
 
     /// The session of the gateway itself, for runs of callers that open none.
@@ -81,7 +83,8 @@ impl Upstream {
         }
     }
 
-    pub async fn create_run(&self, create: CreateRun) -> Result<RunInfo, Refused> {
+    /// Makes a run, once for each key of a session.
+    pub async fn create_run(&self, key: OperationKey, create: CreateRun) -> Result<RunInfo, Refused> {
         if self.owner.is_some() {
             let session = create.session;
             match self.ask(ClientRequest::SessionOwner { session }, HOLD).await? {
@@ -92,7 +95,9 @@ impl Upstream {
                 other => return Err(unexpected(&other)),
             }
         }
-        self.run_of(ClientRequest::CreateRun(create), HOLD).await
+        let call = Call { key: Some(key), ..self.call };
+        let created = self.ask_with(call, ClientRequest::CreateRun(create), HOLD).await?;
+        self.own_run(created)
     }
 
     pub async fn run(&self, run: RunId, hold: Duration) -> Result<RunInfo, Refused> {
@@ -100,11 +105,22 @@ impl Upstream {
     }
 
     async fn run_of(&self, request: ClientRequest, hold: Duration) -> Result<RunInfo, Refused> {
-        match self.ask(request, hold).await? {
+        self.own_run(self.ask(request, hold).await?)
+    }
+
+    fn own_run(&self, response: ClientResponse) -> Result<RunInfo, Refused> {
+        match response {
             ClientResponse::Run(run) if self.owner.is_none() || self.owner == run.owner => Ok(run),
             ClientResponse::Run(run) => Err(Refused::not_found(format!("{} does not exist", run.run))),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// The caller's runs, oldest first.
+    pub async fn runs(&self) -> Result<Vec<RunInfo>, Refused> {
+        let mut runs = self.cluster(HOLD).await?.runs;
+        runs.retain(|run| self.owner.is_none() || run.owner == self.owner);
+        Ok(runs)
     }
 
     /// Refuses what belongs to another caller; asks nothing if nothing can.
@@ -152,7 +168,7 @@ impl Upstream {
     ) -> Result<OperationStatus, Refused> {
         self.require(run).await?;
         let hold_ms = u32::try_from(hold.as_millis()).unwrap_or(u32::MAX);
-        let request = self.client.request(ClientRequest::WaitOperation { run, seq, hold_ms });
+        let request = self.client.call(self.call, ClientRequest::WaitOperation { run, seq, hold_ms });
         match tokio::time::timeout(hold + ANSWER_SLACK, request).await {
             Err(_) => Ok(OperationStatus::Pending),
             Ok(answer) => match answer? {
@@ -174,7 +190,7 @@ impl Upstream {
                 self.require_path(path).await?;
             }
         }
-        match self.client.request(ClientRequest::Sample(sample)).await? {
+        match self.client.call(self.call, ClientRequest::Sample(sample)).await? {
             ClientResponse::Sample { result, policy } => Ok((result, policy)),
             other => Err(unexpected(&other)),
         }
@@ -186,8 +202,7 @@ impl Upstream {
             other => return Err(unexpected(&other)),
         };
         if self.owner.is_some() && !found.is_empty() {
-            let mut runs = self.cluster(HOLD).await?.runs;
-            runs.retain(|run| run.owner == self.owner);
+            let runs = self.runs().await?;
             found.retain(|checkpoint| runs.iter().any(|run| run.run == checkpoint.run_id));
         }
         Ok(found)
@@ -199,6 +214,14 @@ impl Upstream {
             return Ok(());
         }
         Err(Refused::not_found(format!("{checkpoint} does not exist")))
+    }
+
+    pub async fn delete_run(&self, run: RunId) -> Result<(), Refused> {
+        self.require(run).await?;
+        match self.ask(ClientRequest::DeleteRun { run }, HOLD).await? {
+            ClientResponse::Deleted => Ok(()),
+            other => Err(unexpected(&other)),
+        }
     }
 
     pub async fn delete_checkpoint(&self, checkpoint: CheckpointId) -> Result<(), Refused> {
@@ -244,7 +267,16 @@ impl Upstream {
     }
 
     async fn ask(&self, request: ClientRequest, hold: Duration) -> Result<ClientResponse, Refused> {
-        match tokio::time::timeout(hold, self.client.request(request)).await {
+        self.ask_with(self.call, request, hold).await
+    }
+
+    async fn ask_with(
+        &self,
+        call: Call,
+        request: ClientRequest,
+        hold: Duration,
+    ) -> Result<ClientResponse, Refused> {
+        match tokio::time::timeout(hold, self.client.call(call, request)).await {
             Ok(answer) => Ok(answer?),
             Err(_) => {
                 Err(Refused::away(format!("the coordinator has not answered for {} s", hold.as_secs())))

@@ -17,6 +17,7 @@ impl Record {
             | Self::Run { .. }
             | Self::Outcome { outcome: Outcome::Failed { .. }, .. }
             | Self::DropCheckpoint { .. }
+            | Self::DropRun { .. }
             | Self::DropSlots { .. }
             | Self::PublishFailed { .. }
             | Self::Prune { .. } => Vec::new(),

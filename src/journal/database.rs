@@ -18,7 +18,15 @@ use super::{
 const FILE: &str = "journal.sqlite";
 
 /// Version of schema.sql and of the payloads in it.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
+
+/// From the version of its place to the next; the first is version 2.
+const MIGRATIONS: [&str; 1] = ["ALTER TABLE run ADD COLUMN key BLOB;
+    CREATE UNIQUE INDEX run_key ON run (session, key);
+    ALTER TABLE leader ADD COLUMN last_deleted_run INTEGER NOT NULL DEFAULT 0;"];
+
+/// The oldest version that can be brought to ours.
+const OLDEST_VERSION: i64 = SCHEMA_VERSION - MIGRATIONS.len() as i64;
 
 /// "LkSt": marks an SQLite file as ours, beside its version.
 const APPLICATION_ID: i64 = 0x4c6b_5374;
@@ -127,12 +135,14 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), JournalError>
     if !new && application != APPLICATION_ID {
         return Err(JournalError::Foreign { path: path.to_owned() });
     }
-    if !new && version != SCHEMA_VERSION {
+    if !new && !(OLDEST_VERSION..=SCHEMA_VERSION).contains(&version) {
         return Err(JournalError::Version { path: path.to_owned(), found: version, ours: SCHEMA_VERSION });
     }
     configure(connection).map_err(opening)?;
     if new {
         make_tables(connection).map_err(opening)?;
+    } else {
+        migrate(connection, version).map_err(opening)?;
     }
     let health: String =
         connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(opening)?;
@@ -159,6 +169,18 @@ fn make_tables(connection: &mut Connection) -> Result<(), rusqlite::Error> {
     let transaction = connection.transaction()?;
     transaction.execute_batch(include_str!("schema.sql"))?;
     transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+    transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+    transaction.commit()
+}
+
+/// Brings the tables of an earlier version to ours, step by step and all at once.
+fn migrate(connection: &mut Connection, from: i64) -> Result<(), rusqlite::Error> {
+    let steps = &MIGRATIONS[(from - OLDEST_VERSION) as usize..];
+    if steps.is_empty() {
+        return Ok(());
+    }
+    let transaction = connection.transaction()?;
+    steps.iter().try_for_each(|step| transaction.execute_batch(step))?;
     transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     transaction.commit()
 }

@@ -13,7 +13,8 @@ pub enum Record {
     /// A session was opened. Its id is new. `owner`: whose runs its runs are.
     Session { session: SessionId, owner: Option<String>, created_at_ms: u64 },
     /// `create` with every default filled in. The run's id is new, its session is journaled.
-    Run { run: RunId, create: CreateRun, model_digest: Digest, created_at_ms: u64 },
+    /// `key`: new in the session, if there is one.
+    Run { run: RunId, create: CreateRun, model_digest: Digest, key: Option<OperationKey>, created_at_ms: u64 },
     /// An accepted operation; blobs that it names are durable already. Its run is journaled and
     /// its key new in the run. A second record of the same (run, seq), with the same key and
     /// kind, replaces the first: a `LoadState` is journaled again, with the source it
@@ -39,6 +40,8 @@ pub enum Record {
     Prune { run: RunId, base: OperationSeq, upto: OperationSeq },
     /// A checkpoint is no longer there; if it has been replaced since, nothing happens.
     DropCheckpoint { checkpoint: CheckpointId },
+    /// A run is gone, with its operations, snapshots, slots and checkpoints. No later one gets its number.
+    DropRun { run: RunId },
     /// Both slots of a run are empty: it begins anew.
     DropSlots { run: RunId },
 }
@@ -106,6 +109,8 @@ pub struct RecoveredRun {
     pub run: RunId,
     pub create: CreateRun,
     pub model_digest: Digest,
+    /// Under which its session asked for it.
+    pub key: Option<OperationKey>,
     pub created_at_ms: u64,
     /// Oldest first.
     pub snapshots: Vec<RecoveredSnapshot>,
@@ -124,8 +129,10 @@ pub struct Recovered {
     pub sessions: Vec<SessionId>,
     /// Of the sessions that have one.
     pub owners: BTreeMap<SessionId, String>,
-    /// By id.
+    /// Those that are left, by id.
     pub runs: Vec<RecoveredRun>,
+    /// The highest number that a run ever had.
+    pub last_run: u64,
     /// By id, that is in the order of saving.
     pub checkpoints: Vec<SavedCheckpoint>,
 }
@@ -145,6 +152,7 @@ impl fmt::Display for Record {
             Self::PublishFailed { seq, policy, .. } => {
                 write!(f, "the failure of operation {} to publish {policy}", seq.0)
             }
+            Self::DropRun { run } => write!(f, "dropping {run}"),
             Self::DropSlots { run } => write!(f, "dropping the slots of {run}"),
             Self::Prune { run, base, upto } => {
                 write!(f, "pruning {run} up to the snapshot after {} and operation {}", base.0, upto.0)

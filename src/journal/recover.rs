@@ -19,12 +19,15 @@ pub(super) fn read(db: &Connection, epoch: Epoch) -> Result<Recovered, Fault> {
         Ok((SessionId(unsigned(row.get(0)?)?), row.get(1)?))
     })?;
     let owners = owners.into_iter().collect();
-    let runs = all(db, "SELECT id, payload, model_digest, created_at_ms FROM run ORDER BY id", [], |row| {
-        read_run(db, row)
-    })?;
+    let runs =
+        all(db, "SELECT id, payload, model_digest, created_at_ms, key FROM run ORDER BY id", [], |row| {
+            read_run(db, row)
+        })?;
     let checkpoints =
         all(db, "SELECT payload, files, policy, published FROM checkpoint ORDER BY id", [], read_checkpoint)?;
-    Ok(Recovered { epoch, sessions, owners, runs, checkpoints })
+    let deleted = all(db, "SELECT last_deleted_run FROM leader", [], |row| unsigned(row.get(0)?))?;
+    let last_run = runs.iter().map(|run: &RecoveredRun| run.run.0).chain(deleted).max().unwrap_or(0);
+    Ok(Recovered { epoch, sessions, owners, runs, last_run, checkpoints })
 }
 
 fn read_checkpoint(row: &Row) -> Result<SavedCheckpoint, Fault> {
@@ -46,6 +49,7 @@ fn read_run(db: &Connection, row: &Row) -> Result<RecoveredRun, Fault> {
         create: decode("run", bytes(row, 1)?, MAX_MESSAGE)?,
         model_digest: Digest(row.get(2)?),
         created_at_ms: unsigned(row.get(3)?)?,
+        key: row.get::<_, Option<[u8; 16]>>(4)?.map(OperationKey),
         snapshots,
         operations: all(
             db,

@@ -19,14 +19,15 @@ pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
             "INSERT INTO session (id, owner, created_at_ms) VALUES (?, ?, ?)",
             params![signed(session.0)?, owner, signed(*created_at_ms)?],
         ),
-        Record::Run { run, create, model_digest, created_at_ms } => insert(
+        Record::Run { run, create, model_digest, key, created_at_ms } => insert(
             db,
-            "INSERT INTO run (id, session, payload, model_digest, created_at_ms) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO run (id, session, payload, model_digest, key, created_at_ms) VALUES (?, ?, ?, ?, ?, ?)",
             params![
                 signed(run.0)?,
                 signed(create.session.0)?,
                 bounded(encode(create))?,
                 model_digest.0,
+                key.map(|key| key.0),
                 signed(*created_at_ms)?
             ],
         ),
@@ -64,6 +65,7 @@ pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
             insert(db, "DELETE FROM slot WHERE run = ?", params![run])?;
             insert(db, "DELETE FROM blob_ref WHERE run = ? AND owner = 'slot'", params![run])
         }
+        Record::DropRun { run } => drop_run(db, signed(run.0)?),
         Record::Prune { run, base, upto } => prune(db, signed(run.0)?, signed(base.0)?, signed(upto.0)?),
     }
 }
@@ -202,6 +204,22 @@ fn drop_checkpoint(db: &Connection, id: i64) -> Result<(), Fault> {
         Some(run) => hold(db, Owner { run, kind: "checkpoint", seq: id }, &[]),
         None => Ok(()),
     }
+}
+
+fn drop_run(db: &Connection, run: i64) -> Result<(), Fault> {
+    for sql in [
+        "DELETE FROM outcome WHERE run = ?",
+        "DELETE FROM operation WHERE run = ?",
+        "DELETE FROM snapshot WHERE run = ?",
+        "DELETE FROM slot WHERE run = ?",
+        "DELETE FROM checkpoint WHERE run = ?",
+        "DELETE FROM blob_ref WHERE run = ?",
+        "DELETE FROM run WHERE id = ?",
+        "UPDATE leader SET last_deleted_run = max(last_deleted_run, ?)",
+    ] {
+        insert(db, sql, [run])?;
+    }
+    Ok(())
 }
 
 fn prune(db: &Connection, run: i64, base: i64, upto: i64) -> Result<(), Fault> {

@@ -3,7 +3,8 @@
 
 CREATE TABLE leader (
     id    INTEGER PRIMARY KEY CHECK (id = 1),
-    epoch INTEGER NOT NULL
+    epoch INTEGER NOT NULL,
+    last_deleted_run INTEGER NOT NULL DEFAULT 0 -- no later run gets a number up to it
 ) STRICT;
 
 CREATE TABLE session (
@@ -17,8 +18,11 @@ CREATE TABLE run (
     session       INTEGER NOT NULL REFERENCES session (id),
     payload       BLOB NOT NULL, -- CreateRun
     model_digest  BLOB NOT NULL,
-    created_at_ms INTEGER NOT NULL
+    created_at_ms INTEGER NOT NULL,
+    key           BLOB -- under which its session asked for it
 ) STRICT;
+
+CREATE UNIQUE INDEX run_key ON run (session, key);
 
 CREATE TABLE operation (
     run         INTEGER NOT NULL REFERENCES run (id),

@@ -44,6 +44,8 @@ pub enum ClientRequest {
     SessionOwner { session: SessionId },
     /// → `Deleted`, once that is durable. What is loaded or served of it stays.
     DeleteCheckpoint { checkpoint: CheckpointId },
+    /// → `Deleted`, once that is durable: the run, its operations and its checkpoints. What waits for it fails.
+    DeleteRun { run: RunId },
 }
 
 /// A run to create.

@@ -20,6 +20,7 @@
 mod codec;
 mod encode;
 
+mod call;
 mod client;
 mod ids;
 mod join;
@@ -27,6 +28,7 @@ mod node;
 mod operation;
 mod stream;
 
+pub use call::{Call, Quota, Trace};
 pub use client::{
     ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, OperationStatus, RunInfo,
     SampleRequest, SampleTarget, SubmitOperation,

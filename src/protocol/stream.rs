@@ -3,6 +3,7 @@ use bincode::{Decode, Encode};
 use crate::types::{Digest, OperationError, RunId};
 
 use super::{
+    call::Call,
     client::ClientRequest,
     ids::{Epoch, Generation, RankIndex},
     node::{Generate, NodeHello},
@@ -15,7 +16,7 @@ pub enum StreamOpen {
     /// [`NodeMessage`](super::NodeMessage) up, [`CoordinatorMessage`](super::CoordinatorMessage) down.
     NodeControl(NodeHello),
     /// Client or gateway → coordinator. One [`ClientResponse`](super::ClientResponse) frame answers.
-    Request(ClientRequest),
+    Request { call: Call, request: ClientRequest },
     /// Anyone → coordinator: `size` raw bytes follow; one [`BlobReply`] frame answers once
     /// they are durable and hash to `digest`.
     PutBlob { digest: Digest, size: u64 },

@@ -1,21 +1,14 @@
-"""The Python client `baseten-loops`, unmodified, against `lockstep up`.
-
-`tests/run sdk` builds the binary and a model of random weights, and names them in LOCKSTEP and
-LOCKSTEP_TINY_MODEL. Prompts are token ids of its vocabulary (259), so no tokenizer is fetched.
-"""
+"""The Python client `baseten-loops`, unmodified, against `lockstep up`."""
 
 import os
 import pathlib
 import signal
-import subprocess
 import time
 import uuid
 
 import httpx
 import pytest
-
-if "LOCKSTEP" not in os.environ:
-    pytest.skip("tests/run sets LOCKSTEP", allow_module_level=True)
+from up import MODEL, TIMEOUT, Up
 
 from baseten.loops import (
     AdamParams,
@@ -28,55 +21,11 @@ from baseten.loops import (
     TensorData,
 )
 
-MODEL = "tests/tiny"
 RANK = 4
-TIMEOUT = 120.0
 
 # Sampler and trainer run one forward; they differ in the order of a batch's rows at most. The
 # README promises 1e-4.
 LOGPROB_TOLERANCE = 1e-4
-
-
-class Up:
-    """One `lockstep up` on a port that it keeps over restarts."""
-
-    def __init__(self, data: pathlib.Path, *arguments: str):
-        self.data, self.arguments, self.http = data, arguments, "127.0.0.1:0"
-        self.start()
-
-    def start(self):
-        command = [os.environ["LOCKSTEP"], "up", "--http", self.http, "--data-dir", str(self.data)]
-        command += ["--model", f"{MODEL}={os.environ['LOCKSTEP_TINY_MODEL']}", "--threads", "2", *self.arguments]
-        log = open(self.data.parent / "up.log", "ab")
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        ready = self.process.stdout.readline()
-        assert ready.startswith("ready http://"), f"{ready!r}; see {log.name}"
-        self.url = ready.split()[1]
-        self.http = self.url.removeprefix("http://")
-
-    def kill(self):
-        """At once, and waits until its parts have died with it: they hold the data directory."""
-        self.process.kill()
-        self.process.wait()
-        deadline = time.monotonic() + 60
-        while self.parts() and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0, "it ends cleanly"
-
-    def parts(self) -> dict:
-        """Process ids of the parts that run on this data directory, by subcommand."""
-        parts = {}
-        for entry in pathlib.Path("/proc").iterdir():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if str(self.data).encode() in words:
-                parts[words[1].decode()] = int(entry.name)
-        return parts
 
 
 @pytest.fixture(scope="module")

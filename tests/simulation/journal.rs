@@ -8,7 +8,7 @@ use lockstep::{
         Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot, SavedCheckpoint,
         Standing, blobs_of_operation,
     },
-    protocol::{BlobRef, CreateRun, Epoch, Operation, OperationSeq, encode},
+    protocol::{BlobRef, CreateRun, Epoch, Operation, OperationKey, OperationSeq, encode},
     types::{CheckpointTarget, Digest, PolicyId, RunId, SessionId},
 };
 
@@ -29,6 +29,7 @@ pub struct ModelJournal {
 pub struct ModelRun {
     create: CreateRun,
     model_digest: Digest,
+    key: Option<OperationKey>,
     pub operations: BTreeMap<OperationSeq, RecoveredOperation>,
     snapshots: BTreeMap<OperationSeq, (BlobRef, Standing)>,
     /// Nothing up to here is left but in `operations`, for comparison.
@@ -64,11 +65,14 @@ impl ModelJournal {
                 assert!(!self.sessions.contains(&session), "{session} twice");
                 self.sessions.push(session);
             }
-            Record::Run { run, create, model_digest, .. } => {
+            Record::Run { run, create, model_digest, key, .. } => {
+                let made = |other: &ModelRun| other.create.session == create.session && other.key == key;
+                assert!(!self.runs.values().any(made), "{run}: made twice for one request");
                 let state = Weights::fresh();
                 let run_row = ModelRun {
                     create,
                     model_digest,
+                    key,
                     operations: BTreeMap::new(),
                     snapshots: BTreeMap::new(),
                     forgotten: OperationSeq(0),
@@ -152,6 +156,10 @@ impl ModelJournal {
                 run.published = None;
                 self.unpublished += 1;
             }
+            Record::DropRun { run } => {
+                self.runs.remove(&run).expect("a run that is there");
+                self.checkpoints.retain(|(of, ..), _| *of != run);
+            }
             Record::DropSlots { run } => {
                 let run = self.runs.get_mut(&run).expect("a run of its own");
                 assert_eq!(run.state.step, 0, "only a fresh adapter drops what was published");
@@ -234,6 +242,7 @@ impl ModelJournal {
             run: *id,
             create: run.create.clone(),
             model_digest: run.model_digest,
+            key: run.key,
             created_at_ms: 0,
             snapshots: run.recovered_snapshots(),
             operations: run.recovered_operations(),
@@ -246,6 +255,7 @@ impl ModelJournal {
             sessions: self.sessions.clone(),
             owners: BTreeMap::new(),
             runs: runs.collect(),
+            last_run: self.runs.keys().last().map_or(0, |run| run.0),
             checkpoints,
         }
     }

@@ -8,7 +8,10 @@ use lockstep::{
         state::{Effect, Event, State, TICK_MS, WaiterId},
     },
     journal::JournalError,
-    protocol::{ClientRequest, ClientResponse, CoordinatorMessage, Generate, NodeId, NodeMessage, encode},
+    protocol::{
+        Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, NodeId, NodeMessage, OperationKey,
+        encode,
+    },
     types::{Digest, PolicyId},
 };
 
@@ -141,7 +144,11 @@ impl World {
         self.next_waiter += 1;
         self.asked.insert(waiter, client);
         let entropy = self.dice.below(u64::MAX);
-        let event = Event::Request { waiter, request, entropy };
+        // As often as it has to ask for its run, it gets one.
+        let creates = matches!(request, ClientRequest::CreateRun(_));
+        let key = creates.then_some(OperationKey([client as u8; 16]));
+        let call = Call { key, ..Call::default() };
+        let event = Event::Request { waiter, call, request, entropy };
         self.happen_later(event, 1, 20);
         waiter
     }

@@ -80,6 +80,19 @@ impl Checkpoints {
         self.by_id.values().filter(move |saved| saved.published && saved.checkpoint.run_id == run)
     }
 
+    /// Forgets all checkpoints of a run.
+    pub fn remove_of(&mut self, run: RunId) {
+        let of_run = self.by_id.values().filter(|saved| saved.checkpoint.run_id == run);
+        let ids: Vec<_> = of_run.map(|saved| saved.checkpoint.id).collect();
+        ids.into_iter().for_each(|id| self.remove(id));
+    }
+
+    /// Bytes of all checkpoints of a run.
+    pub fn bytes_of(&self, run: RunId) -> u64 {
+        let of_run = self.by_id.values().filter(|saved| saved.checkpoint.run_id == run);
+        of_run.map(|saved| saved.checkpoint.size_bytes).sum()
+    }
+
     /// Every file of every checkpoint.
     pub fn blobs(&self) -> impl Iterator<Item = BlobRef> {
         self.by_id.values().flat_map(|saved| saved.files.iter().map(|file| file.blob))

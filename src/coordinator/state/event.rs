@@ -3,7 +3,7 @@
 use crate::{
     journal::{JournalError, Record},
     protocol::{
-        ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
+        Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
         NodeMessage, RequestId,
     },
 };
@@ -21,7 +21,7 @@ pub struct AppendId(pub u64);
 pub enum Event {
     /// A client or gateway asks. Blobs that `request` names are in the store. `entropy` is
     /// fresh: a sample without a seed gets it as its own.
-    Request { waiter: WaiterId, request: ClientRequest, entropy: u64 },
+    Request { waiter: WaiterId, call: Call, request: ClientRequest, entropy: u64 },
     /// Nobody waits any more: a sample is cancelled, an operation goes on.
     RequestGone { waiter: WaiterId },
     /// A control stream opened. `node` was never used before in this epoch, and rises.

@@ -16,6 +16,7 @@
 
 mod admission;
 mod checkpoints;
+mod deletion;
 mod drain;
 mod event;
 mod execution;
@@ -26,6 +27,7 @@ mod memory;
 mod operations;
 mod outcome;
 mod placement;
+mod quota;
 mod recovery;
 mod requests;
 mod run;
@@ -41,8 +43,8 @@ pub use event::{AppendId, Effect, Event, WaiterId};
 use crate::{
     journal::{JournalError, Record},
     protocol::{
-        BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, ModelOffer, NodeId,
-        OperationSeq, RequestId,
+        BlobRef, Call, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, ModelOffer,
+        NodeId, OperationSeq, RequestId,
     },
     types::{CheckpointId, OperationError, RunId, SessionId},
 };
@@ -116,6 +118,7 @@ pub struct State {
 /// A request that waits for the first node.
 struct Held {
     waiter: WaiterId,
+    call: Call,
     request: ClientRequest,
     entropy: u64,
     until_ms: u64,
@@ -128,9 +131,10 @@ enum Appending {
         owner: Option<String>,
         waiter: WaiterId,
     },
+    /// `waiters`: whoever asked, and whoever asked again under the same key.
     Run {
         run: Box<Run>,
-        waiter: WaiterId,
+        waiters: Vec<WaiterId>,
     },
     Operation {
         run: RunId,
@@ -155,6 +159,10 @@ enum Appending {
         checkpoints: Vec<CheckpointId>,
         waiter: Option<WaiterId>,
     },
+    DropRun {
+        run: RunId,
+        waiter: WaiterId,
+    },
     PublishFailed {
         run: RunId,
         seq: OperationSeq,
@@ -177,7 +185,7 @@ impl State {
         let fair_ms = (now_ms - self.slip_ms).min(self.last_tick_ms - self.slip_ms + 2 * TICK_MS);
         self.now_ms = self.now_ms.max(fair_ms);
         match event {
-            Event::Request { waiter, request, entropy } => self.request(waiter, request, entropy),
+            Event::Request { waiter, call, request, entropy } => self.request(waiter, call, request, entropy),
             Event::RequestGone { waiter } => self.cancel_sample(waiter),
             Event::NodeJoined { node, hello } => self.node_joined(node, hello),
             Event::NodeMessage { node, message } => self.node_message(node, message),
@@ -225,12 +233,13 @@ impl State {
             Appending::Session { session, owner, waiter } => {
                 self.session_durable(session, owner, waiter, result);
             }
-            Appending::Run { run, waiter } => self.run_durable(*run, waiter, result),
+            Appending::Run { run, waiters } => self.run_durable(*run, waiters, result),
             Appending::Operation { run, seq } => self.operation_durable(run, seq, result),
             Appending::Outcome { run, seq } => self.outcome_durable(run, seq, result),
             Appending::Snapshot { run, seq, snapshot } => self.snapshot_durable(run, seq, snapshot, result),
             Appending::Prune { run, base, upto } => self.pruned(run, base, upto, result),
             Appending::Drop { checkpoints, waiter } => self.dropped(checkpoints, waiter, result),
+            Appending::DropRun { run, waiter } => self.run_dropped(run, waiter, result),
             Appending::PublishFailed { run, seq, error } => self.publish_failed(run, seq, error, result),
         }
     }
@@ -255,25 +264,25 @@ impl State {
     }
 
     /// Holds a request until a node joins, if none ever has; says whether it did.
-    fn hold(&mut self, waiter: WaiterId, request: &ClientRequest, entropy: u64) -> bool {
+    fn hold(&mut self, waiter: WaiterId, call: Call, request: &ClientRequest, entropy: u64) -> bool {
         if self.ever_joined || self.held.len() >= HELD_MAX {
             return false;
         }
         let until_ms = self.now_ms + STARTING_HOLD_MS;
-        self.held.push(Held { waiter, request: request.clone(), entropy, until_ms });
+        self.held.push(Held { waiter, call, request: request.clone(), entropy, until_ms });
         true
     }
 
     /// Holds a run that asks for more ranks than there are slots, while the nodes that had them may
     /// still be on their way back to a coordinator that was started again.
-    fn hold_for_nodes(&mut self, waiter: WaiterId, create: &CreateRun) -> bool {
+    fn hold_for_nodes(&mut self, waiter: WaiterId, call: Call, create: &CreateRun) -> bool {
         let until_ms = self.started_ms + RETURNING_HOLD_MS;
         let first_start = self.epoch == Epoch(1);
         if first_start || self.now_ms >= until_ms || self.held.len() >= HELD_MAX {
             return false;
         }
         let request = ClientRequest::CreateRun(create.clone());
-        self.held.push(Held { waiter, request, entropy: 0, until_ms });
+        self.held.push(Held { waiter, call, request, entropy: 0, until_ms });
         true
     }
 
@@ -282,7 +291,7 @@ impl State {
         let (joined, now_ms) = (self.ever_joined, self.now_ms);
         let due = self.held.extract_if(.., |held| joined || held.until_ms <= now_ms).collect::<Vec<_>>();
         for held in due {
-            self.answer(held.waiter, held.request, held.entropy);
+            self.answer(held.waiter, held.call, held.request, held.entropy);
         }
     }
 }

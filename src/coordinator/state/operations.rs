@@ -2,7 +2,7 @@
 
 use crate::{
     journal::{JournalError, Record},
-    protocol::{ClientResponse, Operation, OperationSeq, SubmitOperation, encode},
+    protocol::{Call, ClientResponse, Operation, OperationSeq, SubmitOperation, encode},
     types::{Digest, InvalidInput, RunId},
 };
 
@@ -16,7 +16,7 @@ use super::{
 pub(super) const QUEUE_MAX: usize = 256;
 
 /// Waiters that one operation holds at once.
-const WAITERS_MAX: usize = 256;
+pub(super) const WAITERS_MAX: usize = 256;
 
 /// Longest time for which a wait is held.
 const HOLD_MAX_MS: u64 = 60_000;
@@ -26,11 +26,13 @@ impl State {
     pub(super) fn submit(
         &mut self,
         waiter: WaiterId,
+        call: Call,
         submit: SubmitOperation,
     ) -> Result<Option<ClientResponse>, Refusal> {
         self.refuse_while_draining()?;
         let SubmitOperation { run: id, key, mut operation } = submit;
-        let run = self.runs.get_mut(&id).ok_or(Refusal::UnknownRun(id))?;
+        let run = self.runs.get_mut(&id).filter(|run| !run.deleting).ok_or(Refusal::UnknownRun(id))?;
+        let session = run.create.session;
         admission::operation(&mut operation)?;
         if let (Operation::Init { lora }, Some(offer)) = (&operation, self.models.get(&run.create.base_model))
         {
@@ -46,6 +48,8 @@ impl State {
         if run.unfinished() >= QUEUE_MAX {
             return Err(Refusal::QueueFull { run: id, bound: QUEUE_MAX });
         }
+        self.admit_operation(session, &call.quota, &operation)?;
+        let Some(run) = self.runs.get_mut(&id) else { return Err(Refusal::UnknownRun(id)) };
         (run.resting, run.last_used_ms) = (false, self.now_ms);
         let seq = OperationSeq(run.next_seq);
         run.next_seq += 1;
@@ -60,6 +64,7 @@ impl State {
             accepted: false,
             outcome: None,
             visible: false,
+            call,
             accept_waiters: vec![waiter],
             waiters: Vec::new(),
         };

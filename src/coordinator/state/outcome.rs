@@ -99,7 +99,10 @@ impl State {
             _ => return Ok(Leftovers::default()),
         };
         let saved = saved.ok_or_else(|| fault(format!("the ranks of {id} saved {name:?} without files")))?;
-        let path = CheckpointPath { run: id, target, name: name.clone() }.to_string();
+        let path = CheckpointPath { run: id, target, name: name.clone() };
+        let size_bytes = saved.files.iter().map(|file| file.blob.size).sum();
+        self.admit_checkpoint(id, &entry.call.quota, &path, size_bytes)?;
+        let path = path.to_string();
         let checkpoint = Checkpoint {
             id: self.checkpoints.next_id(),
             run_id: id,
@@ -111,7 +114,7 @@ impl State {
             lora_rank: run.lora.rank,
             lora_alpha: run.lora.alpha,
             step: *step,
-            size_bytes: saved.files.iter().map(|file| file.blob.size).sum(),
+            size_bytes,
             path,
             expires_at_ms: ttl_seconds.map(|seconds| self.wall_ms + seconds * 1_000),
         };

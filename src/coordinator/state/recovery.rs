@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     journal::{Outcome, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot},
-    protocol::{Operation, OperationSeq, encode},
+    protocol::{Call, Operation, OperationSeq, encode},
     types::{Digest, PolicyId},
 };
 
@@ -41,7 +41,7 @@ impl State {
             last_tick_ms: now_ms,
             next_session: sessions.last_key_value().map_or(1, |(last, _)| last.0 + 1),
             sessions,
-            next_run: recovered.runs.iter().map(|run| run.run.0 + 1).max().unwrap_or(1),
+            next_run: recovered.last_run + 1,
             runs: BTreeMap::new(),
             nodes: BTreeMap::new(),
             models: BTreeMap::new(),
@@ -72,11 +72,11 @@ impl State {
     }
 
     fn recover_run(&mut self, recovered: RecoveredRun) {
-        let RecoveredRun { run: id, create, model_digest, snapshots, operations, slots, .. } = recovered;
+        let RecoveredRun { run: id, create, model_digest, key, snapshots, operations, slots, .. } = recovered;
         // Accepted once, so there were that many.
         let most = self.most_slots.entry(create.base_model.clone()).or_default();
         *most = (*most).max(create.replicas.unwrap_or(0));
-        let mut run = Run::new(id, create, model_digest);
+        let mut run = Run { key, ..Run::new(id, create, model_digest) };
         let covered = snapshots.last().map_or(OperationSeq(0), |newest| newest.seq);
         let (old, new): (Vec<_>, Vec<_>) = operations.into_iter().partition(|o| o.seq <= covered);
         for operation in old {
@@ -122,6 +122,7 @@ impl Run {
             accepted: true,
             visible: outcome.is_some(),
             outcome: None,
+            call: Call::default(),
             accept_waiters: Vec::new(),
             waiters: Vec::new(),
         };

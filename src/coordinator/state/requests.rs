@@ -2,11 +2,16 @@
 
 use crate::{
     journal::{JournalError, Record},
-    protocol::{BlobRef, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, RunInfo},
+    protocol::{
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, OperationKey,
+        RunInfo,
+    },
     types::{InvalidInput, RunId, ServerCapabilities, SessionId, SupportedModel},
 };
 
-use super::{Appending, Refusal, State, WaiterId, admission, memory::Asked, run::Run};
+use super::{
+    Appending, Refusal, State, WaiterId, admission, memory::Asked, operations::WAITERS_MAX, run::Run,
+};
 
 /// Runs that one journal may hold.
 const RUNS_MAX: usize = 4_096;
@@ -22,11 +27,11 @@ const MICRO_BATCH_TOKENS_MAX: u32 = 1 << 20;
 
 impl State {
     /// A request from outside.
-    pub(super) fn request(&mut self, waiter: WaiterId, request: ClientRequest, entropy: u64) {
-        if self.needs_node(&request) && self.hold(waiter, &request, entropy) {
+    pub(super) fn request(&mut self, waiter: WaiterId, call: Call, request: ClientRequest, entropy: u64) {
+        if self.needs_node(&request) && self.hold(waiter, call, &request, entropy) {
             return;
         }
-        self.answer(waiter, request, entropy);
+        self.answer(waiter, call, request, entropy);
     }
 
     /// Requests that are wrong only because no node has introduced its models yet.
@@ -46,12 +51,13 @@ impl State {
             | ClientRequest::FindRun { .. }
             | ClientRequest::CreateSessionFor { .. }
             | ClientRequest::SessionOwner { .. }
-            | ClientRequest::DeleteCheckpoint { .. } => false,
+            | ClientRequest::DeleteCheckpoint { .. }
+            | ClientRequest::DeleteRun { .. } => false,
         }
     }
 
     /// Answers now, or makes somebody else owe the answer.
-    pub(super) fn answer(&mut self, waiter: WaiterId, request: ClientRequest, entropy: u64) {
+    pub(super) fn answer(&mut self, waiter: WaiterId, call: Call, request: ClientRequest, entropy: u64) {
         let answered = match request {
             ClientRequest::CreateSession => self.create_session(waiter, None),
             ClientRequest::CreateSessionFor { owner } => self.create_session(waiter, Some(owner)),
@@ -60,8 +66,9 @@ impl State {
                 None => Err(Refusal::UnknownSession(session)),
             },
             ClientRequest::DeleteCheckpoint { checkpoint } => self.delete_checkpoint(waiter, checkpoint),
-            ClientRequest::CreateRun(create) => self.create_run(waiter, create),
-            ClientRequest::Submit(submit) => self.submit(waiter, submit),
+            ClientRequest::DeleteRun { run } => self.delete_run(waiter, run),
+            ClientRequest::CreateRun(create) => self.create_run(waiter, call, create),
+            ClientRequest::Submit(submit) => self.submit(waiter, call, submit),
             ClientRequest::WaitOperation { run, seq, hold_ms } => {
                 self.wait_operation(waiter, run, seq, hold_ms)
             }
@@ -124,15 +131,22 @@ impl State {
     fn create_run(
         &mut self,
         waiter: WaiterId,
+        call: Call,
         mut create: CreateRun,
     ) -> Result<Option<ClientResponse>, Refusal> {
         self.refuse_while_draining()?;
         if !self.sessions.contains_key(&create.session) {
             return Err(Refusal::UnknownSession(create.session));
         }
+        if let Some(key) = call.key
+            && let Some(known) = self.created_before(waiter, key, &create)
+        {
+            return known;
+        }
         if self.runs.len() >= RUNS_MAX {
             return Err(Refusal::Overloaded { what: "runs", bound: RUNS_MAX });
         }
+        self.admit_run(create.session, &call.quota)?;
         let offer = self.offer(&create.base_model)?.clone();
         admission::lora(&create.lora)?;
         admission::rank(&create.lora, &offer)?;
@@ -142,7 +156,7 @@ impl State {
         }
         let most = self.most_slots.get(&offer.name).copied().unwrap_or(0);
         if replicas > most {
-            if self.hold_for_nodes(waiter, &create) {
+            if self.hold_for_nodes(waiter, call, &create) {
                 return Ok(None);
             }
             return Err(Refusal::TooManyReplicas { asked: replicas, most, model: offer.name });
@@ -174,23 +188,73 @@ impl State {
             run,
             create: create.clone(),
             model_digest: offer.digest,
+            key: call.key,
             created_at_ms: self.wall_ms,
         };
-        let run = Box::new(Run::new(run, create, offer.digest));
-        self.append(vec![record], Appending::Run { run, waiter });
+        let run = Box::new(Run { key: call.key, ..Run::new(run, create, offer.digest) });
+        self.append(vec![record], Appending::Run { run, waiters: vec![waiter] });
         Ok(None)
     }
 
-    pub(super) fn run_durable(&mut self, mut run: Run, waiter: WaiterId, result: Result<(), JournalError>) {
-        match result {
+    /// What a `CreateRun` gets whose key its session has used before: the run of then, or its part in the
+    /// answer that is on its way.
+    fn created_before(
+        &mut self,
+        waiter: WaiterId,
+        key: OperationKey,
+        create: &CreateRun,
+    ) -> Option<Result<Option<ClientResponse>, Refusal>> {
+        let base_model =
+            self.offer(&create.base_model).map_or(&create.base_model, |offer| &offer.name).clone();
+        let made = |run: &Run| run.key == Some(key) && run.create.session == create.session;
+        let same = |run: &Run| {
+            let then = &run.create;
+            (&then.base_model, &then.lora, then.replicas) == (&base_model, &create.lora, create.replicas)
+        };
+        let other = |run: &Run| {
+            let problem = format!("was used for another run, {}; every run needs one of its own", run.id);
+            Some(Err(InvalidInput::new("Idempotency-Key", problem).into()))
+        };
+        if let Some(run) = self.runs.values().find(|run| made(run)) {
+            return if same(run) {
+                Some(Ok(Some(ClientResponse::Run(self.described(run)))))
+            } else {
+                other(run)
+            };
+        }
+        let coming = self.appends.values_mut().find_map(|appending| match appending {
+            Appending::Run { run, waiters } if made(run) => Some((run, waiters)),
+            _ => None,
+        });
+        let (run, waiters) = coming?;
+        if !same(run) {
+            return other(run);
+        }
+        if waiters.len() >= WAITERS_MAX {
+            return Some(Err(Refusal::Overloaded { what: "requests for one run", bound: WAITERS_MAX }));
+        }
+        waiters.push(waiter);
+        Some(Ok(None))
+    }
+
+    pub(super) fn run_durable(
+        &mut self,
+        mut run: Run,
+        waiters: Vec<WaiterId>,
+        result: Result<(), JournalError>,
+    ) {
+        let response = match result {
             Ok(()) => {
                 let id = run.id;
                 run.last_used_ms = self.now_ms;
                 self.runs.insert(id, run);
                 self.advance(id);
-                self.respond(waiter, ClientResponse::Run(self.described(&self.runs[&id])));
+                ClientResponse::Run(self.described(&self.runs[&id]))
             }
-            Err(why) => self.refuse(waiter, Refusal::NotDurable(why.to_string())),
+            Err(why) => ClientResponse::Error(Refusal::NotDurable(why.to_string()).into()),
+        };
+        for waiter in waiters {
+            self.respond(waiter, response.clone());
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use crate::{
     journal::{Outcome, Record, SavedCheckpoint, Standing},
     protocol::{
-        BlobRef, CreateRun, Generation, NodeId, OpToken, Operation, OperationKey, OperationResult,
+        BlobRef, Call, CreateRun, Generation, NodeId, OpToken, Operation, OperationKey, OperationResult,
         OperationSeq, OperationStatus, RankIndex, RankSeat, RunInfo, RunSpec, Saved,
     },
     types::{Digest, ErrorKind, LoraConfig, OperationError, PolicyId, RunId},
@@ -19,6 +19,8 @@ pub(super) struct Run {
     /// Every default filled in.
     pub create: CreateRun,
     pub model_digest: Digest,
+    /// Under which its session asked for it.
+    pub key: Option<OperationKey>,
     /// The configuration of the present adapter: `Init` and `LoadState` change it.
     pub lora: LoraConfig,
 
@@ -55,6 +57,8 @@ pub(super) struct Run {
     /// Rank sets lost in a row without an operation done in between.
     pub setbacks: u32,
     pub retry_ms: u64,
+    /// It is on its way out of the journal.
+    pub deleting: bool,
     /// Why no operation is executed any more.
     pub broken: Option<OperationError>,
 
@@ -82,6 +86,8 @@ pub(super) struct Entry {
     pub outcome: Option<Outcome>,
     /// Waiters may see the outcome: at once, or when a publish is being served.
     pub visible: bool,
+    /// What came with it; a restarted coordinator has forgotten.
+    pub call: Call,
     pub accept_waiters: Vec<WaiterId>,
     /// With the time until which each is held.
     pub waiters: Vec<(WaiterId, u64)>,
@@ -195,6 +201,7 @@ impl Run {
             lora: create.lora.clone(),
             create,
             model_digest,
+            key: None,
             operations: BTreeMap::new(),
             keys: HashMap::new(),
             next_seq: 1,
@@ -216,6 +223,7 @@ impl Run {
             last_used_ms: 0,
             setbacks: 0,
             retry_ms: 0,
+            deleting: false,
             broken: None,
             live: None,
             live_since_ms: 0,

@@ -307,6 +307,17 @@ impl State {
         }
     }
 
+    /// Requests for versions that a run will never have.
+    pub(super) fn drop_samples_waiting_for(&mut self, id: RunId) {
+        let waits = |sample: &Sample| matches!(sample.place, Place::Version { run, .. } if run == id);
+        let waiting = self.samples.iter().filter(|(_, sample)| waits(sample)).map(|(id, _)| *id);
+        for request in waiting.collect::<Vec<_>>() {
+            if let Some(waiter) = self.drop_sample(request) {
+                self.refuse(waiter, Refusal::UnknownRun(id));
+            }
+        }
+    }
+
     fn lateness(&self, sample: &Sample, waited_ms: u64) -> Refusal {
         match sample.place {
             Place::Version { run, floor, .. } => {

@@ -81,7 +81,7 @@ struct Validate {
 
 /// `POST /v1/loops/checkpoints/validate`: whether a sampler of the run may serve the path.
 pub async fn validate(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
-    let asked: Validate = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let asked: Validate = caller.read(&request, payload, body::SMALL).await?.json()?;
     // On this route, a bad path is 400.
     let bad = |refused: Refused| match refused.status() {
         StatusCode::UNPROCESSABLE_ENTITY => refused.with_status(StatusCode::BAD_REQUEST),

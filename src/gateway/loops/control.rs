@@ -68,7 +68,7 @@ fn one() -> u32 {
 
 /// `POST {root}/trainers`: a run of its own, without a sampler.
 pub async fn create_trainer(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
-    let create: CreateTrainer = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let create: CreateTrainer = caller.read(&request, payload, body::SMALL).await?.json()?;
     if create.base_checkpoint.is_some_and(|checkpoint| !checkpoint.is_null()) {
         let problem = "is not supported: create the run from its base model, then load a bt:// path";
         return Err(InvalidInput::new("base_checkpoint", problem).into());
@@ -78,24 +78,43 @@ pub async fn create_trainer(caller: Caller, request: HttpRequest, payload: web::
         return Err(InvalidInput::new("name", problem).into());
     }
     let session = session(&create.session_id)?;
+    let key = mount::idempotency_key(&request)?;
     if let Some(path) = create.path.as_deref() {
         caller.upstream.checkpoint_at(path, "path").await?;
     }
     let run = caller
         .upstream
-        .create_run(CreateRun {
-            session,
-            base_model: create.base_model,
-            lora: LoraConfig::new(create.lora_rank, create.seed.unwrap_or(0)),
-            replicas: Some(create.replicas),
-            max_seq_len: create.max_seq_len,
-            micro_batch_tokens: None,
-            name: create.name,
-        })
+        .create_run(
+            key,
+            CreateRun {
+                session,
+                base_model: create.base_model,
+                lora: LoraConfig::new(create.lora_rank, create.seed.unwrap_or(0)),
+                replicas: Some(create.replicas),
+                max_seq_len: create.max_seq_len,
+                micro_batch_tokens: None,
+                name: create.name,
+            },
+        )
         .await
         .map_err(Refused::of_a_body)?;
     let url = mount::trainer_url(&caller, &request, run.run)?;
     Ok(HttpResponse::Ok().json(json!({ "run": described(&run, &url) })))
+}
+
+/// `GET /v1/loops/runs`: the caller's, oldest first.
+pub async fn runs(caller: Caller, request: HttpRequest) -> Answer {
+    let described = |run: &RunInfo| Ok(described(run, &mount::trainer_url(&caller, &request, run.run)?));
+    let runs = caller.upstream.runs().await?;
+    let runs: Vec<Value> = runs.iter().map(described).collect::<Result<_, Refused>>()?;
+    Ok(HttpResponse::Ok().json(json!({ "runs": runs })))
+}
+
+/// `DELETE /v1/loops/runs/{run}`: with all that it saved.
+pub async fn delete_run(caller: Caller, path: web::Path<String>) -> Answer {
+    let unknown = || Refused::not_found(format!("there is no run {:?}", path.as_str()));
+    caller.upstream.delete_run(path.parse().map_err(|_| unknown())?).await?;
+    Ok(HttpResponse::Ok().json(json!({})))
 }
 
 /// A session that the caller names.

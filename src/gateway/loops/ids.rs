@@ -9,6 +9,8 @@ use crate::{
     types::{Digest, InvalidInput, RunId},
 };
 
+use super::super::refusal::Refused;
+
 /// `run-N-op-M`: an operation by its run and its place in the run's order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OperationId {
@@ -79,6 +81,13 @@ pub fn operation_key(header: &str) -> OperationKey {
         key.copy_from_slice(&Digest::of(header.as_bytes()).0[..16]);
     }
     OperationKey(key)
+}
+
+/// A key of a request that came without one: it stays the same while the gateway repeats it.
+pub fn fresh_key() -> Result<OperationKey, Refused> {
+    let mut key = [0; 16];
+    getrandom::fill(&mut key).map_err(|e| Refused::fault(format!("no randomness for a key: {e}")))?;
+    Ok(OperationKey(key))
 }
 
 fn malformed(field: &str, expected: &str, text: &str) -> InvalidInput {

@@ -10,7 +10,10 @@ use crate::{
     types::{InvalidInput, LoraConfig, RunId},
 };
 
-use super::super::{caller::Caller, refusal::Refused};
+use super::{
+    super::{caller::Caller, refusal::Refused},
+    ids::fresh_key,
+};
 
 /// Begins the display names of local runs, and of no others.
 pub const PREFIX: &str = "local:";
@@ -65,7 +68,7 @@ pub async fn find_or_create(
         micro_batch_tokens: None,
         name: Some(format!("{PREFIX}{name}")),
     };
-    caller.upstream.create_run(create).await.map_err(Refused::of_a_body)
+    caller.upstream.create_run(fresh_key()?, create).await.map_err(Refused::of_a_body)
 }
 
 /// The run that was published last: what a bare sampler says of itself, as nobody names a run

@@ -45,6 +45,8 @@ pub fn routes(app: &mut web::ServiceConfig) {
     app.route("/v1/teams", web::get().to(control::teams))
         .route("/v1/loops/capabilities", web::get().to(control::capabilities))
         .route("/v1/loops/deployments/{run}", web::get().to(readiness::deployment))
+        .route("/v1/loops/runs", web::get().to(control::runs))
+        .route("/v1/loops/runs/{run}", web::delete().to(control::delete_run))
         .route("/v1/models/{model}/deployments/{deployment}", web::get().to(sampler::deployment));
     app.route("/v1/loops/checkpoints", web::get().to(checkpoints::list))
         .route("/v1/loops/checkpoints/{id}", web::delete().to(checkpoints::delete))

@@ -8,18 +8,21 @@ use std::time::Duration;
 use actix_web::{HttpRequest, http::header::HOST};
 
 use crate::{
-    protocol::RunInfo,
+    protocol::{OperationKey, RunInfo},
     types::{InvalidInput, RunId},
 };
 
 use super::{
     super::{caller::Caller, refusal::Refused},
-    ids::SamplerId,
+    ids::{SamplerId, fresh_key, operation_key},
     local,
 };
 
 /// Header by which a client names its run; says the same as the base URL.
 const RUN_ID: &str = "X-Run-Id";
+
+/// Repeated with a request by a client that got no answer.
+pub const IDEMPOTENCY_KEY: &str = "Idempotency-Key";
 
 /// How long a request waits to learn about its run.
 const RUN_HOLD: Duration = Duration::from_secs(25);
@@ -104,6 +107,11 @@ pub async fn named_run(caller: &Caller, name: &str) -> Result<RunInfo, Refused> 
 pub fn header<'a>(request: &'a HttpRequest, name: &str) -> Result<Option<&'a str>, Refused> {
     let Some(value) = request.headers().get(name) else { return Ok(None) };
     value.to_str().map(Some).map_err(|_| InvalidInput::new(name, "must be plain ASCII").into())
+}
+
+/// The key under which a request takes effect once.
+pub fn idempotency_key(request: &HttpRequest) -> Result<OperationKey, Refused> {
+    header(request, IDEMPOTENCY_KEY)?.map_or_else(fresh_key, |key| Ok(operation_key(key)))
 }
 
 /// Where the caller reaches this gateway, without a trailing slash: as configured, or as it was

@@ -16,18 +16,16 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     protocol::{
-        MAX_INLINE_PAYLOAD, Operation, OperationKey, OperationStatus, Payload, RunInfo, SubmitOperation,
-        encode_compressed,
+        MAX_INLINE_PAYLOAD, Operation, OperationStatus, Payload, RunInfo, SubmitOperation, encode_compressed,
     },
     types::{
-        AdamParams, DataLimits, Datum, ErrorKind, InvalidInput, LoraConfig, LossFn, LossSpec, ModelInput,
-        OperationError, TensorData,
+        AdamParams, DataLimits, Datum, InvalidInput, LoraConfig, LossFn, LossSpec, ModelInput, TensorData,
     },
 };
 
 use super::{
     super::{body, caller::Caller, refusal::Refused},
-    ids::{OperationId, operation_key},
+    ids::OperationId,
     local,
     mount::{self, Trainer},
     results,
@@ -45,8 +43,6 @@ const SUBMIT_HOLD: Duration = Duration::from_secs(120);
 /// Pause before a submit that met a full queue is tried again.
 const QUEUE_PAUSE: Duration = Duration::from_millis(250);
 
-const IDEMPOTENCY_KEY: &str = "Idempotency-Key";
-
 /// Setting of every loss that decides how gradients are counted, beside the loss's own.
 const SKIP_TOKEN_NORMALIZATION: &str = "skip_token_normalization";
 
@@ -59,7 +55,7 @@ struct Init {
 
 /// `POST {trainer}/init_trainer_server`: a fresh adapter.
 pub async fn init_trainer_server(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
-    let init: Init = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let init: Init = caller.read(&request, payload, body::SMALL).await?.json()?;
     let base_model = init.base_model.as_deref();
     let run = match mount::trainer(&request, init.run_id.as_deref())? {
         Trainer::Of(run) => caller.upstream.run(run, SUBMIT_HOLD).await?,
@@ -107,7 +103,7 @@ async fn pass(
     payload: web::Payload,
     operation: fn(LossSpec, Payload) -> Operation,
 ) -> Answer {
-    let body = caller.bodies.read(&request, payload, body::DATA).await?;
+    let body = caller.read(&request, payload, body::DATA).await?;
     let (body, run_id, loss, data) = body::off_thread(move || {
         let Pass { run_id, data, loss_fn, loss_fn_config, top_k_logprobs } = body.json()?;
         let loss = loss_spec(loss_fn.as_deref(), loss_fn_config, top_k_logprobs)?;
@@ -187,7 +183,7 @@ struct Step {
 
 /// `POST {trainer}/optim_step`
 pub async fn optim_step(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
-    let step: Step = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let step: Step = caller.read(&request, payload, body::SMALL).await?.json()?;
     let run = addressed(&caller, &request, step.run_id.as_deref()).await?;
     submit(&caller, &request, &run, Operation::OptimStep { adam: step.adam_params }).await
 }
@@ -207,7 +203,7 @@ fn yes() -> bool {
 
 /// `POST {trainer}/save_state`
 pub async fn save_state(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
-    let save: Save = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let save: Save = caller.read(&request, payload, body::SMALL).await?.json()?;
     let run = addressed(&caller, &request, save.run_id.as_deref()).await?;
     submit(&caller, &request, &run, Operation::SaveState { name: save.name, ttl_seconds: save.ttl_seconds })
         .await
@@ -215,7 +211,7 @@ pub async fn save_state(caller: Caller, request: HttpRequest, payload: web::Payl
 
 /// `POST {trainer}/save_weights_for_sampler`
 pub async fn save_weights_for_sampler(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
-    let save: Save = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let save: Save = caller.read(&request, payload, body::SMALL).await?.json()?;
     let run = addressed(&caller, &request, save.run_id.as_deref()).await?;
     let operation = Operation::SaveWeightsForSampler {
         name: save.name,
@@ -246,7 +242,7 @@ pub async fn load_state_with_optimizer(
 }
 
 async fn load(caller: Caller, request: HttpRequest, payload: web::Payload, with_optimizer: bool) -> Answer {
-    let Load { run_id, path } = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let Load { run_id, path } = caller.read(&request, payload, body::SMALL).await?.json()?;
     let run = addressed(&caller, &request, run_id.as_deref()).await?;
     submit(&caller, &request, &run, Operation::LoadState { path, with_optimizer, source: None }).await
 }
@@ -258,10 +254,7 @@ async fn addressed(caller: &Caller, request: &HttpRequest, run_id: Option<&str>)
 
 /// Submits under the request's key; a full queue holds it.
 async fn submit(caller: &Caller, request: &HttpRequest, run: &RunInfo, operation: Operation) -> Answer {
-    let key = match mount::header(request, IDEMPOTENCY_KEY)? {
-        Some(key) => operation_key(key),
-        None => fresh_key()?,
-    };
+    let key = mount::idempotency_key(request)?;
     let submit = SubmitOperation { run: run.run, key, operation };
     let accepted = async {
         loop {
@@ -296,12 +289,4 @@ pub async fn poll(caller: Caller, path: web::Path<PolledOperation>) -> Answer {
 #[derive(Deserialize)]
 pub struct PolledOperation {
     id: String,
-}
-
-fn fresh_key() -> Result<OperationKey, Refused> {
-    let mut key = [0; 16];
-    getrandom::fill(&mut key).map_err(|e| {
-        Refused::from(OperationError::new(ErrorKind::Internal, format!("no randomness for a key: {e}")))
-    })?;
-    Ok(OperationKey(key))
 }

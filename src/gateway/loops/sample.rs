@@ -22,12 +22,11 @@ use super::{
     completion::Completion,
     ids::SamplerId,
     local,
-    mount::{self, Sampler, header},
+    mount::{self, IDEMPOTENCY_KEY, Sampler, header},
 };
 
 type Answer = Result<HttpResponse, Refused>;
 
-const IDEMPOTENCY_KEY: &str = "Idempotency-Key";
 const CHECKPOINT_PATH: &str = "X-Checkpoint-Path";
 const MIN_POLICY_VERSION: &str = "X-Min-Policy-Version";
 
@@ -64,7 +63,7 @@ struct Draw {
 /// `POST {sampler}/sample`
 pub async fn sample(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
     let sampler = mount::sampler(&caller, &request).await?;
-    let body = caller.bodies.read(&request, payload, body::DATA).await?;
+    let body = caller.read(&request, payload, body::DATA).await?;
     let (digest, wanted) = (Digest::of(&body.bytes), body.json::<Body>()?);
     drop(body);
     let sampler = match sampler {

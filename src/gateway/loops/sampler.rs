@@ -34,7 +34,7 @@ struct CreateSampler {
 
 /// `POST {root}/samplers`: paired with a run, always the same one; or of a model or path alone.
 pub async fn create_sampler(caller: Caller, request: HttpRequest, payload: web::Payload) -> Answer {
-    let create: CreateSampler = caller.bodies.read(&request, payload, body::SMALL).await?.json()?;
+    let create: CreateSampler = caller.read(&request, payload, body::SMALL).await?.json()?;
     session(&create.session_id)?;
     let id = match (create.run_id, create.base_model, create.model_path) {
         (Some(run), None | Some(_), None) => SamplerId::Paired(mount::named_run(&caller, &run).await?.run),

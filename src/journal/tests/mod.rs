@@ -80,7 +80,13 @@ fn create(session: u64) -> CreateRun {
 }
 
 fn run(n: u64) -> Record {
-    Record::Run { run: RunId(n), create: create(1), model_digest: Digest::of(b"model"), created_at_ms: 5 }
+    Record::Run {
+        run: RunId(n),
+        create: create(1),
+        model_digest: Digest::of(b"model"),
+        key: None,
+        created_at_ms: 5,
+    }
 }
 
 fn operation(run: u64, seq: u64, key: u8, operation: Operation) -> Record {

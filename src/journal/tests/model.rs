@@ -16,6 +16,7 @@ struct Model {
     checkpoints: BTreeMap<(u64, CheckpointTarget, String), SavedCheckpoint>,
     /// By run, and whether it is not of version 0.
     slots: BTreeMap<(u64, bool), (PolicyId, BlobRef)>,
+    last_deleted: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -115,6 +116,15 @@ impl Model {
                 self.runs.contains(&policy.run.0)
             }
             Record::PublishFailed { .. } => unreachable!("never drawn; see `recovery`"),
+            Record::DropRun { run } => {
+                self.runs.remove(&run.0);
+                self.operations.retain(|(r, _), _| *r != run.0);
+                self.snapshots.retain(|(r, _), _| *r != run.0);
+                self.slots.retain(|(r, _), _| *r != run.0);
+                self.checkpoints.retain(|(r, ..), _| *r != run.0);
+                self.last_deleted = self.last_deleted.max(run.0);
+                true
+            }
             Record::DropSlots { run } => {
                 self.slots.retain(|(r, _), _| *r != run.0);
                 true
@@ -136,6 +146,7 @@ impl Model {
             run: RunId(*n),
             create: create(1),
             model_digest: Digest::of(b"model"),
+            key: None,
             created_at_ms: 5,
             snapshots: self.recovered_snapshots(*n),
             operations: self
@@ -160,6 +171,7 @@ impl Model {
             sessions: self.sessions.iter().copied().map(SessionId).collect(),
             owners: self.sessions.iter().filter_map(|n| Some((SessionId(*n), owner(*n)?))).collect(),
             runs: self.runs.iter().map(run).collect(),
+            last_run: self.runs.iter().copied().max().unwrap_or(0).max(self.last_deleted),
             checkpoints,
         }
     }
@@ -227,6 +239,7 @@ fn any_record() -> impl Strategy<Value = Record> {
         2 => checkpoints,
         1 => (run_id.clone(), 0..3u64, 0..9u8).prop_map(|(r, s, n)| slot(r, s, n)),
         1 => run_id.clone().prop_map(|r| Record::DropSlots { run: RunId(r) }),
+        1 => run_id.clone().prop_map(|r| Record::DropRun { run: RunId(r) }),
         1 => (1..9u64).prop_map(|id| Record::DropCheckpoint { checkpoint: CheckpointId(id) }),
         2 => (run_id, seq, 0..5u64).prop_map(|(r, base, upto)| {
             Record::Prune { run: RunId(r), base: OperationSeq(base), upto: OperationSeq(upto) }

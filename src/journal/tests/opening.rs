@@ -40,8 +40,8 @@ fn another_version_is_refused_with_both_numbers_and_not_changed() {
     drop(set);
     let before = std::fs::read(file(directory.path())).unwrap();
     let error = refused(directory.path());
-    assert!(matches!(error, JournalError::Version { found: 7, ours: 2, .. }), "{error}");
-    assert!(error.to_string().contains("version 7") && error.to_string().contains("reads 2"), "{error}");
+    assert!(matches!(error, JournalError::Version { found: 7, ours: 3, .. }), "{error}");
+    assert!(error.to_string().contains("version 7") && error.to_string().contains("reads 3"), "{error}");
     assert_eq!(std::fs::read(file(directory.path())).unwrap(), before);
 }
 
@@ -102,4 +102,28 @@ fn a_directory_that_cannot_be_made_is_named() {
     let error = refused(&blocked.path().join("data"));
     assert!(matches!(error, JournalError::Open { .. }), "{error}");
     assert!(error.to_string().contains(&blocked.path().display().to_string()), "{error}");
+}
+
+#[test]
+fn a_journal_of_version_2_is_brought_to_ours_with_all_that_is_in_it() {
+    let directory = written();
+    let old = Connection::open(file(directory.path())).unwrap();
+    old.execute_batch(
+        "DROP INDEX run_key; ALTER TABLE run DROP COLUMN key;
+         ALTER TABLE leader DROP COLUMN last_deleted_run; PRAGMA user_version = 2;",
+    )
+    .unwrap();
+    drop(old);
+    let found = recover(directory.path());
+    assert_eq!((found.runs.len(), found.runs[0].operations.len(), found.runs[0].key), (1, 1, None));
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    let keyed = match run(2) {
+        Record::Run { run, create, model_digest, created_at_ms, .. } => {
+            Record::Run { run, create, model_digest, key: Some(OperationKey([4; 16])), created_at_ms }
+        }
+        _ => unreachable!("a run"),
+    };
+    write(&journal, vec![keyed]).unwrap();
+    journal.close();
+    assert_eq!(recover(directory.path()).runs[1].key, Some(OperationKey([4; 16])));
 }

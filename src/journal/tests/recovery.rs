@@ -9,6 +9,7 @@ fn every_record_is_recovered_as_it_was_written() {
         sessions: vec![],
         owners: Default::default(),
         runs: vec![],
+        last_run: 0,
         checkpoints: vec![],
     };
     assert_eq!(first, empty);
@@ -69,6 +70,7 @@ fn every_record_is_recovered_as_it_was_written() {
             run: RunId(3),
             create: create(1),
             model_digest: Digest::of(b"model"),
+            key: None,
             created_at_ms: 5,
             // Operation 2 holds the blobs of 1 and 2 bytes.
             snapshots: vec![snapshot(1, 3, 0), snapshot(2, 4, 3)],
@@ -246,4 +248,28 @@ fn the_epoch_rises_at_every_open() {
     let directory = tempfile::tempdir().unwrap();
     let epochs: Vec<_> = (0..3).map(|_| recover(directory.path()).epoch.0).collect();
     assert_eq!(epochs, [1, 2, 3]);
+}
+
+#[test]
+fn a_dropped_run_leaves_nothing_but_its_number() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    for run_id in [1, 2] {
+        let pass = forward_backward(Payload::Blob(blob(run_id as u8)));
+        let records = vec![
+            run(run_id),
+            operation(run_id, 1, 1, pass),
+            done(run_id, 1, stepped()),
+            snapshot(run_id, 1, 3 + run_id as u8),
+            saved(run_id, run_id, CheckpointTarget::Trainer, "a", &[6 + run_id as u8]),
+            slot(run_id, 1, 8 + run_id as u8),
+        ];
+        let begin = if run_id == 1 { vec![session(1)] } else { vec![] };
+        write(&journal, [begin, records].concat()).unwrap();
+    }
+    write(&journal, vec![Record::DropRun { run: RunId(2) }]).unwrap();
+    journal.close();
+    let recovered = recover(directory.path());
+    assert_eq!((recovered.runs.len(), recovered.checkpoints.len(), recovered.last_run), (1, 1, 2));
+    assert_eq!(named(directory.path()), by_digest([1, 4, 7, 9]));
 }

@@ -44,8 +44,13 @@ fn an_operation_of_no_run_is_refused() {
 
 #[test]
 fn a_run_of_no_session_is_refused() {
-    let orphan =
-        Record::Run { run: RunId(5), create: create(9), model_digest: Digest::of(b""), created_at_ms: 0 };
+    let orphan = Record::Run {
+        run: RunId(5),
+        create: create(9),
+        model_digest: Digest::of(b""),
+        key: None,
+        created_at_ms: 0,
+    };
     assert_eq!(refused(vec![], vec![orphan]).0, "run-5");
 }
 

@@ -81,6 +81,14 @@ fn sample() -> SampleResult {
     }
 }
 
+fn call() -> Call {
+    Call {
+        quota: Quota { runs: Some(1), queued_operations: None, checkpoint_bytes: Some(u64::MAX) },
+        trace: Some(Trace { trace_id: [1; 16], request_id: [2; 8] }),
+        key: Some(OperationKey([3; 16])),
+    }
+}
+
 fn create() -> CreateRun {
     CreateRun {
         session: SessionId(1),
@@ -155,6 +163,7 @@ fn client_requests() -> Vec<ClientRequest> {
         ClientRequest::CreateSessionFor { owner: "ada".into() },
         ClientRequest::SessionOwner { session: SessionId(1) },
         ClientRequest::DeleteCheckpoint { checkpoint: CheckpointId(1) },
+        ClientRequest::DeleteRun { run: RunId(1) },
     ]
 }
 
@@ -263,7 +272,7 @@ fn stream_opens() -> Vec<StreamOpen> {
     };
     vec![
         StreamOpen::NodeControl(hello()),
-        StreamOpen::Request(ClientRequest::CreateSession),
+        StreamOpen::Request { call: call(), request: ClientRequest::CreateSession },
         StreamOpen::PutBlob { digest: digest(), size: 1 },
         StreamOpen::GetBlob { digest: digest() },
         StreamOpen::Generate(generate()),

@@ -11,8 +11,8 @@ use crate::{
     journal::{JournalError, Record, Recovered},
     model::Footprint,
     protocol::{
-        ADAPTER_FILE, BlobRef, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, Generate,
-        ModelOffer, NodeHello, NodeId, NodeMessage, Numerics, OpToken, Operation, OperationKey,
+        ADAPTER_FILE, BlobRef, Call, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch,
+        Generate, ModelOffer, NodeHello, NodeId, NodeMessage, Numerics, OpToken, Operation, OperationKey,
         OperationResult, OperationSeq, OperationStatus, PROTOCOL_VERSION, Payload, RankIndex, RankSeat,
         STATE_FILE, Saved, SavedFile, SubmitOperation,
     },
@@ -130,6 +130,18 @@ impl Desk {
         }
     }
 
+    /// Ends all appends that a test has held.
+    pub fn wrote(&mut self, result: Result<(), JournalError>) {
+        for effect in std::mem::take(&mut self.others) {
+            match effect {
+                Effect::Append { append, .. } => {
+                    self.feed(Event::Appended { append, result: result.clone() })
+                }
+                other => self.others.push(other),
+            }
+        }
+    }
+
     pub fn say(&mut self, node: NodeId, message: NodeMessage) {
         self.feed(Event::NodeMessage { node, message });
     }
@@ -152,9 +164,13 @@ impl Desk {
     }
 
     pub fn ask(&mut self, request: ClientRequest) -> WaiterId {
+        self.call(Call::default(), request)
+    }
+
+    pub fn call(&mut self, call: Call, request: ClientRequest) -> WaiterId {
         self.waiters += 1;
         let waiter = WaiterId(self.waiters);
-        self.feed(Event::Request { waiter, request, entropy: 1_000 + self.waiters });
+        self.feed(Event::Request { waiter, call, request, entropy: 1_000 + self.waiters });
         waiter
     }
 
@@ -322,6 +338,7 @@ pub fn nothing() -> Recovered {
         sessions: Vec::new(),
         owners: BTreeMap::new(),
         runs: Vec::new(),
+        last_run: 0,
         checkpoints: Vec::new(),
     }
 }

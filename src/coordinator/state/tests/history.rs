@@ -129,6 +129,7 @@ fn a_run_stands_where_its_snapshot_says_when_everything_before_is_forgotten() {
             ..create(SessionId(1), Some(1))
         },
         model_digest: Digest::of(b"model"),
+        key: None,
         created_at_ms: 5,
         snapshots: vec![snapshot],
         operations: Vec::new(),

@@ -1,10 +1,12 @@
 //! One rule a test; what many rules make of a history of accidents is `tests/simulation`.
 
+mod deletion;
 pub(in crate::coordinator) mod desk;
 mod history;
 mod lost_ranks;
 mod memory;
 mod publishing;
+mod quota;
 mod recovery;
 mod replicas;
 mod runs;

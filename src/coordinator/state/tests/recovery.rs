@@ -49,6 +49,7 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
         run: RUN,
         create,
         model_digest: Digest::of(b"model"),
+        key: None,
         created_at_ms: 5,
         snapshots: Vec::new(),
         operations: vec![
@@ -64,6 +65,7 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
         sessions: vec![SessionId(1)],
         owners: Default::default(),
         runs: vec![run],
+        last_run: 1,
         checkpoints: Vec::new(),
     }
 }
