@@ -15,6 +15,7 @@ use std::{
 
 use lockstep::{
     client::{LoraOptions, SamplingClient, ServiceClient, TrainingClient},
+    model::ComputeOptions,
     pull,
     service::{DataDirectory, ServiceError, Supervisor, SupervisorConfig, run_here, wait_until_joined},
     types::{AdamParams, Datum, LossFn, LossSpec, ModelInput, SampleFlags, SamplingParams},
@@ -37,6 +38,7 @@ fn main() -> anyhow::Result<()> {
     run_here("bench", async move {
         let data = DataDirectory::open(Path::new(&data_dir).join("cluster"))?;
         let config = SupervisorConfig {
+            compute: ComputeOptions::default(),
             program: env!("CARGO_BIN_EXE_lockstep").into(),
             data: data.clone(),
             join: None,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use lockstep::{
     client::{LoraOptions, ServiceClient},
+    model::ComputeOptions,
     pull,
     service::{Cluster, ClusterConfig},
     types::{AdamParams, CheckpointTarget, Datum, LossFn, LossSpec, ModelInput},
@@ -32,6 +33,7 @@ async fn main() -> anyhow::Result<()> {
     let (name, path) = (model.name.clone(), model.path.clone());
     let state = tempfile::tempdir()?;
     let config = ClusterConfig {
+        compute: ComputeOptions::default(),
         data_dir: state.path().into(),
         models: vec![model],
         nodes: 1,

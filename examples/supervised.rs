@@ -6,6 +6,7 @@
 
 use lockstep::{
     client::{LoraOptions, ServiceClient},
+    model::ComputeOptions,
     pull,
     service::{Cluster, ClusterConfig},
     types::{AdamParams, Datum, LossFn, LossSpec, ModelInput, SampleFlags, SamplingParams, TensorData},
@@ -29,8 +30,15 @@ async fn main() -> anyhow::Result<()> {
         pull::fetch("smollm2-135m", "./lockstep-data".as_ref(), &pull::Progress::on_stderr())
     })?;
     let name = model.name.clone();
-    let config =
-        ClusterConfig { data_dir, models: vec![model], nodes: 1, trainers: 2, samplers: 1, threads: 2 };
+    let config = ClusterConfig {
+        data_dir,
+        models: vec![model],
+        nodes: 1,
+        trainers: 2,
+        samplers: 1,
+        threads: 2,
+        compute: ComputeOptions::default(),
+    };
     let cluster = tokio::task::block_in_place(|| Cluster::local(config))?;
 
     let service = ServiceClient::connect(cluster.connector()).await?;

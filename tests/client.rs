@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 use candle_core::Tensor;
 use lockstep::{
     client::{ClientError, CustomLoss, LoraOptions, SamplingSource, ServiceClient, TrainingClient},
-    model::{ModelSource, tiny},
+    kernels::WeightDtype,
+    model::{ComputeOptions, ModelSource, tiny},
     service::{Cluster, ClusterConfig},
     types::{
         AdamParams, CheckpointTarget, Datum, ErrorKind, LossFn, LossSpec, ModelInput, OperationError,
@@ -16,10 +17,15 @@ use lockstep::{
 const MODEL: &str = "tests/tiny";
 
 fn cluster(directory: &Path) -> Cluster {
+    cluster_in(WeightDtype::F32, directory)
+}
+
+fn cluster_in(dtype: WeightDtype, directory: &Path) -> Cluster {
     let path = directory.join("model");
     tiny::write(&path, &tiny::config(), 7).expect("a model directory");
     let model = ModelSource { name: MODEL.into(), aliases: vec!["tiny".into()], path };
     let config = ClusterConfig {
+        compute: ComputeOptions { dtype },
         data_dir: directory.join("data"),
         models: vec![model],
         nodes: 1,
@@ -94,9 +100,19 @@ fn operations_submitted_ahead_execute_in_order() {
 
 #[test]
 fn samples_report_the_trainers_log_probabilities_and_the_version_that_served() {
+    for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+        sampled_and_scored(dtype);
+    }
+}
+
+fn sampled_and_scored(dtype: WeightDtype) {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let cluster = cluster(directory.path());
-    let training = train(&service(&cluster));
+    let cluster = cluster_in(dtype, directory.path());
+    let service = service(&cluster);
+    let status = futures::executor::block_on(service.cluster_status()).expect("its status");
+    let numerics = &status.nodes[0].numerics;
+    assert!(numerics.ends_with(dtype.name()), "{numerics}");
+    let training = train(&service);
     let mut clients = Vec::new();
     for version in 1..=3 {
         training.forward_backward(data(), cross_entropy());

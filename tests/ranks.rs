@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 use lockstep::{
     collective::assign_leaves,
     coordinator::{self, CoordinatorConfig},
-    model::{ModelSource, cut_micro_batches, prepare, tiny},
+    model::{ComputeOptions, ModelSource, cut_micro_batches, prepare, tiny},
     node::{self, NodeConfig},
     protocol::{
         ADAPTER_FILE, BlobReply, Call, ClientRequest, ClientResponse, CreateRun, MAX_MESSAGE, Operation,
@@ -205,6 +205,7 @@ fn cluster(trainers: &[u32], test: impl AsyncFnOnce(Client)) {
 
 fn node_config(number: usize, trainers: u32, coordinator: &str, model: &Path) -> NodeConfig {
     NodeConfig {
+        compute: ComputeOptions::default(),
         name: format!("node-{number}"),
         coordinator: coordinator.to_owned(),
         advertise: None,

@@ -3,6 +3,7 @@
 
 mod bench;
 mod checkpoints;
+mod compute;
 mod doctor;
 mod http;
 mod look;

@@ -11,6 +11,7 @@ use lockstep::{
 };
 
 use super::{
+    compute::Compute,
     http::Http,
     up::{DATA_DIR, HISTORY, all_cores, cores, parse_models},
 };
@@ -74,6 +75,8 @@ pub struct Node {
     /// A model to serve, as NAME=PATH. Repeatable.
     #[arg(long = "model", value_name = "NAME=PATH", required_unless_present = "print_env")]
     models: Vec<String>,
+    #[command(flatten)]
+    compute: Compute,
     /// Holds the certificates in `identity/`.
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
@@ -131,6 +134,7 @@ impl Node {
             samplers: self.samplers,
             threads: self.threads.unwrap_or_else(all_cores),
             models: parse_models(&self.models)?,
+            compute: self.compute.options(),
         };
         Ok(run_node(NodeProcess { config, data_dir: self.data_dir, listen: self.listen, join })?)
     }

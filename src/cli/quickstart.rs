@@ -13,7 +13,10 @@ use lockstep::{
     service::{self, DataDirectory, Supervisor},
 };
 
-use super::up::{DATA_DIR, LocalCluster};
+use super::{
+    compute::Compute,
+    up::{DATA_DIR, LocalCluster},
+};
 
 /// The model that is fetched if none is given.
 const MODEL: &str = "smollm2-135m";
@@ -37,6 +40,8 @@ pub struct Quickstart {
     /// Another model with ChatML prompts, as NAME=PATH.
     #[arg(long = "model", value_name = "NAME=PATH")]
     model: Option<String>,
+    #[command(flatten)]
+    compute: Compute,
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
 }
@@ -58,7 +63,7 @@ impl Quickstart {
             nodes: 1,
             threads: self.threads,
             models: vec![model],
-            dtype: "f32".into(),
+            compute: self.compute,
             data_dir: self.data_dir.clone(),
         };
         let mut config = QuickstartConfig::new(name, self.out.clone());

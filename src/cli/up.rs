@@ -8,7 +8,7 @@ use lockstep::{
     service::{DataDirectory, SupervisorConfig, UpConfig, up},
 };
 
-use super::http::Http;
+use super::{compute::Compute, http::Http};
 
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
@@ -52,9 +52,8 @@ pub struct LocalCluster {
     /// default those that `lockstep model pull` fetched.
     #[arg(long = "model", value_name = "NAME=PATH")]
     pub models: Vec<String>,
-    /// Type of the base weights.
-    #[arg(long, default_value = "f32", value_parser = ["f32"])]
-    pub dtype: String,
+    #[command(flatten)]
+    pub compute: Compute,
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     pub data_dir: PathBuf,
 }
@@ -93,6 +92,7 @@ impl LocalCluster {
             samplers: self.samplers,
             threads: self.threads.unwrap_or_else(all_cores),
             models,
+            compute: self.compute.options(),
             logs_to_files,
         })
     }

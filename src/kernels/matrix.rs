@@ -1,13 +1,15 @@
 //! Frozen weights in the order in which the products read them.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::Range, sync::Arc};
 
-use super::buffer::Buffer;
+use half::bf16;
+
+use super::{WeightDtype, buffer::Buffer, pack::Widen};
 
 /// Outputs in a panel: two AVX-512 registers, the width of the widest product tile.
 pub(crate) const PANEL: usize = 32;
 
-/// A frozen linear layer's weight, f32, packed once when it is loaded; clones share it.
+/// A frozen linear layer's weight, packed once when it is loaded; clones share it.
 ///
 /// ```text
 /// panel p holds outputs 32p .. 32p + 32, input by input (missing outputs are zero):
@@ -25,25 +27,59 @@ pub(crate) const PANEL: usize = 32;
 pub struct Matrix {
     out_features: usize,
     in_features: usize,
-    panels: Arc<Buffer>,
+    panels: Panels,
+}
+
+#[derive(Clone)]
+enum Panels {
+    F32(Arc<Buffer>),
+    Bf16(Arc<Vec<HalfLine>>),
+}
+
+/// The weights of one input and 32 outputs: one cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct HalfLine([bf16; PANEL]);
+
+/// Some inputs of a panel, `[inputs, 32]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Panel<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
 }
 
 impl Matrix {
-    /// Packs `rows`, `[out_features, in_features]` row-major.
+    /// Packs `rows`, `[out_features, in_features]` row-major, as f32.
     ///
     /// # Panics
     ///
     /// If `rows` has another length than `out_features * in_features`.
     pub fn from_rows(out_features: usize, in_features: usize, rows: &[f32]) -> Self {
+        Self::with_dtype(WeightDtype::F32, out_features, in_features, rows)
+    }
+
+    /// Packs `rows`, `[out_features, in_features]` row-major, each weight
+    /// [rounded](WeightDtype::round) to `dtype`.
+    ///
+    /// # Panics
+    ///
+    /// If `rows` has another length than `out_features * in_features`.
+    pub fn with_dtype(dtype: WeightDtype, out_features: usize, in_features: usize, rows: &[f32]) -> Self {
         assert_eq!(rows.len(), out_features * in_features, "a matrix needs out x in values");
-        let mut panels = Buffer::zeroed(out_features.div_ceil(PANEL) * in_features * PANEL);
-        for (output, row) in rows.chunks_exact(in_features.max(1)).enumerate() {
-            let start = output / PANEL * in_features * PANEL + output % PANEL;
-            for (value, slot) in row.iter().zip(panels[start..].iter_mut().step_by(PANEL)) {
-                *slot = *value;
+        let lines = out_features.div_ceil(PANEL) * in_features;
+        let panels = match dtype {
+            WeightDtype::F32 => {
+                let mut panels = Buffer::zeroed(lines * PANEL);
+                pack(&mut panels, in_features, rows, |value| value);
+                Panels::F32(Arc::new(panels))
             }
-        }
-        Self { out_features, in_features, panels: Arc::new(panels) }
+            WeightDtype::Bf16 => {
+                let mut panels = vec![HalfLine([bf16::ZERO; PANEL]); lines];
+                pack(flat_mut(&mut panels), in_features, rows, bf16::from_f32);
+                Panels::Bf16(Arc::new(panels))
+            }
+        };
+        Self { out_features, in_features, panels }
     }
 
     /// Number of outputs.
@@ -51,9 +87,21 @@ impl Matrix {
         self.out_features
     }
 
+    /// What the weights are stored as.
+    pub fn dtype(&self) -> WeightDtype {
+        match &self.panels {
+            Panels::F32(_) => WeightDtype::F32,
+            Panels::Bf16(_) => WeightDtype::Bf16,
+        }
+    }
+
     /// Whether both are the same weights in memory, as a tied head and its embedding.
     pub fn shares_storage(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.panels, &other.panels)
+        match (&self.panels, &other.panels) {
+            (Panels::F32(ours), Panels::F32(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Panels::Bf16(ours), Panels::Bf16(theirs)) => Arc::ptr_eq(ours, theirs),
+            _ => false,
+        }
     }
 
     /// Number of inputs.
@@ -69,15 +117,15 @@ impl Matrix {
     pub fn copy_row(&self, output: usize, row: &mut [f32]) {
         assert!(output < self.out_features, "output {output} of {}", self.out_features);
         assert_eq!(row.len(), self.in_features, "a row has one value per input");
-        let panel = self.panel(output / PANEL);
-        for (slot, value) in row.iter_mut().zip(panel[output % PANEL..].iter().step_by(PANEL)) {
-            *slot = *value;
+        match self.panel(output / PANEL) {
+            Panel::F32(panel) => copy_column(panel, output % PANEL, row),
+            Panel::Bf16(panel) => copy_column(panel, output % PANEL, row),
         }
     }
 
     /// Bytes of memory that the weights take, missing outputs included.
     pub fn bytes(&self) -> usize {
-        self.panels.len() * size_of::<f32>()
+        self.panels() * PANEL * self.in_features * self.dtype().bytes()
     }
 
     /// Number of panels.
@@ -86,15 +134,52 @@ impl Matrix {
     }
 
     /// One panel, `[in_features, 32]`.
-    pub(crate) fn panel(&self, panel: usize) -> &[f32] {
-        let len = self.in_features * PANEL;
-        &self.panels[panel * len..][..len]
+    pub(crate) fn panel(&self, panel: usize) -> Panel<'_> {
+        self.panel_inputs(panel, 0..self.in_features)
     }
+
+    /// Some inputs of a panel.
+    pub(crate) fn panel_inputs(&self, panel: usize, inputs: Range<usize>) -> Panel<'_> {
+        assert!(inputs.end <= self.in_features, "inputs {inputs:?} of {}", self.in_features);
+        let first = panel * self.in_features;
+        let lines = first + inputs.start..first + inputs.end;
+        match &self.panels {
+            Panels::F32(panels) => Panel::F32(&panels[lines.start * PANEL..lines.end * PANEL]),
+            Panels::Bf16(panels) => Panel::Bf16(flat(&panels[lines])),
+        }
+    }
+}
+
+/// Brings rows into the order of panels.
+fn pack<T>(panels: &mut [T], in_features: usize, rows: &[f32], store: impl Fn(f32) -> T) {
+    for (output, row) in rows.chunks_exact(in_features.max(1)).enumerate() {
+        let start = output / PANEL * in_features * PANEL + output % PANEL;
+        for (value, slot) in row.iter().zip(panels[start..].iter_mut().step_by(PANEL)) {
+            *slot = store(*value);
+        }
+    }
+}
+
+/// The weights of one output of a panel.
+fn copy_column<T: Widen>(panel: &[T], output: usize, row: &mut [f32]) {
+    for (slot, value) in row.iter_mut().zip(panel[output..].iter().step_by(PANEL)) {
+        *slot = value.widen();
+    }
+}
+
+fn flat(lines: &[HalfLine]) -> &[bf16] {
+    // SAFETY: a line is 32 values without padding.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * PANEL) }
+}
+
+fn flat_mut(lines: &mut [HalfLine]) -> &mut [bf16] {
+    // SAFETY: as in `flat`, and they are borrowed exclusively.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * PANEL) }
 }
 
 impl fmt::Debug for Matrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Matrix [{}, {}]", self.out_features, self.in_features)
+        write!(f, "Matrix [{}, {}] {}", self.out_features, self.in_features, self.dtype())
     }
 }
 
@@ -105,16 +190,26 @@ mod tests {
     #[test]
     fn rows_come_back_as_they_went_in() {
         for (outputs, inputs) in [(1, 1), (31, 5), (32, 7), (33, 3), (70, 16)] {
-            let rows: Vec<f32> = (0..outputs * inputs).map(|i| i as f32 + 1.0).collect();
-            let matrix = Matrix::from_rows(outputs, inputs, &rows);
-            let mut row = vec![0.0; inputs];
-            for (output, expected) in rows.chunks(inputs).enumerate() {
-                matrix.copy_row(output, &mut row);
-                assert_eq!(row, expected);
+            // Small whole numbers and their thirds: the first are exact in either type.
+            let rows: Vec<f32> =
+                (0..outputs * inputs).map(|i| (i % 200 + 1) as f32 / (1 + i % 2 * 2) as f32).collect();
+            for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+                let matrix = Matrix::with_dtype(dtype, outputs, inputs, &rows);
+                assert_eq!(matrix.dtype(), dtype);
+                let mut row = vec![0.0; inputs];
+                for (output, given) in rows.chunks(inputs).enumerate() {
+                    matrix.copy_row(output, &mut row);
+                    let expected: Vec<f32> = given.iter().map(|value| dtype.round(*value)).collect();
+                    assert_eq!(row, expected);
+                }
+                let padding = matrix.panels() * PANEL * inputs - rows.len();
+                let zeros = (0..matrix.panels()).map(|panel| match matrix.panel(panel) {
+                    Panel::F32(values) => values.iter().filter(|value| **value == 0.0).count(),
+                    Panel::Bf16(values) => values.iter().filter(|value| **value == bf16::ZERO).count(),
+                });
+                assert_eq!(zeros.sum::<usize>(), padding, "what no output fills is zero");
+                assert_eq!(matrix.bytes(), (padding + rows.len()) * dtype.bytes());
             }
-            let padding = matrix.panels() * PANEL * inputs - rows.len();
-            let zeros = (0..matrix.panels()).flat_map(|p| matrix.panel(p)).filter(|v| **v == 0.0).count();
-            assert_eq!(zeros, padding, "what no output fills is zero");
         }
     }
 }

@@ -2,10 +2,12 @@
 
 mod attention;
 mod buffer;
+mod dtype;
 mod exp;
 mod linear;
 mod matrix;
 mod norm;
+mod pack;
 mod rotary;
 mod route;
 mod rows;
@@ -17,6 +19,7 @@ mod tests;
 mod threads;
 mod tile;
 
+pub use dtype::WeightDtype;
 pub use matrix::Matrix;
 pub use simd::{choose_path, path, paths};
 pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};

@@ -11,15 +11,17 @@
 //! element (i, k) of A is at i·a_row + k·a_step: either order of A is fine
 //! ```
 
+use half::bf16;
+
 use super::simd::{Kernel, LANES, Simd, run};
 
-/// A product's operands.
+/// A product's operands; `B` is made of `E`, widened to f32 as it is read.
 #[derive(Clone, Copy)]
-pub(super) struct Factors {
+pub(super) struct Factors<E = f32> {
     pub a: *const f32,
     pub a_row: usize,
     pub a_step: usize,
-    pub b: *const f32,
+    pub b: *const E,
     pub b_step: usize,
     pub depth: usize,
 }
@@ -34,11 +36,11 @@ pub(super) enum Start {
 
 /// A block of `C = A·B`, or `C = A·B + A'·B'` if there is a second product.
 #[derive(Clone, Copy)]
-pub(super) struct Block {
+pub(super) struct Block<E = f32> {
     pub rows: usize,
     /// At most 32.
     pub columns: usize,
-    pub product: Factors,
+    pub product: Factors<E>,
     /// Continues each element's chain: the low-rank part of an adapted layer.
     pub second: Option<Factors>,
     pub c: *mut f32,
@@ -46,7 +48,7 @@ pub(super) struct Block {
     pub start: Start,
 }
 
-impl Block {
+impl<E: Element> Block<E> {
     /// Computes the block.
     ///
     /// # Safety
@@ -60,7 +62,7 @@ impl Block {
     }
 }
 
-impl Kernel for Block {
+impl<E: Element> Kernel for Block<E> {
     type Output = ();
 
     #[inline(always)]
@@ -74,8 +76,8 @@ impl Kernel for Block {
                 // SAFETY: the promise of `compute`, the only way here: the tile lies in the block.
                 unsafe {
                     match vectors {
-                        2 => dispatch_rows::<S, 2>(s, &self, row, column, rows),
-                        _ => dispatch_rows::<S, 1>(s, &self, row, column, rows),
+                        2 => dispatch_rows::<S, E, 2>(s, &self, row, column, rows),
+                        _ => dispatch_rows::<S, E, 1>(s, &self, row, column, rows),
                     }
                 }
                 row += rows;
@@ -87,9 +89,9 @@ impl Kernel for Block {
 
 /// Calls the tile that has so many rows.
 #[inline(always)]
-unsafe fn dispatch_rows<S: Simd, const N: usize>(
+unsafe fn dispatch_rows<S: Simd, E: Element, const N: usize>(
     s: S,
-    block: &Block,
+    block: &Block<E>,
     row: usize,
     column: usize,
     rows: usize,
@@ -97,25 +99,30 @@ unsafe fn dispatch_rows<S: Simd, const N: usize>(
     // SAFETY: the caller's promise, that the tile lies in the block.
     unsafe {
         match rows {
-            1 => tile::<S, 1, N>(s, block, row, column),
-            2 => tile::<S, 2, N>(s, block, row, column),
-            3 => tile::<S, 3, N>(s, block, row, column),
-            4 => tile::<S, 4, N>(s, block, row, column),
-            5 => tile::<S, 5, N>(s, block, row, column),
-            6 => tile::<S, 6, N>(s, block, row, column),
-            7 => tile::<S, 7, N>(s, block, row, column),
-            8 => tile::<S, 8, N>(s, block, row, column),
-            9 => tile::<S, 9, N>(s, block, row, column),
-            10 => tile::<S, 10, N>(s, block, row, column),
-            11 => tile::<S, 11, N>(s, block, row, column),
-            _ => tile::<S, 12, N>(s, block, row, column),
+            1 => tile::<S, E, 1, N>(s, block, row, column),
+            2 => tile::<S, E, 2, N>(s, block, row, column),
+            3 => tile::<S, E, 3, N>(s, block, row, column),
+            4 => tile::<S, E, 4, N>(s, block, row, column),
+            5 => tile::<S, E, 5, N>(s, block, row, column),
+            6 => tile::<S, E, 6, N>(s, block, row, column),
+            7 => tile::<S, E, 7, N>(s, block, row, column),
+            8 => tile::<S, E, 8, N>(s, block, row, column),
+            9 => tile::<S, E, 9, N>(s, block, row, column),
+            10 => tile::<S, E, 10, N>(s, block, row, column),
+            11 => tile::<S, E, 11, N>(s, block, row, column),
+            _ => tile::<S, E, 12, N>(s, block, row, column),
         }
     }
 }
 
 /// `R` rows by `N` vectors of columns, from (`row`, `column`) of the block.
 #[inline(always)]
-unsafe fn tile<S: Simd, const R: usize, const N: usize>(s: S, block: &Block, row: usize, column: usize) {
+unsafe fn tile<S: Simd, E: Element, const R: usize, const N: usize>(
+    s: S,
+    block: &Block<E>,
+    row: usize,
+    column: usize,
+) {
     // SAFETY: the caller's promise, that the tile lies in the block.
     unsafe {
         let c = block.c.add(row * block.c_row + column);
@@ -151,10 +158,10 @@ unsafe fn tile<S: Simd, const R: usize, const N: usize>(s: S, block: &Block, row
 
 /// Adds the terms of one product, in order, to a tile's sums.
 #[inline(always)]
-unsafe fn chain<S: Simd, const R: usize, const N: usize>(
+unsafe fn chain<S: Simd, E: Element, const R: usize, const N: usize>(
     s: S,
     sums: &mut [[S::V; N]; R],
-    factors: &Factors,
+    factors: &Factors<E>,
     row: usize,
     column: usize,
 ) {
@@ -166,7 +173,7 @@ unsafe fn chain<S: Simd, const R: usize, const N: usize>(
         for _ in 0..factors.depth {
             let mut b_columns = [s.splat(0.0); N];
             for (j, b_column) in b_columns.iter_mut().enumerate() {
-                *b_column = s.load(b.add(j * LANES));
+                *b_column = E::load(s, b.add(j * LANES));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 let a_element = s.splat(*a.add(i * a_row));
@@ -177,6 +184,30 @@ unsafe fn chain<S: Simd, const R: usize, const N: usize>(
             a = a.wrapping_add(factors.a_step);
             b = b.wrapping_add(factors.b_step);
         }
+    }
+}
+
+/// A number that `B` is made of.
+pub(super) trait Element: Copy {
+    /// # Safety
+    ///
+    /// 16 values must be readable at `from`.
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load(from) }
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_bf16(from) }
     }
 }
 

@@ -9,14 +9,16 @@ use std::{
 };
 
 use super::{
-    BaseModel, ModelConfig, ModelError, ModelSource, TextCodec,
+    BaseModel, ComputeOptions, ModelConfig, ModelError, ModelSource, TextCodec,
     digest_cache::DigestCache,
     files::{ModelFiles, Stamp},
+    weights::base_digest,
 };
 use crate::types::Digest;
 
 /// The base models of a process: each is loaded once, when first asked for, and shared.
 pub struct Library {
+    options: ComputeOptions,
     models: Vec<Entry>,
     /// Names and aliases, in lower case.
     by_name: HashMap<String, usize>,
@@ -36,18 +38,26 @@ struct Entry {
 impl Library {
     /// Reads each model's configuration and digest, not its weights into memory: hashing takes
     /// about a second for each GB.
-    pub fn open(sources: Vec<ModelSource>) -> Result<Self, ModelError> {
-        Self::open_with(sources, DigestCache::none())
+    pub fn open(sources: Vec<ModelSource>, options: ComputeOptions) -> Result<Self, ModelError> {
+        Self::open_with(sources, options, DigestCache::none())
     }
 
     /// The same with a directory (made if absent) in which digests are remembered, so that files
     /// which haven't changed since aren't hashed again.
-    pub fn open_cached(sources: Vec<ModelSource>, cache: &Path) -> Result<Self, ModelError> {
-        Self::open_with(sources, DigestCache::in_directory(cache))
+    pub fn open_cached(
+        sources: Vec<ModelSource>,
+        options: ComputeOptions,
+        cache: &Path,
+    ) -> Result<Self, ModelError> {
+        Self::open_with(sources, options, DigestCache::in_directory(cache))
     }
 
-    fn open_with(sources: Vec<ModelSource>, cache: DigestCache) -> Result<Self, ModelError> {
-        let mut library = Self { models: Vec::new(), by_name: HashMap::new() };
+    fn open_with(
+        sources: Vec<ModelSource>,
+        options: ComputeOptions,
+        cache: DigestCache,
+    ) -> Result<Self, ModelError> {
+        let mut library = Self { options, models: Vec::new(), by_name: HashMap::new() };
         for source in sources {
             library.claim_names(&source)?;
             let files = ModelFiles::open(&source.path)?;
@@ -63,7 +73,7 @@ impl Library {
             };
             library.models.push(Entry {
                 source,
-                digest,
+                digest: base_digest(digest, options.dtype),
                 files,
                 stamps,
                 loaded: Mutex::default(),
@@ -95,7 +105,7 @@ impl Library {
         let model = Arc::new(BaseModel {
             name: entry.source.name.clone(),
             config: entry.files.config.clone(),
-            weights: entry.files.load_weights()?,
+            weights: entry.files.load_weights(self.options.dtype)?,
             text: entry.files.text.clone(),
             digest: entry.digest,
         });
@@ -103,6 +113,11 @@ impl Library {
         #[cfg(test)]
         entry.loads.fetch_add(1, Ordering::Relaxed);
         Ok(model)
+    }
+
+    /// How the models are computed.
+    pub fn options(&self) -> ComputeOptions {
+        self.options
     }
 
     /// How often weights were read into memory, of all models.
@@ -156,7 +171,10 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ChatMessage, tiny};
+    use crate::{
+        kernels::WeightDtype,
+        model::{ChatMessage, tiny},
+    };
 
     fn tiny_source(directory: &Path) -> ModelSource {
         tiny::write(directory, &tiny::config(), 7).unwrap();
@@ -166,7 +184,7 @@ mod tests {
     #[test]
     fn loads_a_model_once_and_shares_it() {
         let directory = tempfile::tempdir().unwrap();
-        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())], ComputeOptions::default()).unwrap();
         let models: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| library.load("tiny").unwrap())).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -185,10 +203,29 @@ mod tests {
         assert_eq!(model.weights.layers[1].o.in_features(), 32);
     }
 
+    /// Other weights are another model: nothing of one may pass for the other's.
+    #[test]
+    fn holds_weights_in_half_the_memory_under_a_digest_of_their_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let [whole, half] = [WeightDtype::F32, WeightDtype::Bf16].map(|dtype| {
+            let library =
+                Library::open(vec![tiny_source(directory.path())], ComputeOptions { dtype }).unwrap();
+            let model = library.load("tiny").unwrap();
+            assert_eq!(model.digest, library.offers()[0].2);
+            assert_eq!(model.digest, BaseModel::load_as(dtype, "tiny", directory.path()).unwrap().digest);
+            assert!(model.weights.embed.shares_storage(&model.weights.head), "a tied head is shared");
+            model
+        });
+        assert_ne!(whole.digest, half.digest);
+        assert_eq!(whole.digest, ModelFiles::open(directory.path()).unwrap().digest().unwrap());
+        let [whole, half] = [whole, half].map(|model| model.weights.layers[1].o.bytes());
+        assert_eq!((whole, half), (4 * 32 * 32, 2 * 32 * 32));
+    }
+
     #[test]
     fn hands_out_text_without_loading() {
         let directory = tempfile::tempdir().unwrap();
-        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())], ComputeOptions::default()).unwrap();
         let text = library.text("tiny").unwrap();
         let user = ChatMessage { role: "user".to_owned(), content: "Hi".to_owned() };
         let prompt = text.apply_chat_template(&[user], true).unwrap();
@@ -202,7 +239,7 @@ mod tests {
     #[test]
     fn refuses_an_unknown_name_and_says_what_is_offered() {
         let directory = tempfile::tempdir().unwrap();
-        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())], ComputeOptions::default()).unwrap();
         let error = library.load("gpt-5").err().unwrap();
         assert_eq!(error, ModelError::Unknown { name: "gpt-5".to_owned(), offered: "org/Tiny".to_owned() });
         assert_eq!(error.to_string(), "no model `gpt-5` is served here; offered: org/Tiny");
@@ -222,8 +259,8 @@ mod tests {
         }
         let digest = |cached: bool| {
             let library = match cached {
-                true => Library::open_cached(vec![source.clone()], cache.path()),
-                false => Library::open(vec![source.clone()]),
+                true => Library::open_cached(vec![source.clone()], ComputeOptions::default(), cache.path()),
+                false => Library::open(vec![source.clone()], ComputeOptions::default()),
             };
             library.unwrap().offers()[0].2
         };
@@ -247,14 +284,17 @@ mod tests {
     #[test]
     fn refuses_two_models_of_one_name() {
         let [one, two] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        let error = Library::open(vec![tiny_source(one.path()), tiny_source(two.path())]).err().unwrap();
+        let error =
+            Library::open(vec![tiny_source(one.path()), tiny_source(two.path())], ComputeOptions::default())
+                .err()
+                .unwrap();
         assert!(matches!(error, ModelError::NameTaken { name, .. } if name == "org/Tiny"));
     }
 
     #[test]
     fn refuses_files_that_changed_after_the_digest_was_taken() {
         let directory = tempfile::tempdir().unwrap();
-        let library = Library::open(vec![tiny_source(directory.path())]).unwrap();
+        let library = Library::open(vec![tiny_source(directory.path())], ComputeOptions::default()).unwrap();
         let mut other = tiny::config();
         other.rope_theta = 1_234_567.0;
         tiny::write(directory.path(), &other, 7).unwrap();

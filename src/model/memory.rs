@@ -7,13 +7,13 @@
 //!                                  + workspace + 14 P                  the head's logits; sums on their way
 //! ```
 //!
-//! P is the adapter's values, everything is f32. A micro-batch has as many rows as its budget of
+//! P is the adapter's values; everything is f32 but the base weights' matrices, which may be bf16. A micro-batch has as many rows as its budget of
 //! tokens, or as the longest sequence, if that is longer. Caches of replicas are bounded by
 //! themselves and come on top.
 
 use crate::types::{LoraConfig, LoraTarget};
 
-use super::{ModelConfig, decoder::head_chunk_rows};
+use super::{ComputeOptions, ModelConfig, decoder::head_chunk_rows};
 
 /// Vectors of the adapter's size that a run's state has: weights, two moments, the gradient.
 const STATE_VECTORS: u64 = 4;
@@ -72,8 +72,8 @@ impl Footprint {
 }
 
 impl ModelConfig {
-    /// What the model costs in memory.
-    pub fn footprint(&self) -> Footprint {
+    /// What the model costs in memory of a node that computes so.
+    pub fn footprint(&self, options: &ComputeOptions) -> Footprint {
         let layers = || (0..self.num_layers).map(|layer| LayerValues::of(self, layer));
         let hidden = self.hidden_size as u64;
         let vocabulary = matrix(self.vocab_size as u64, hidden);
@@ -85,7 +85,8 @@ impl ModelConfig {
         let rotary = self.head_dim as u64;
         let chunk = head_chunk_rows(self.vocab_size) as u64;
         Footprint {
-            weights: F32 * (tables + hidden + sum(|layer| layer.weights)),
+            weights: options.dtype.bytes() as u64 * (tables + sum(|layer| layer.matrices))
+                + F32 * (hidden + sum(|layer| layer.vectors)),
             adapter_values: LoraTarget::ALL.map(|target| {
                 (0..self.num_layers)
                     .map(|layer| {
@@ -104,7 +105,8 @@ impl ModelConfig {
 
 /// Values of one layer.
 struct LayerValues {
-    weights: u64,
+    matrices: u64,
+    vectors: u64,
     /// Of each row, from the forward to the backward.
     kept: u64,
     kept_of_rank: u64,
@@ -134,7 +136,8 @@ impl LayerValues {
         let brought = if experts.is_some() { 2 * slots * hidden } else { 0 };
         let cached = size(config.num_kv_heads) * (dim + dim.next_multiple_of(16));
         Self {
-            weights: attention + bias + norm + 2 * hidden + experts_weights,
+            matrices: attention + experts_weights,
+            vectors: bias + norm + 2 * hidden,
             kept: 2 * hidden
                 + 2 * q
                 + 2 * k
@@ -158,11 +161,11 @@ fn matrix(outputs: u64, inputs: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tiny;
+    use crate::{kernels::WeightDtype, model::tiny};
 
     #[test]
     fn a_run_is_its_state_and_its_micro_batch() {
-        let footprint = tiny::config().footprint();
+        let footprint = tiny::config().footprint(&ComputeOptions::default());
         let memory = |rank, rows| footprint.run(&LoraConfig::new(rank, 0), rows);
         // Two layers of q 32→32, k and v 32→16, o 32→32, gate and up 32→64, down 64→32.
         let values = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64));
@@ -176,7 +179,7 @@ mod tests {
 
     #[test]
     fn forged_sizes_end_in_a_large_number_not_in_a_wrong_one() {
-        let footprint = Footprint { row: u64::MAX, ..tiny::config().footprint() };
+        let footprint = Footprint { row: u64::MAX, ..tiny::config().footprint(&ComputeOptions::default()) };
         assert_eq!(footprint.run(&LoraConfig::new(8, 0), 1 << 40).work, u64::MAX);
     }
 
@@ -193,8 +196,10 @@ mod tests {
             head_dim: 64,
             ..tiny::config()
         };
-        let footprint = smollm2.footprint();
-        assert_eq!(footprint.weights, 4 * 134_515_008, "every width is whole panels");
+        let weights = |dtype| smollm2.footprint(&ComputeOptions { dtype }).weights;
+        assert_eq!(weights(WeightDtype::F32), 4 * 134_515_008, "every width is whole panels");
+        // 61 norms of 576 stay as they are.
+        assert_eq!(weights(WeightDtype::Bf16), 2 * 134_515_008 + 2 * 61 * 576);
         let kept = LayerValues::of(&smollm2, 0);
         assert_eq!(4 * kept.kept, 23_076, "23 KB per row and layer");
     }

@@ -1,5 +1,6 @@
 //! Decoder, LoRA, losses, optimiser and loaders: the mathematics, which knows no actor.
 
+mod compute_options;
 mod config;
 mod digest_cache;
 mod error;
@@ -22,6 +23,7 @@ mod state;
 
 pub mod tiny;
 
+pub use compute_options::ComputeOptions;
 pub use config::{ExpertsConfig, Family, ModelConfig, RopeScaling};
 pub use decoder::{
     AdapterRows, Batch, BatchSequence, HeadGradient, HeadRequest, HeadScores, Tape, Workspace, backward,
@@ -39,4 +41,6 @@ pub use source::ModelSource;
 pub use state::{GradientKind, TrainState};
 pub use text::{ChatMessage, TextCodec};
 pub(crate) use weights::shards_of_index;
-pub use weights::{BaseModel, BaseWeights, ExpertsWeights, LayerWeights, Mlp, MlpWeights, QkNorm, QkvBias};
+pub use weights::{
+    BaseModel, BaseWeights, ExpertsWeights, LayerWeights, Mlp, MlpWeights, QkNorm, QkvBias, base_digest,
+};

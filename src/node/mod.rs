@@ -29,7 +29,7 @@ pub use error::NodeError;
 
 use crate::{
     kernels::CoreBudget,
-    model::{Library, ModelSource},
+    model::{ComputeOptions, Library, ModelSource},
     transport::Endpoint,
 };
 
@@ -54,6 +54,7 @@ pub struct NodeConfig {
     /// Cores to compute on.
     pub threads: usize,
     pub models: Vec<ModelSource>,
+    pub compute: ComputeOptions,
 }
 
 /// How long a node that is told to stop waits for the requests it is generating for.
@@ -70,8 +71,8 @@ pub async fn serve(
     endpoint: Endpoint,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), NodeError> {
-    let sources = config.models.clone();
-    let library = tokio::task::spawn_blocking(move || Library::open(sources))
+    let (sources, options) = (config.models.clone(), config.compute);
+    let library = tokio::task::spawn_blocking(move || Library::open(sources, options))
         .await
         .map_err(|panic| NodeError::Died { what: panic.to_string() })??;
     let library = Arc::new(library);

@@ -170,7 +170,7 @@ impl Sessions {
                 vocab: config.vocab_size as u32,
                 tokenizer: tokenizer.digest,
                 tokenizer_size: tokenizer.size,
-                footprint: config.footprint(),
+                footprint: config.footprint(&self.config.compute),
                 lora_rank_max: config.lora_rank_max(),
             });
         }
@@ -184,7 +184,7 @@ impl Sessions {
             numerics: Numerics {
                 build: env!("CARGO_PKG_VERSION").to_owned(),
                 kernels: kernels::path().to_owned(),
-                dtype: "f32".to_owned(),
+                dtype: self.config.compute.dtype.to_string(),
             },
             address: self.config.advertise.clone().unwrap_or_else(|| self.endpoint.local_address()),
             host: collective::host_id(),

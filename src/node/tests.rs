@@ -4,7 +4,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::{
-    model::tiny,
+    model::{ComputeOptions, tiny},
     protocol::{
         BlobReply, CoordinatorMessage, Epoch, Generate, GenerateReply, MAX_MESSAGE, NodeHello, NodeId,
         NodeMessage, RequestId, StreamOpen, decode, encode,
@@ -85,6 +85,7 @@ fn a_missing_model_fails_at_once() {
 
 fn config(model: ModelSource) -> NodeConfig {
     NodeConfig {
+        compute: ComputeOptions::default(),
         name: "n".to_owned(),
         coordinator: "memory:coordinator".to_owned(),
         advertise: None,

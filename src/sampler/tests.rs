@@ -17,8 +17,8 @@ use super::*;
 use crate::{
     kernels::{Priority, Team},
     model::{
-        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, LoraLayout, ModelConfig, ModelSource,
-        Workspace, forward, head_logits, prepare, run_micro_batch, tiny,
+        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, ComputeOptions, LoraLayout, ModelConfig,
+        ModelSource, Workspace, forward, head_logits, prepare, run_micro_batch, tiny,
     },
     protocol::RequestId,
     types::{
@@ -47,7 +47,7 @@ impl Replica {
             aliases: vec!["tiny".into()],
             path: directory.path().to_owned(),
         };
-        let library = Arc::new(Library::open(vec![source]).expect("a model"));
+        let library = Arc::new(Library::open(vec![source], ComputeOptions::default()).expect("a model"));
         let deaths = Arc::new(AtomicUsize::new(0));
         let counter = deaths.clone();
         let cores = CoreBudget::new(2);

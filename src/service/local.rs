@@ -9,7 +9,7 @@ use tokio::sync::{oneshot, watch};
 use crate::{
     client::{Connector, ServiceClient},
     coordinator::{self, CoordinatorConfig},
-    model::ModelSource,
+    model::{ComputeOptions, ModelSource},
     node::{self, NodeConfig},
     transport::{Endpoint, MemoryNetwork, Role},
 };
@@ -32,6 +32,7 @@ pub struct ClusterConfig {
     pub samplers: u32,
     /// Cores to compute on, over all nodes.
     pub threads: usize,
+    pub compute: ComputeOptions,
 }
 
 /// A whole cluster inside this process: the same actors as in a distributed one, over the
@@ -166,6 +167,7 @@ impl ClusterConfig {
             samplers: share.samplers,
             threads: share.threads,
             models: self.models.clone(),
+            compute: self.compute,
         }
     }
 }

@@ -19,7 +19,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::{kernels, model::ModelSource};
+use crate::{
+    kernels,
+    model::{ComputeOptions, ModelSource},
+};
 
 use super::{
     DataDirectory, ServiceError,
@@ -66,6 +69,7 @@ pub struct SupervisorConfig {
     /// Cores to compute on, over all nodes.
     pub threads: usize,
     pub models: Vec<ModelSource>,
+    pub compute: ComputeOptions,
     /// Logs of the parts go to `DATA/logs` instead of stderr.
     pub logs_to_files: bool,
 }
@@ -202,6 +206,7 @@ impl Part {
         flag("--trainers", share.trainers.to_string());
         flag("--samplers", share.samplers.to_string());
         flag("--threads", share.threads.to_string());
+        flag("--dtype", config.compute.dtype.to_string());
         for model in &config.models {
             flag("--model", format!("{}={}", model.name, model.path.display()));
         }

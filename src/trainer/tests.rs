@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::{
     collective::{self, CollectiveInbox, RankSet},
-    model::{ModelSource, tiny},
+    model::{ComputeOptions, ModelSource, tiny},
     protocol::{
         Epoch, NodeId, OpToken, Operation, OperationSeq, Payload, RankIndex, RankSeat, RunSpec,
         encode_compressed,
@@ -220,7 +220,7 @@ fn slots_that_tell(progress_every: Duration, count: u32, test: impl AsyncFnOnce(
     tiny::write(directory.path(), &tiny::config(), 3).unwrap();
     let source =
         ModelSource { name: "tiny".to_owned(), aliases: Vec::new(), path: directory.path().to_owned() };
-    let library = Arc::new(Library::open(vec![source]).unwrap());
+    let library = Arc::new(Library::open(vec![source], ComputeOptions::default()).unwrap());
     let system = actix_rt::System::with_tokio_rt(|| {
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
     });

@@ -1,6 +1,7 @@
 """The model families of the goldens: their shapes, random weights, and the same weights in GGUF.
 
-A shape's `lora` is the adapter that the goldens put on it, `calls` names those that are kept of
+A shape's `lora` is the adapter that the goldens put on it, `dtype` what its weights are held as (absent:
+f32), `calls` names those that are kept of
 the goldens' calls (absent: all); the rest goes to transformers' configuration class. Names and metadata of the GGUF files are those that the gguf package, which
 llama.cpp's converter uses, gives them.
 """
@@ -145,6 +146,15 @@ FAMILIES = {
     },
 }
 
+# The same with weights held as bf16: stored as they are, rounded by whoever loads them. What the goldens say
+# is computed in float32 from the rounded weights.
+FAMILIES["llama_bf16"] = FAMILIES["llama_untied"] | {
+    "dtype": "bf16",
+    "calls": FEW_CALLS,
+    "lora": {"rank": 3, "alpha": 6.0, "targets": "q k v o gate up down"},
+}
+FAMILIES["qwen3_moe_bf16"] = FAMILIES["qwen3_moe"] | {"dtype": "bf16", "tie_word_embeddings": True}
+
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
@@ -170,6 +180,15 @@ def make_model(shape, random):
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model
+
+
+@torch.no_grad()
+def hold_as(dtype, model):
+    """Rounds every matrix (norms and biases stay as they are); products go on in float32."""
+    if dtype == "bf16":
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(parameter.bfloat16().float())
 
 
 class ExpertLora:

@@ -34,7 +34,7 @@ import pathlib
 import peft
 import torch
 import transformers
-from families import FAMILIES, ExpertLora, generate, has_gguf, make_model, write_gguf
+from families import FAMILIES, ExpertLora, generate, has_gguf, hold_as, make_model, write_gguf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -79,7 +79,7 @@ def main():
 
 def make_family(directory, shape, seed):
     random = torch.Generator().manual_seed(seed)
-    lora, kept = shape.pop("lora"), shape.pop("calls", None)
+    lora, kept, dtype = shape.pop("lora"), shape.pop("calls", None), shape.pop("dtype", "f32")
     base = make_model(shape, random)
     base.save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
@@ -87,11 +87,13 @@ def make_family(directory, shape, seed):
     make_tokenizer(characters).save(str(directory / "tokenizer.json"), pretty=False)
     if has_gguf(base.config):
         write_gguf(directory / "model.gguf", base, characters)
+    hold_as(dtype, base)
 
     model, parameters = make_adapter(base, lora, random)
     tensors = {f"adapter.{name}": parameter.detach().clone() for name, parameter in parameters.items()}
     golden = {
         "seed": seed,
+        "dtype": dtype,
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "lora": {"rank": lora["rank"], "alpha": lora["alpha"], "seed": 0, "targets": projections(lora)},
         "sequences": [tokens(n, shape["vocab_size"], random) for n in (1, 7, 26)],

@@ -33,6 +33,10 @@ def report(family):
 @pytest.fixture
 def adapted(family, report):
     base = AutoModelForCausalLM.from_pretrained(report["model"], dtype=torch.float32)
+    if report["dtype"] == "bf16":
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.data.copy_(parameter.data.bfloat16().float())
     if getattr(base.config, "mlp_only_layers", None):
         # It takes every gate_proj, up_proj and down_proj of this architecture for an expert's.
         pytest.skip("PEFT cannot adapt the MLP of a layer without experts beside layers with them")

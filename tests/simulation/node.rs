@@ -79,7 +79,8 @@ impl ModelNode {
                 vocab: VOCAB,
                 tokenizer: Digest::of(b"tokenizer"),
                 tokenizer_size: 9,
-                footprint: lockstep::model::tiny::config().footprint(),
+                footprint: lockstep::model::tiny::config()
+                    .footprint(&lockstep::model::ComputeOptions::default()),
                 lora_rank_max: [64; 7],
             }],
             numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },

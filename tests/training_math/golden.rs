@@ -7,7 +7,7 @@ use std::{
 };
 
 use lockstep::{
-    kernels::Team,
+    kernels::{Team, WeightDtype},
     model::{
         Adapter, AdapterRows, BaseModel, LoraLayout, MicroBatchOutput, TrainState, Workspace,
         cut_micro_batches, prepare, run_micro_batch,
@@ -20,6 +20,7 @@ use safetensors::{Dtype, SafeTensors};
 pub struct Golden {
     pub family: String,
     pub directory: PathBuf,
+    pub dtype: WeightDtype,
     pub model: BaseModel,
     pub file: GoldenFile,
     pub tensors: BTreeMap<String, TensorData>,
@@ -28,6 +29,8 @@ pub struct Golden {
 /// golden.json; make_goldens.py describes it.
 #[derive(serde::Deserialize)]
 pub struct GoldenFile {
+    /// What the model's weights are held as.
+    dtype: String,
     pub lora: LoraConfig,
     pub sequences: Vec<Vec<u32>>,
     pub generation: Generation,
@@ -83,9 +86,11 @@ pub fn goldens() -> impl Iterator<Item = Golden> {
 impl Golden {
     pub fn load(directory: &Path) -> Self {
         let family = directory.display().to_string();
-        let model = BaseModel::load("golden", directory).unwrap_or_else(|e| panic!("{family}: {e}"));
         let json = std::fs::read(directory.join("golden.json")).unwrap();
-        let file = serde_json::from_slice(&json).unwrap_or_else(|e| panic!("{family}: {e}"));
+        let file: GoldenFile = serde_json::from_slice(&json).unwrap_or_else(|e| panic!("{family}: {e}"));
+        let dtype = file.dtype.parse().unwrap();
+        let model =
+            BaseModel::load_as(dtype, "golden", directory).unwrap_or_else(|e| panic!("{family}: {e}"));
         let bytes = std::fs::read(directory.join("golden.safetensors")).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let tensors = tensors.tensors().into_iter().map(|(name, view)| {
@@ -104,7 +109,7 @@ impl Golden {
             };
             (name, TensorData::new(values, dtype, view.shape().to_vec()).unwrap())
         });
-        Self { family, directory: directory.to_owned(), model, file, tensors: tensors.collect() }
+        Self { family, directory: directory.to_owned(), dtype, model, file, tensors: tensors.collect() }
     }
 
     /// The golden's adapter at step 0.

@@ -3,7 +3,8 @@
 //! optimiser steps.
 //!
 //! `tests/goldens/make_goldens.py` made the reference values (float32, one sequence at a time);
-//! here the same sequences run packed. `LOCKSTEP_GOLDENS=DIR` compares with the families in DIR
+//! here the same sequences run packed. Weights held as bf16 are rounded there before and here while
+//! they are loaded, so nothing more is allowed to them. `LOCKSTEP_GOLDENS=DIR` compares with the families in DIR
 //! too: a CI step makes them from a fresh seed, so that nobody can fit to the committed files.
 //!
 //! Where the tolerances come from: on these models PyTorch's own float32 is up to 2e-6 away
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep::{
     archive,
-    kernels::Team,
+    kernels::{Team, WeightDtype},
     model::{
         Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, HeadRequest, KvCache,
         ModelConfig, RopeScaling, TrainState, Workspace, forward, head_logits, head_logprobs, prepare,
@@ -102,7 +103,7 @@ fn a_gguf_is_the_same_model() {
             assert!(!path.exists(), "llama.cpp computes no such model");
             continue;
         }
-        let model = BaseModel::load("golden", &path).unwrap_or_else(|e| panic!("{e}"));
+        let model = BaseModel::load_as(golden.dtype, "golden", &path).unwrap_or_else(|e| panic!("{e}"));
         let [ours, theirs] = [&model.config, &golden.model.config].map(|config| ModelConfig {
             // Llama 3.1's scaling stands in a GGUF as its effect on each frequency.
             rope_scaling: RopeScaling::None,
@@ -270,8 +271,7 @@ fn adapters_survive_their_export() {
         let bytes = std::fs::read(directory.join("adapter_model.safetensors")).unwrap();
         let back = Adapter::from_bytes(&golden.model.config, &bytes).unwrap();
         assert_eq!(logprobs(&back), logprobs(&adapter), "{}", golden.family);
-        let report =
-            serde_json::json!({ "model": golden.family, "tokens": tokens, "logprobs": logprobs(&back) });
+        let report = serde_json::json!({ "model": golden.family, "dtype": golden.dtype.name(), "tokens": tokens, "logprobs": logprobs(&back) });
         std::fs::write(root.join(family).join("logprobs.json"), report.to_string()).unwrap();
     }
 }
@@ -297,7 +297,8 @@ fn adapters_of_peft_are_imported() {
 /// The adapter added to the weights gives the logits of the adapted model.
 #[test]
 fn merged_models_give_the_same_logits() {
-    for golden in goldens() {
+    // Rounding the sum to bf16 is another rounding than that of the base alone.
+    for golden in goldens().filter(|golden| golden.dtype == WeightDtype::F32) {
         let directory = tempfile::tempdir().unwrap();
         let (adapter, merged) = (directory.path().join("adapter"), directory.path().join("merged"));
         std::fs::create_dir(&adapter).unwrap();

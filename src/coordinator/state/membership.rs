@@ -34,6 +34,11 @@ impl State {
             self.effects.push(Effect::Dismiss { node: id, reason });
             return;
         }
+        if let Err(reason) = self.same_weights(&hello) {
+            tracing::warn!(node = %hello.name, "refused: {reason}");
+            self.effects.push(Effect::Dismiss { node: id, reason });
+            return;
+        }
         let namesake = self.nodes.iter().find(|(_, node)| node.hello.name == hello.name).map(|(id, _)| *id);
         if let Some(old) = namesake {
             self.dismiss(old, "a node of the same name joined");
@@ -58,6 +63,24 @@ impl State {
         self.release_held();
         self.advance_all();
         self.dispatch_waiting();
+    }
+
+    /// Refuses a node that holds weights of a model as another type than one that is there: what its
+    /// replicas sample would be of other weights than those that are trained.
+    fn same_weights(&self, hello: &NodeHello) -> Result<(), String> {
+        let offers = |other: &Node| {
+            let names = |model: &ModelOffer| other.hello.models.iter().any(|known| known.name == model.name);
+            hello.models.iter().any(names)
+        };
+        let (name, dtype) = (&hello.name, &hello.numerics.dtype);
+        let mut others = self.nodes.values().filter(|other| other.hello.name != *name && offers(other));
+        match others.find(|other| other.hello.numerics.dtype != *dtype) {
+            None => Ok(()),
+            Some(other) => Err(format!(
+                "node {name} holds base weights as {dtype}, node {} as {}; give all nodes of a cluster the same --dtype",
+                other.hello.name, other.hello.numerics.dtype
+            )),
+        }
     }
 
     /// Adds what a node offers; of two models under one name the one that is served stays.

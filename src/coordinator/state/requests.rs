@@ -10,7 +10,10 @@ use crate::{
 };
 
 use super::{
-    Appending, Refusal, State, WaiterId, admission, memory::Asked, operations::WAITERS_MAX, run::Run,
+    Appending, Refusal, State, WaiterId, admission,
+    memory::Asked,
+    operations::WAITERS_MAX,
+    run::{Run, WAITING},
 };
 
 /// Runs that one journal may hold.
@@ -274,7 +277,17 @@ impl State {
         let owner = self.sessions.get(&run.create.session).cloned().flatten();
         let all = self.slots_for(&run.create.base_model, run.model_digest).max(1);
         let replicas = run.create.replicas.unwrap_or(all);
-        RunInfo { vocab_size, owner, replicas, ..run.info() }
+        let info = run.info();
+        let waits_for = match self.models.get(&run.create.base_model) {
+            // Only after a restart: the node that had its model offers another one under that name.
+            Some(offer) if info.phase == WAITING && offer.digest != run.model_digest => {
+                format!(
+                    "{WAITING} that offer its base model: those that are here have other files or --dtype"
+                )
+            }
+            _ => info.phase,
+        };
+        RunInfo { vocab_size, owner, replicas, phase: waits_for, ..info }
     }
 
     fn capabilities(&self) -> ServerCapabilities {

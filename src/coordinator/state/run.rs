@@ -13,6 +13,9 @@ use crate::{
 
 use super::{WaiterId, history::Kept};
 
+/// The phase of a run whose ranks have no place.
+pub(super) const WAITING: &str = "waiting for nodes";
+
 /// A run as the coordinator has it.
 pub(super) struct Run {
     pub id: RunId,
@@ -388,7 +391,7 @@ impl Run {
             (_, Work::Conclude(c)) => format!("making operation {} durable", c.seq.0),
             (_, Work::Execute(e)) if e.replay => format!("replaying operation {}", e.token.seq.0),
             (_, Work::Execute(e)) => format!("executing operation {} on {ranks} ranks", e.token.seq.0),
-            (Ranks::Absent, _) if self.wanted => "waiting for nodes".to_owned(),
+            (Ranks::Absent, _) if self.wanted => WAITING.to_owned(),
             (Ranks::Absent, _) => "asleep".to_owned(),
             (Ranks::Forming { .. }, _) => format!("forming {ranks} ranks"),
             (Ranks::Formed { .. }, _) if self.publishing.is_some() => {

@@ -1,16 +1,13 @@
 use crate::kernels::{
     Matrix, Team,
     buffer::{Shared, with_scratch},
-    matrix::PANEL,
+    matrix::{PANEL, Panel},
+    pack::{pack_columns, pack_transposed, panel_width},
     simd::LANES,
     tile::{Block, Factors, Start},
 };
 
-use super::{
-    LowRank, NARROW_ROWS,
-    pack::{pack_columns, pack_transposed, panel_width},
-    part_of,
-};
+use super::{LowRank, NARROW_ROWS, part_of};
 
 /// A layer on the way back: its output's gradient, and its adapter if it has one.
 pub(crate) struct Gradients<'a> {
@@ -134,10 +131,12 @@ fn transpose_weights(
     transposed: &mut [f32],
 ) {
     for n in (0..depth).step_by(PANEL) {
-        let block = &weight.panel((first + n) / PANEL)[column * PANEL..][..columns * PANEL];
         let width = panel_width(columns);
         let to = &mut transposed[n * width..][..PANEL * width];
-        pack_transposed(block, PANEL, columns, PANEL, to);
+        match weight.panel_inputs((first + n) / PANEL, column..column + columns) {
+            Panel::F32(block) => pack_transposed(block, PANEL, columns, PANEL, to),
+            Panel::Bf16(block) => pack_transposed(block, PANEL, columns, PANEL, to),
+        }
     }
 }
 

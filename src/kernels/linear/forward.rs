@@ -3,15 +3,12 @@ use std::ops::Range;
 use crate::kernels::{
     Matrix, Team,
     buffer::{Shared, with_scratch},
-    matrix::PANEL,
-    tile::{Block, Factors, Start},
+    matrix::{PANEL, Panel},
+    pack::{pack_transposed, panel_width},
+    tile::{Block, Element, Factors, Start},
 };
 
-use super::{
-    LowRank, NARROW_ROWS,
-    pack::{pack_transposed, panel_width},
-    part_of,
-};
+use super::{LowRank, NARROW_ROWS, part_of};
 
 /// One of the layers that read the same input.
 pub(crate) struct Layer<'a, F> {
@@ -141,6 +138,20 @@ where
 
     /// One panel of outputs for a block of rows.
     fn panel(&self, x: &[f32], segments: &[Range<usize>], rows: Range<usize>, panel: usize) {
+        match self.weight.panel(panel) {
+            Panel::F32(weights) => self.outputs(x, segments, rows, panel, weights),
+            Panel::Bf16(weights) => self.outputs(x, segments, rows, panel, weights),
+        }
+    }
+
+    fn outputs<E: Element>(
+        &self,
+        x: &[f32],
+        segments: &[Range<usize>],
+        rows: Range<usize>,
+        panel: usize,
+        weights: &[E],
+    ) {
         let (inputs, outputs) = (self.weight.in_features(), self.weight.out_features());
         let column = panel * PANEL;
         let columns = PANEL.min(outputs - column);
@@ -151,7 +162,7 @@ where
                 a: x[rows.start * inputs..rows.end * inputs].as_ptr(),
                 a_row: inputs,
                 a_step: 1,
-                b: self.weight.panel(panel).as_ptr(),
+                b: weights.as_ptr(),
                 b_step: PANEL,
                 depth: inputs,
             },
@@ -179,7 +190,9 @@ where
                 self.with_up(Some((low_rank, rows.clone())), column, columns, |up| {
                     // SAFETY: as above; the sums that it starts from have just been written.
                     let Some(product) = up else { return };
-                    unsafe { Block { product, start: Start::Stored, ..base(&rows) }.compute() }
+                    let Block { rows, columns, c, c_row, .. } = base(&rows);
+                    let start = Start::Stored;
+                    unsafe { Block { rows, columns, product, second: None, c, c_row, start }.compute() }
                 });
             }
         }

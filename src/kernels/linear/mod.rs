@@ -6,7 +6,6 @@
 
 mod backward;
 mod forward;
-mod pack;
 
 use std::ops::Range;
 

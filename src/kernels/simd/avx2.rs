@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use half::bf16;
+
 use super::Simd;
 
 /// Proof that the CPU has AVX2 and FMA.
@@ -41,6 +43,16 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> Self::V {
         unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
+        unsafe {
+            [0, 8].map(|half| {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(half).cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            })
+        }
     }
 
     #[inline(always)]

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use half::bf16;
+
 use super::Simd;
 
 /// Proof that the CPU has AVX-512 (F, DQ, BW, VL).
@@ -33,6 +35,14 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {
         unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
     }
 
     #[inline(always)]

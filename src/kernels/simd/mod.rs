@@ -15,6 +15,8 @@ mod plain;
 
 use std::sync::OnceLock;
 
+use half::bf16;
+
 #[cfg(target_arch = "x86_64")]
 use self::{avx2::Avx2, avx512::Avx512};
 use plain::Plain;
@@ -56,6 +58,13 @@ pub(crate) trait Simd: Copy {
     ///
     /// 16 values must be readable at `from`.
     unsafe fn load(self, from: *const f32) -> Self::V;
+
+    /// 16 values widened, which loses nothing.
+    ///
+    /// # Safety
+    ///
+    /// 16 values must be readable at `from`.
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
 
     /// # Safety
     ///

@@ -3,6 +3,10 @@
 //! On aarch64, where NEON and fused products are always there, it makes vector code of them.
 //! Elsewhere a fused product may be a call into the C library: right, and slow.
 
+use half::bf16;
+
+use crate::kernels::pack::Widen;
+
 use super::{LANES, Simd};
 
 #[derive(Clone, Copy)]
@@ -30,6 +34,12 @@ impl Simd for Plain {
     unsafe fn load(self, from: *const f32) -> V {
         // SAFETY: the caller's promise; an array of f32 has the alignment of one.
         unsafe { from.cast::<V>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> V {
+        // SAFETY: the caller's promise; an array of bf16 has the alignment of one.
+        unsafe { from.cast::<[bf16; LANES]>().read() }.map(Widen::widen)
     }
 
     #[inline(always)]

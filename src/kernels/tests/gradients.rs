@@ -6,8 +6,8 @@
 
 use crate::kernels::{
     Adapted, AttentionGradients, Buffer, Gradients, Heads, KvBlocks, Layer, LowRank, Matrix, RotaryTable,
-    Router, Shared, Span, Team, Turn, append, attention, attention_backward, linear, linear_backward,
-    log_sum_exp, rms_norm, rms_norm_backward, softmax_gradient, swiglu, swiglu_backward,
+    Router, Shared, Span, Team, Turn, WeightDtype, append, attention, attention_backward, linear,
+    linear_backward, log_sum_exp, rms_norm, rms_norm_backward, softmax_gradient, swiglu, swiglu_backward,
 };
 
 use super::noise;
@@ -161,8 +161,12 @@ impl Pair {
 
 #[test]
 fn linear_layers_have_their_gradients() {
-    for (rank, rows, inputs) in [(3, 5, 37), (16, 14, 48), (34, 3, 16)] {
-        let matrix = |seed, outputs| Matrix::from_rows(outputs, inputs, &noise(seed, outputs * inputs));
+    let sizes = [(3, 5, 37), (16, 14, 48), (34, 3, 16)];
+    let dtypes = [WeightDtype::F32, WeightDtype::Bf16];
+    for ((rank, rows, inputs), dtype) in sizes.into_iter().flat_map(|size| dtypes.map(|dtype| (size, dtype)))
+    {
+        let matrix =
+            |seed, outputs| Matrix::with_dtype(dtype, outputs, inputs, &noise(seed, outputs * inputs));
         let pair = Pair { weights: [matrix(1, 35), matrix(2, 6)], rank, rows, inputs };
         let x = noise(3, rows * pair.inputs);
         let a = [4, 5].map(|seed| noise(seed, rank * inputs));

@@ -1,7 +1,10 @@
 use std::ops::Range;
 
+use half::bf16;
+
 use crate::kernels::{
-    CoreBudget, Layer, LowRank, Matrix, Priority, Shared, Team, linear,
+    CoreBudget, Layer, LowRank, Matrix, Priority, Shared, Team, WeightDtype, linear,
+    pack::Widen,
     simd::{Path, run_on},
     tile::{Block, Factors, Start},
 };
@@ -13,15 +16,18 @@ fn chain(x: &[f32], w: &[f32]) -> f32 {
     x.iter().zip(w).fold(0.0, |sum, (x, w)| x.mul_add(*w, sum))
 }
 
+#[derive(Clone, Copy)]
 struct Shape {
     inputs: usize,
     outputs: usize,
     rank: usize,
+    dtype: WeightDtype,
 }
 
 impl Shape {
+    /// As they are once they are stored.
     fn weights(&self) -> Vec<f32> {
-        noise(1, self.inputs * self.outputs)
+        noise(1, self.inputs * self.outputs).into_iter().map(|weight| self.dtype.round(weight)).collect()
     }
 
     fn adapter(&self, seed: u64) -> (Vec<f32>, Vec<f32>) {
@@ -37,7 +43,7 @@ impl Shape {
         team: &Team,
     ) -> Vec<f32> {
         let rows = x.len() / self.inputs;
-        let weight = Matrix::from_rows(self.outputs, self.inputs, &self.weights());
+        let weight = Matrix::with_dtype(self.dtype, self.outputs, self.inputs, &self.weights());
         let mut y = vec![f32::NAN; rows * self.outputs];
         let mut low = vec![f32::NAN; rows * self.rank];
         let layer = Layer {
@@ -74,17 +80,18 @@ impl Shape {
 }
 
 /// Widths below, at and above a vector and a panel.
-const SHAPES: [Shape; 3] = [
-    Shape { inputs: 5, outputs: 3, rank: 2 },
-    Shape { inputs: 33, outputs: 70, rank: 16 },
-    Shape { inputs: 64, outputs: 49, rank: 37 },
-];
+const SIZES: [[usize; 3]; 3] = [[5, 3, 2], [33, 70, 16], [64, 49, 37]];
+
+fn shapes() -> impl Iterator<Item = Shape> {
+    let of = |dtype| SIZES.map(|[inputs, outputs, rank]| Shape { inputs, outputs, rank, dtype });
+    [WeightDtype::F32, WeightDtype::Bf16].into_iter().flat_map(of)
+}
 
 #[test]
 fn a_row_has_the_bits_of_its_definition_among_any_number_of_rows() {
     let budget = CoreBudget::new(3);
     let lease = budget.lease(3, Priority::Training);
-    for shape in SHAPES {
+    for shape in shapes() {
         let x = noise(2, 300 * shape.inputs);
         let adapter = Some(shape.adapter(3));
         let expected: Vec<f32> =
@@ -102,7 +109,7 @@ fn a_row_has_the_bits_of_its_definition_among_any_number_of_rows() {
 
 #[test]
 fn a_row_has_the_bits_of_its_definition_among_rows_of_other_adapters() {
-    for shape in SHAPES {
+    for shape in shapes() {
         let segments = [0..1, 1..14, 14..15, 15..140];
         let adapters = [Some(shape.adapter(3)), None, Some(shape.adapter(5)), Some(shape.adapter(7))];
         let x = noise(2, 140 * shape.inputs);
@@ -140,6 +147,29 @@ fn every_path_gives_the_same_bits() {
                 assert_ne!(now[..columns], before[..columns]);
                 assert_eq!(now[columns..], before[columns..], "nothing beyond the columns is written");
             }
+        }
+    }
+}
+
+/// Every bf16 there is, on every path: its f32 has the same value.
+#[test]
+fn every_path_widens_without_loss() {
+    let all: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|value| value.is_finite()).collect();
+    let one = [1.0f32];
+    for path in Path::available() {
+        for line in all.chunks_exact(32) {
+            let mut c = [f32::NAN; 32];
+            let product =
+                Factors { a: one.as_ptr(), a_row: 1, a_step: 1, b: line.as_ptr(), b_step: 32, depth: 1 };
+            let (columns, start) = (32, Start::Zero);
+            run_on(
+                path,
+                Block { rows: 1, columns, product, second: None, c: c.as_mut_ptr(), c_row: 32, start },
+            );
+            let expected: Vec<f32> = line.iter().map(|value| value.to_f32()).collect();
+            // A sum that starts at +0 has no -0.
+            assert!(c.iter().zip(&expected).all(|(found, expected)| found == expected), "{path:?}");
+            assert!(line.iter().all(|value| value.widen().to_bits() == value.to_f32().to_bits()));
         }
     }
 }

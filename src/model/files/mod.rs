@@ -23,7 +23,10 @@ use super::{
     BaseWeights, ModelConfig, ModelError, TextCodec,
     weights::{self, Gguf, Shards},
 };
-use crate::types::{Digest, Hasher};
+use crate::{
+    kernels::WeightDtype,
+    types::{Digest, Hasher},
+};
 
 /// Largest text file (tokenizer.json, an index, a template) that is read into memory; Llama
 /// 3's tokenizer has 17 MB.
@@ -56,11 +59,11 @@ impl ModelFiles {
         }
     }
 
-    /// Reads the weights: seconds, and four bytes of memory a weight.
-    pub fn load_weights(&self) -> Result<BaseWeights, ModelError> {
+    /// Reads the weights: seconds, and as many bytes of memory a weight as `dtype` has.
+    pub fn load_weights(&self, dtype: WeightDtype) -> Result<BaseWeights, ModelError> {
         match &self.form {
-            Form::HuggingFace(shards) => weights::load(&self.config, &shards.open()?),
-            Form::Gguf(path) => weights::load(&self.config, &Gguf::open(path)?),
+            Form::HuggingFace(shards) => weights::load(&self.config, &shards.open()?, dtype),
+            Form::Gguf(path) => weights::load(&self.config, &Gguf::open(path)?, dtype),
         }
     }
 

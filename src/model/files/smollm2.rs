@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::ModelFiles;
 use crate::{
-    kernels::Matrix,
+    kernels::{Matrix, WeightDtype},
     model::{BaseWeights, ChatMessage, Family, Mlp, ModelConfig, RopeScaling, TextCodec},
 };
 
@@ -97,7 +97,7 @@ fn reads_smollm2_as_transformers_does() {
     }
 
     // Both were dequantised from the same blocks, so nothing is left to rounding.
-    let [ours, theirs] = [&gguf, &reference].map(|files| files.load_weights().unwrap());
+    let [ours, theirs] = [&gguf, &reference].map(|files| files.load_weights(WeightDtype::F32).unwrap());
     for (layer, (ours, theirs)) in ours.layers.iter().zip(&theirs.layers).enumerate() {
         let [ours, theirs] = [ours, theirs]
             .map(|l| [&l.q, &l.k, &l.v, &l.o].into_iter().chain(mlp(&l.mlp)).map(rows).collect::<Vec<_>>());

@@ -10,7 +10,10 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::ModelFiles;
-use crate::model::{BaseWeights, ExpertsWeights, Mlp, ModelConfig, ModelError, tiny};
+use crate::{
+    kernels::WeightDtype,
+    model::{BaseWeights, ExpertsWeights, Mlp, ModelConfig, ModelError, tiny},
+};
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
@@ -31,7 +34,7 @@ fn refusal(path: &Path) -> ModelError {
 }
 
 fn load(path: &Path) -> Result<BaseWeights, ModelError> {
-    open(path)?.load_weights()
+    open(path)?.load_weights(WeightDtype::F32)
 }
 
 fn read_tensors(path: &Path) -> Tensors {

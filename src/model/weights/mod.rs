@@ -9,7 +9,10 @@ mod safetensors;
 use std::{collections::HashSet, path::Path, sync::Arc};
 
 use super::{ExpertsConfig, ModelConfig, ModelError, TextCodec, files::ModelFiles};
-use crate::{kernels::Matrix, types::Digest};
+use crate::{
+    kernels::{Matrix, WeightDtype},
+    types::{Digest, Hasher},
+};
 
 pub(super) use self::gguf::{Gguf, Header, ROPE_DIVISORS, Value};
 pub(crate) use self::safetensors::shards_of_index;
@@ -21,11 +24,25 @@ pub struct BaseModel {
     pub config: ModelConfig,
     pub weights: BaseWeights,
     pub text: Arc<TextCodec>,
-    /// SHA-256 over the files it was loaded from.
+    /// SHA-256 over the files it was loaded from, and [what the weights are held as](base_digest).
     pub digest: Digest,
 }
 
-/// Weights of a decoder, f32.
+/// The identity of a base model whose files have the digest `files`: its own for each dtype, because
+/// another dtype is other weights. That of f32 is the files' own.
+pub fn base_digest(files: Digest, dtype: WeightDtype) -> Digest {
+    if dtype == WeightDtype::F32 {
+        return files;
+    }
+    let mut hasher = Hasher::default();
+    hasher.update(b"lockstep base weights 1\0");
+    hasher.update(dtype.name().as_bytes());
+    hasher.update(b"\0");
+    hasher.update(&files.0);
+    hasher.finish()
+}
+
+/// Weights of a decoder: matrices in the dtype that they were loaded as, vectors in f32.
 pub struct BaseWeights {
     /// `[vocab, hidden]`.
     pub embed: Matrix,
@@ -89,14 +106,19 @@ pub struct QkNorm {
 }
 
 impl BaseModel {
-    /// Loads a Hugging Face directory or a GGUF file.
+    /// Loads a Hugging Face directory or a GGUF file, its weights as f32.
     ///
     /// Blocks for seconds: reads and hashes every byte. A [`Library`](super::Library) does it
     /// once for a process.
     pub fn load(name: &str, path: &Path) -> Result<Self, ModelError> {
+        Self::load_as(WeightDtype::F32, name, path)
+    }
+
+    /// The same with the weights held as `dtype`, whatever the file has them as.
+    pub fn load_as(dtype: WeightDtype, name: &str, path: &Path) -> Result<Self, ModelError> {
         let files = ModelFiles::open(path)?;
-        let weights = files.load_weights()?;
-        let digest = files.digest()?;
+        let weights = files.load_weights(dtype)?;
+        let digest = base_digest(files.digest()?, dtype);
         Ok(Self { name: name.to_owned(), config: files.config, weights, text: files.text, digest })
     }
 }
@@ -241,13 +263,17 @@ pub(super) fn check(config: &ModelConfig, source: &impl TensorSource) -> Result<
     }
 }
 
-/// Reads all weights of a source that [`check`] has passed.
-pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<BaseWeights, ModelError> {
+/// Reads all weights of a source that [`check`] has passed; matrices are held as `dtype`.
+pub(super) fn load(
+    config: &ModelConfig,
+    source: &impl TensorSource,
+    dtype: WeightDtype,
+) -> Result<BaseWeights, ModelError> {
     check(config, source)?;
     let values = |weight: Weight| -> Result<Vec<f32>, ModelError> {
         let values = source.values(weight, config)?;
         debug_assert_eq!(values.len(), weight.shape(config).iter().product::<usize>());
-        match values.iter().position(|value| !value.is_finite()) {
+        match values.iter().position(|value| !dtype.round(*value).is_finite()) {
             None => Ok(values),
             Some(index) => {
                 let tensor = source.name(weight);
@@ -257,7 +283,7 @@ pub(super) fn load(config: &ModelConfig, source: &impl TensorSource) -> Result<B
     };
     let matrix = |weight: Weight| -> Result<Matrix, ModelError> {
         let shape = weight.shape(config);
-        Ok(Matrix::from_rows(shape[0], shape[1], &values(weight)?))
+        Ok(Matrix::with_dtype(dtype, shape[0], shape[1], &values(weight)?))
     };
     let layer = |layer: usize| -> Result<LayerWeights, ModelError> {
         let values = |weight| values(Weight::Layer(layer, weight));
@@ -325,9 +351,9 @@ fn tied_head(config: &ModelConfig, source: &impl TensorSource, embed: &Matrix) -
 
 /// Whether the matrix was made of `rows`.
 fn holds(matrix: &Matrix, rows: &[f32]) -> bool {
-    let mut row = vec![0.0; matrix.in_features()];
+    let (mut row, dtype) = (vec![0.0; matrix.in_features()], matrix.dtype());
     rows.chunks_exact(matrix.in_features()).enumerate().all(|(output, expected)| {
         matrix.copy_row(output, &mut row);
-        row == expected
+        row.iter().zip(expected).all(|(row, expected)| *row == dtype.round(*expected))
     })
 }

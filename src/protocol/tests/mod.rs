@@ -6,7 +6,10 @@ use std::{collections::BTreeMap, fmt::Debug};
 
 use bincode::{Decode, Encode};
 
-use crate::{model::tiny, types::*};
+use crate::{
+    model::{ComputeOptions, tiny},
+    types::*,
+};
 
 use super::*;
 
@@ -232,7 +235,7 @@ fn hello() -> NodeHello {
         vocab: 49_152,
         tokenizer: digest(),
         tokenizer_size: 1,
-        footprint: tiny::config().footprint(),
+        footprint: tiny::config().footprint(&ComputeOptions::default()),
         lora_rank_max: tiny::config().lora_rank_max(),
     };
     NodeHello {

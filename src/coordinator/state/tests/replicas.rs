@@ -1,13 +1,14 @@
 //! How many ranks a run asks for, and how many it gets.
 
 use crate::{
+    coordinator::state::{Effect, Event},
     journal::Record,
-    protocol::{ClientRequest, ClientResponse, CoordinatorMessage},
-    types::ErrorKind,
+    protocol::{ClientRequest, ClientResponse, CoordinatorMessage, NodeHello, NodeId},
+    types::{Digest, ErrorKind},
 };
 
 use super::{
-    desk::{Desk, RUN, create, optim_step},
+    desk::{Desk, RUN, create, hello, optim_step},
     runs::session,
 };
 
@@ -98,4 +99,46 @@ fn refuses_more_replicas_than_slots_with_both_numbers() {
     );
     let error = desk.refused(ClientRequest::CreateRun(create(session, Some(0))));
     assert!(error.message.starts_with("`replicas`: must be at least 1"), "{error}");
+}
+
+/// A node with a rank and a replica whose weights are bf16.
+fn in_bf16(name: &str) -> NodeHello {
+    let mut hello = hello(name, 1, 1);
+    hello.numerics.dtype = "bf16".into();
+    hello.models[0].digest = Digest::of(b"model as bf16");
+    hello
+}
+
+#[test]
+fn a_node_with_weights_of_another_type_is_sent_away() {
+    let mut desk = Desk::with_run(&[(1, 1)], Some(1));
+    desk.others.clear();
+    desk.feed(Event::NodeJoined { node: NodeId(2), hello: in_bf16("node2") });
+    let [Effect::Dismiss { node: NodeId(2), reason }] = &desk.others[..] else { panic!("{:?}", desk.others) };
+    assert_eq!(
+        reason,
+        "node node2 holds base weights as bf16, node node1 as f32; give all nodes of a cluster the same --dtype"
+    );
+    // Alone it may come; so may one with another model beside it.
+    desk.lose(1);
+    desk.others.clear();
+    desk.feed(Event::NodeJoined { node: NodeId(3), hello: in_bf16("node3") });
+    let mut other = hello("node4", 1, 1);
+    other.models[0].name = "another".into();
+    desk.feed(Event::NodeJoined { node: NodeId(4), hello: other });
+    assert!(desk.others.is_empty(), "{:?}", desk.others);
+}
+
+#[test]
+fn a_run_waits_for_weights_of_the_type_that_it_began_with() {
+    let mut desk = Desk::with_run(&[(1, 1)], Some(1));
+    desk.lose(1);
+    desk.run(9, optim_step());
+    desk.feed(Event::NodeJoined { node: NodeId(3), hello: in_bf16("node3") });
+    desk.pass(60_000);
+    let ClientResponse::Run(run) = desk.asked(ClientRequest::RunInfo { run: RUN }) else { panic!() };
+    assert_eq!(
+        run.phase,
+        "waiting for nodes that offer its base model: those that are here have other files or --dtype"
+    );
 }

@@ -5,11 +5,11 @@ mod reference;
 use std::sync::{Arc, OnceLock};
 
 use crate::{
-    kernels::{CoreBudget, Matrix, Priority, Team},
+    kernels::{CoreBudget, Matrix, Priority, Team, WeightDtype},
     model::{
-        Adapter, BaseModel, Batch, BatchSequence, ExpertsConfig, Family, HeadGradient, HeadRequest, KvCache,
-        LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape, Workspace, backward,
-        forward, head_logits, head_logprobs, tiny,
+        Adapter, BaseModel, Batch, BatchSequence, ComputeOptions, ExpertsConfig, Family, HeadGradient,
+        HeadRequest, KvCache, LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape,
+        Workspace, backward, forward, head_logits, head_logprobs, tiny,
     },
     types::{LoraConfig, LoraTarget},
 };
@@ -48,7 +48,9 @@ fn models() -> &'static [BaseModel] {
             // A layer with one MLP between two with experts.
             mixture(false, vec![1]),
         ];
-        kinds.map(load).into()
+        let mut models: Vec<BaseModel> = kinds.map(|kind| load(kind, WeightDtype::F32)).into();
+        models.extend([config(), mixture(true, vec![])].map(|kind| load(kind, WeightDtype::Bf16)));
+        models
     })
 }
 
@@ -57,10 +59,10 @@ fn mixture(normalises: bool, dense_layers: Vec<usize>) -> ModelConfig {
     ModelConfig { family: Family::Qwen3Moe, experts: Some(experts), ..config() }
 }
 
-fn load(config: ModelConfig) -> BaseModel {
+fn load(config: ModelConfig, dtype: WeightDtype) -> BaseModel {
     let directory = tempfile::tempdir().unwrap();
     tiny::write(directory.path(), &config, 7).unwrap();
-    let model = BaseModel::load(config.family.model_type(), directory.path()).unwrap();
+    let model = BaseModel::load_as(dtype, config.family.model_type(), directory.path()).unwrap();
     assert_eq!(model.config, config);
     model
 }
@@ -344,7 +346,7 @@ fn memory_is_what_the_formula_says() {
         // Hidden states and their gradient are the caller's.
         let results = 2 * 4 * 256 * model.config.hidden_size;
         let held = (workspace.allocated() + results) as f64;
-        let footprint = model.config.footprint();
+        let footprint = model.config.footprint(&ComputeOptions { dtype: model.weights.embed.dtype() });
         let sums = footprint.run(&adapter.layout.config, 0).work - footprint.workspace;
         let said = (footprint.run(&adapter.layout.config, 256).work - sums) as f64;
         let ratio = said / held;

@@ -12,7 +12,10 @@ use candle_core::{
 use tempfile::TempDir;
 
 use super::{flat, floats, load, open, read_tensors, refusal};
-use crate::model::{ExpertsConfig, Family, ModelConfig, ModelError, RopeScaling, text::byte_level, tiny};
+use crate::{
+    kernels::WeightDtype,
+    model::{ExpertsConfig, Family, ModelConfig, ModelError, RopeScaling, text::byte_level, tiny},
+};
 
 /// What a GGUF of the tiny model says and holds, for a test to change before it is written.
 struct TinyGguf {
@@ -214,7 +217,10 @@ fn a_gguf_holds_the_same_model() {
         let (_kept, path) = TinyGguf::of(&config, directory.path(), GgmlDType::F32).write();
         let files = open(&path).unwrap();
         assert_eq!(files.config, config);
-        assert_eq!(flat(&files.load_weights().unwrap()), flat(&load(directory.path()).unwrap()));
+        assert_eq!(
+            flat(&files.load_weights(WeightDtype::F32).unwrap()),
+            flat(&load(directory.path()).unwrap())
+        );
         assert_eq!(files.digest().unwrap(), crate::types::Digest::of(&fs::read(&path).unwrap()));
     }
 }
@@ -265,7 +271,7 @@ fn reads_the_divisors_of_rotary_frequencies() {
         // One division more or less in f64, then one rounding to f32.
         assert!((found - expected).abs() <= f32::EPSILON * expected, "{found} and {expected}");
     }
-    files.load_weights().unwrap();
+    files.load_weights(WeightDtype::F32).unwrap();
 
     let named = |error: ModelError| match error {
         ModelError::InvalidField { field, .. } | ModelError::Unsupported { field, .. } => field,
