@@ -1,16 +1,15 @@
 //! The algorithm over whatever carries it: who sends what to whom, and what is checked.
 
-use std::{fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc, time::Instant};
+use std::{ops::Range, time::Instant};
 
 use super::{
     Collective, CollectiveError, Partial,
     contribution::{Call, Header, Method},
-    plan::ReducePlan,
+    plan::{Read, ReducePlan},
 };
 use crate::protocol::{OpToken, RankIndex};
 
-/// How bytes get from rank to rank. Calls come in the order `scatter`, `share` (an all-reduce) or
-/// `gather`; after an error only `break_off`.
+/// How bytes get from rank to rank. After an error only `break_off` is called.
 pub(super) trait Exchange: Send {
     fn rank(&self) -> RankIndex;
 
@@ -20,17 +19,16 @@ pub(super) trait Exchange: Send {
 
     fn abort_handle(&self) -> Box<dyn Fn() + Send + Sync>;
 
-    /// Gives each other rank its slice of my partial sums, and gets mine of theirs: what each other
-    /// rank contributes, checked against `header`.
-    fn scatter(
+    /// Adds up my slice over everyone's partial sums, gives it to each other rank, and fills in theirs:
+    /// piece by piece, so that the next is on its way while one is added. What the others contribute is
+    /// checked against `header`.
+    fn reduce(
         &mut self,
         call: &Call,
         header: &Header,
-        partials: &[Partial],
-    ) -> Result<Vec<Contribution>, CollectiveError>;
-
-    /// Gives each other rank my slice of `out`, and fills in theirs.
-    fn share(&mut self, call: &Call, out: &mut [f32]) -> Result<(), CollectiveError>;
+        partials: Vec<Partial>,
+        out: &mut [f32],
+    ) -> Result<(), CollectiveError>;
 
     /// Every rank's bytes, by rank.
     fn gather(
@@ -45,45 +43,75 @@ pub(super) trait Exchange: Send {
     fn break_off(&mut self, missing: Option<RankIndex>);
 }
 
-/// What one other rank holds of my slice.
-pub(super) struct Contribution {
-    pub rank: RankIndex,
-    /// `(level, index)` of each partial sum.
-    pub nodes: Vec<(u32, u32)>,
-    pub values: Values,
-}
-
-/// Where my slices of a rank's partial sums are.
-pub(super) enum Values {
-    Held(Vec<Vec<f32>>),
-    /// Slice `k` begins at `first + k * stride` bytes.
-    InFile {
-        file: Arc<File>,
-        first: u64,
-        stride: u64,
-    },
-}
-
-impl Values {
-    fn read(&self, k: usize, block: Range<usize>, into: &mut [f32]) -> io::Result<()> {
-        match self {
-            Self::Held(slices) => {
-                into.copy_from_slice(&slices[k][block]);
-                Ok(())
-            }
-            Self::InFile { file, first, stride } => {
-                let offset = first + k as u64 * stride + (block.start * size_of::<f32>()) as u64;
-                file.read_exact_at(as_bytes_mut(into), offset)
-            }
-        }
-    }
-}
-
 /// Which values of a vector a rank adds up. Multiples of 16: a cache line of its own for each rank.
 pub(super) fn slice_of(len: usize, world_size: u32, rank: RankIndex) -> Range<usize> {
     let width = len.div_ceil(world_size as usize).next_multiple_of(16);
     let start = |r: usize| (r * width).min(len);
     start(rank.0 as usize)..start(rank.0 as usize + 1)
+}
+
+/// The pieces in which a call's values travel and are added up: each rank's slice in pieces of so many
+/// values, the last one shorter.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pieces {
+    pub len: usize,
+    pub world_size: u32,
+    pub width: usize,
+}
+
+impl Pieces {
+    /// How many a rank's slice has.
+    pub(super) fn count(&self, rank: RankIndex) -> usize {
+        slice_of(self.len, self.world_size, rank).len().div_ceil(self.width)
+    }
+
+    /// A piece's place in the vector; empty past the last one.
+    pub(super) fn of(&self, rank: RankIndex, piece: usize) -> Range<usize> {
+        let slice = slice_of(self.len, self.world_size, rank);
+        let start = |piece: usize| (slice.start + piece * self.width).min(slice.end);
+        start(piece)..start(piece + 1)
+    }
+}
+
+/// How a rank adds up its slice: over its own partial sums and those that the others contribute.
+pub(super) struct Sum {
+    plan: ReducePlan,
+    /// Of each partial sum of the plan: whose it is (`None`: mine), and which of theirs.
+    places: Vec<(Option<usize>, usize)>,
+}
+
+impl Sum {
+    /// `others`: the nodes of each other rank, in an order that the caller keeps to.
+    pub(super) fn new(
+        call: &Call,
+        header: &Header,
+        others: &[&[(u32, u32)]],
+    ) -> Result<Self, CollectiveError> {
+        let mut nodes = header.nodes.clone();
+        let mut places: Vec<(Option<usize>, usize)> = (0..nodes.len()).map(|k| (None, k)).collect();
+        for (other, theirs) in others.iter().enumerate() {
+            nodes.extend_from_slice(theirs);
+            places.extend((0..theirs.len()).map(|k| (Some(other), k)));
+        }
+        let plan = ReducePlan::new(header.leaves, &nodes).map_err(|e| call.no_tree(e))?;
+        Ok(Self { plan, places })
+    }
+
+    /// Leaves the sum of one piece in `out`. `own` are the values of my partial sums there; `read` gets
+    /// those of another rank's (which rank, which of its partial sums, which values of the piece).
+    pub(super) fn run<'a, E>(
+        &mut self,
+        own: impl Fn(usize) -> &'a [f32],
+        mut read: impl FnMut(usize, usize, Range<usize>, &mut [f32]) -> Result<Read<'a>, E>,
+        out: &mut [f32],
+    ) -> Result<(), E> {
+        let places = &self.places;
+        let read = |i: usize, block: Range<usize>, into: &mut [f32]| match places[i] {
+            (Some(other), k) => read(other, k, block, into),
+            (None, k) => Ok(Read::Here(&own(k)[block])),
+        };
+        self.plan.run(read, out)
+    }
 }
 
 /// A collective over an exchange.
@@ -142,10 +170,7 @@ impl<E: Exchange> Collective for Exchanged<E> {
             check_lengths(call, exchange.rank(), &partials, out.len())?;
             let nodes = partials.iter().map(|p| (p.level, p.index)).collect();
             let header = Header { method: call.method, round, token, leaves, len: out.len() as u64, nodes };
-            let others = exchange.scatter(call, &header, &partials)?;
-            let mine = slice_of(out.len(), exchange.world_size(), exchange.rank());
-            add_up(call, leaves, &partials, &others, mine, out)?;
-            exchange.share(call, out)
+            exchange.reduce(call, &header, partials, out)
         })
     }
 
@@ -183,33 +208,6 @@ pub(super) fn check_lengths(
     }
 }
 
-/// Leaves the sum of my slice in `out`.
-pub(super) fn add_up(
-    call: &Call,
-    leaves: u32,
-    own: &[Partial],
-    others: &[Contribution],
-    mine: Range<usize>,
-    out: &mut [f32],
-) -> Result<(), CollectiveError> {
-    // Of each partial sum: its node; and whose it is (`None`: mine), and which of theirs.
-    let mut nodes: Vec<(u32, u32)> = own.iter().map(|p| (p.level, p.index)).collect();
-    let mut places: Vec<(Option<&Contribution>, usize)> = (0..own.len()).map(|k| (None, k)).collect();
-    for contribution in others {
-        nodes.extend(&contribution.nodes);
-        places.extend((0..contribution.nodes.len()).map(|k| (Some(contribution), k)));
-    }
-    let plan = ReducePlan::new(leaves, &nodes).map_err(|e| call.no_tree(e))?;
-    let read = |i: usize, block: Range<usize>, into: &mut [f32]| match places[i] {
-        (Some(theirs), k) => theirs.values.read(k, block, into).map_err(|e| call.lost(theirs.rank, e)),
-        (None, k) => {
-            into.copy_from_slice(&own[k].values[mine.clone()][block]);
-            Ok(())
-        }
-    };
-    plan.run(read, &mut out[mine.clone()])
-}
-
 /// The bytes of values, in this machine's order, which must be the wire's.
 pub(super) fn as_bytes(values: &[f32]) -> &[u8] {
     // SAFETY: an f32 is four initialised bytes without padding, and u8 aligns anywhere.
@@ -238,6 +236,23 @@ mod tests {
                 next = slice.end;
             }
             assert_eq!(next, len, "{world_size}");
+        }
+    }
+
+    #[test]
+    fn pieces_cover_a_slice_once() {
+        for (len, width) in [(0, 16), (1, 16), (100, 16), (1000, 48), (1000, 4096)] {
+            let pieces = Pieces { len, world_size: 3, width };
+            for rank in (0..3).map(RankIndex) {
+                let mut next = slice_of(len, 3, rank).start;
+                for piece in 0..pieces.count(rank) {
+                    let range = pieces.of(rank, piece);
+                    assert!(range.start == next && !range.is_empty() && range.len() <= width, "{range:?}");
+                    next = range.end;
+                }
+                assert_eq!(next, slice_of(len, 3, rank).end);
+                assert!(pieces.of(rank, pieces.count(rank) + 1).is_empty());
+            }
         }
     }
 }

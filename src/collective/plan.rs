@@ -3,11 +3,21 @@ use std::ops::Range;
 use super::tree::{TreeError, add, first_leaf, root_level};
 
 /// How to add up the partial sums of one tree: the additions of the tree in post-order, for a
-/// machine with a stack. Found once, then run over any slice of the vectors.
+/// machine with a stack. Found once, then run over any pieces of the vectors.
 #[derive(Debug)]
 pub(super) struct ReducePlan {
     steps: Vec<Step>,
     depth: usize,
+    /// All of the machine's stack but its lowest place, which is the sum's own.
+    stack: Vec<f32>,
+}
+
+/// Where the values of a partial sum are.
+pub(super) enum Read<'a> {
+    /// In memory.
+    Here(&'a [f32]),
+    /// In the buffer that was given.
+    Filled,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -44,15 +54,15 @@ impl ReducePlan {
         match planner.in_order.get(planner.next) {
             // Sorted and inside the tree: what is left over starts on a covered leaf.
             Some(&(first, ..)) => Err(TreeError::DoubleLeaf(first as u32)),
-            None => Ok(Self { steps: planner.steps, depth: root as usize + 1 }),
+            None => Ok(Self { steps: planner.steps, depth: root as usize + 1, stack: Vec::new() }),
         }
     }
 
-    /// Adds up the partial sums into `out`. `read` fills a block with the values of one of them, at
-    /// these places of `out`.
-    pub(super) fn run<E>(
-        &self,
-        mut read: impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<(), E>,
+    /// Adds up the partial sums into `out`. `read` says where the values of one of them are, at these
+    /// places of `out`, or fills a buffer with them.
+    pub(super) fn run<'a, E>(
+        &mut self,
+        mut read: impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<Read<'a>, E>,
         out: &mut [f32],
     ) -> Result<(), E> {
         if self.steps.is_empty() {
@@ -60,37 +70,77 @@ impl ReducePlan {
             return Ok(());
         }
         // One level more: what a right child is read into before it is added.
-        let mut stack = vec![0.0; (self.depth + 1) * BLOCK.min(out.len())];
+        let size = self.depth * BLOCK.min(out.len());
+        if self.stack.len() < size {
+            self.stack.resize(size, 0.0);
+        }
         let len = out.len();
         for start in (0..len).step_by(BLOCK) {
             let block = start..(start + BLOCK).min(len);
-            self.run_block(&mut read, &mut stack, block.clone(), &mut out[block])?;
+            self.run_block(&mut read, block.clone(), &mut out[block])?;
         }
         Ok(())
     }
 
-    fn run_block<E>(
-        &self,
-        read: &mut impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<(), E>,
-        stack: &mut [f32],
+    fn run_block<'a, E>(
+        &mut self,
+        read: &mut impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<Read<'a>, E>,
         block: Range<usize>,
         out: &mut [f32],
     ) -> Result<(), E> {
-        let width = block.len();
-        let mut height = 0;
+        let mut stack = Stack { out, above: &mut self.stack, height: 0 };
         for step in &self.steps {
-            if let Step::Load(i) | Step::AddFrom(i) = *step {
-                read(i, block.clone(), &mut stack[height * width..][..width])?;
-                height += 1;
-            }
-            if let Step::Add | Step::AddFrom(_) = step {
-                height -= 1;
-                let (left, right) = stack.split_at_mut(height * width);
-                add(&mut left[(height - 1) * width..], &right[..width]);
+            match *step {
+                Step::Load(i) => {
+                    let top = stack.push();
+                    if let Read::Here(values) = read(i, block.clone(), top)? {
+                        top.copy_from_slice(values);
+                    }
+                }
+                Step::AddFrom(i) => {
+                    let (top, free) = stack.top_and_next();
+                    match read(i, block.clone(), free)? {
+                        Read::Here(values) => add(top, values),
+                        Read::Filled => add(top, free),
+                    }
+                }
+                Step::Add => {
+                    stack.height -= 1;
+                    let (top, popped) = stack.top_and_next();
+                    add(top, popped);
+                }
             }
         }
-        out.copy_from_slice(&stack[..width]);
         Ok(())
+    }
+}
+
+/// Blocks of values: the lowest is the sum's own place, so that the sum is where it belongs when it
+/// is done.
+struct Stack<'a> {
+    out: &'a mut [f32],
+    above: &'a mut [f32],
+    height: usize,
+}
+
+impl Stack<'_> {
+    fn push(&mut self) -> &mut [f32] {
+        let width = self.out.len();
+        self.height += 1;
+        match self.height {
+            1 => self.out,
+            height => &mut self.above[(height - 2) * width..][..width],
+        }
+    }
+
+    /// The top, and the place above it.
+    fn top_and_next(&mut self) -> (&mut [f32], &mut [f32]) {
+        let width = self.out.len();
+        if self.height == 1 {
+            return (self.out, &mut self.above[..width]);
+        }
+        let (below, next) = self.above.split_at_mut((self.height - 1) * width);
+        (&mut below[(self.height - 2) * width..], &mut next[..width])
     }
 }
 
@@ -193,19 +243,24 @@ mod tests {
             .collect()
     }
 
+    /// Every second one in memory, the others to be read.
     fn from<'a>(
-        values: &'a [&[f32]],
-    ) -> impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<(), Infallible> + 'a {
+        values: &'a [&'a [f32]],
+    ) -> impl FnMut(usize, Range<usize>, &mut [f32]) -> Result<Read<'a>, Infallible> {
         |i, block, into| {
+            if i % 2 == 0 {
+                return Ok(Read::Here(&values[i][block]));
+            }
             into.copy_from_slice(&values[i][block]);
-            Ok(())
+            Ok(Read::Filled)
         }
     }
 
     #[test]
     fn a_read_that_fails_ends_the_sum() {
-        let plan = ReducePlan::new(2, &[(0, 0), (0, 1)]).unwrap();
-        assert_eq!(plan.run(|i, _, _| if i == 1 { Err(i) } else { Ok(()) }, &mut [0.0; 3]), Err(1));
+        let mut plan = ReducePlan::new(2, &[(0, 0), (0, 1)]).unwrap();
+        let read = |i, _, _: &mut [f32]| if i == 1 { Err(i) } else { Ok(Read::Filled) };
+        assert_eq!(plan.run(read, &mut [0.0; 3]), Err(1));
     }
 
     #[test]

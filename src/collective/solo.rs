@@ -1,4 +1,5 @@
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -9,7 +10,8 @@ use std::{
 use super::{
     Collective, CollectiveError, Partial,
     contribution::{Call, Method},
-    exchange::{add_up, check_lengths},
+    exchange::check_lengths,
+    plan::{Read, ReducePlan},
 };
 use crate::protocol::{OpToken, RankIndex};
 
@@ -46,7 +48,10 @@ impl Collective for Solo {
         let call = Call { method: Method::AllReduce, token, deadline };
         self.check(&call)?;
         check_lengths(&call, self.rank(), &partials, out.len())?;
-        add_up(&call, leaves, &partials, &[], 0..out.len(), out)
+        let nodes: Vec<(u32, u32)> = partials.iter().map(|p| (p.level, p.index)).collect();
+        let mut plan = ReducePlan::new(leaves, &nodes).map_err(|e| call.no_tree(e))?;
+        let Ok(()) = plan.run(|i, block, _| Ok::<_, Infallible>(Read::Here(&partials[i].values[block])), out);
+        Ok(())
     }
 
     fn all_gather(

@@ -174,9 +174,15 @@ fn every_carrier_equals_the_reference_to_the_bit() {
     for carrier in CARRIERS {
         for world_size in 1..=4 {
             let mut set = meet(carrier, world_size);
-            for (seq, leaves, len) in
-                [(1, 6, 1000), (2, 13, 33), (3, 2, 7), (4, 0, 5), (5, 1, 70_000), (6, 7, 0)]
-            {
+            for (seq, leaves, len) in [
+                (1, 6, 1000),
+                (2, 13, 33),
+                (3, 2, 7),
+                (4, 0, 5),
+                (5, 1, 70_000),
+                (6, 7, 0),
+                (7, 5, 1_100_007),
+            ] {
                 let costs: Vec<u64> = (0..leaves).map(|i| 100 + 900 * (i % 3)).collect();
                 let expected = reference(leaves as u32, len);
                 let said = |r: u32| vec![r as u8; seq as usize * (r as usize + 1)];
@@ -224,15 +230,14 @@ fn a_rank_that_does_not_come_is_named() {
                 Some((failed, after))
             }
         });
-        for (failed, after) in results.into_iter().flatten() {
-            let (operation, missing) = ("all_reduce", RankIndex(1));
-            assert_eq!(
-                failed,
-                CollectiveError::Deadline { operation, token: token(1), missing },
-                "{carrier:?}"
-            );
-            assert!(matches!(after, CollectiveError::UsedUp { .. }), "{after}");
-        }
+        let (failed, after): (Vec<_>, Vec<_>) = results.into_iter().flatten().unzip();
+        // One may hear of the other's deadline before its own.
+        assert!(failed.iter().all(|e| e.missing() == Some(RankIndex(1))), "{carrier:?}: {failed:?}");
+        assert!(
+            failed.iter().any(|e| matches!(e, CollectiveError::Deadline { .. })),
+            "{carrier:?}: {failed:?}"
+        );
+        assert!(after.iter().all(|e| matches!(e, CollectiveError::UsedUp { .. })), "{after:?}");
     }
 }
 

@@ -23,6 +23,9 @@ const CACHE_BYTES: u64 = 256 << 20;
 /// For one blob, there or back. A snapshot of 1 GiB takes 10 s on loopback, 80 s on 100 Mbit/s.
 const DEADLINE: Duration = Duration::from_secs(300);
 
+/// Transfers of a blob before what comes damaged each time is called so. The coordinator asks again later.
+const TRANSFERS: u32 = 3;
+
 /// Why a blob can't be fetched or stored.
 #[derive(Debug, thiserror::Error)]
 #[error("blob {}: {problem}", .digest.short())]
@@ -88,7 +91,7 @@ impl BlobClient {
             }
             shared.fetching.entry(blob.digest).or_default().clone()
         };
-        let fetched = cell.get_or_try_init(|| within_deadline(blob.digest, self.transfer(blob))).await;
+        let fetched = cell.get_or_try_init(|| within_deadline(blob.digest, self.transfer_whole(blob))).await;
         let mut shared = self.lock();
         shared.fetching.remove(&blob.digest);
         let bytes = fetched?.clone();
@@ -103,6 +106,21 @@ impl BlobClient {
         let size = bytes.len() as u64;
         self.lock().keep(digest, bytes);
         Ok(BlobRef { digest, size })
+    }
+
+    /// Transfers once more what did not hash to its name. TLS sees what happens on the wire, and the store
+    /// reads nothing that is damaged on its disk: what gets here is memory that forgets.
+    async fn transfer_whole(&self, blob: BlobRef) -> Result<Bytes, Problem> {
+        for attempt in 1..TRANSFERS {
+            match self.transfer(blob).await {
+                Err(Problem::Digest { got }) => {
+                    let (digest, got) = (blob.digest.short(), got.short());
+                    tracing::warn!(%digest, %got, attempt, "a blob came damaged: fetching it again");
+                }
+                other => return other,
+            }
+        }
+        self.transfer(blob).await
     }
 
     async fn transfer(&self, BlobRef { digest, size }: BlobRef) -> Result<Bytes, Problem> {
@@ -215,6 +233,53 @@ async fn hash(bytes: Bytes) -> (Bytes, Digest) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::{Endpoint, MemoryNetwork, Role};
+
+    /// A coordinator that has one blob, and sends it with a byte flipped so many times.
+    async fn serve_damaged(endpoint: Endpoint, blob: Vec<u8>, damaged: usize) {
+        let connection = endpoint.accept().await.unwrap();
+        for transfer in 0.. {
+            let Ok(mut stream) = connection.accept_stream().await else { return };
+            let asked = stream.recv.recv_frame(MAX_MESSAGE).await.unwrap().unwrap();
+            let asked: StreamOpen = decode("question", &asked, MAX_MESSAGE).unwrap();
+            assert_eq!(asked, StreamOpen::GetBlob { digest: Digest::of(&blob) });
+            let mut bytes = blob.clone();
+            if transfer < damaged {
+                bytes[blob.len() / 2] ^= 1;
+            }
+            let found = BlobReply::Found { size: blob.len() as u64 };
+            stream.send.send_frame(&encode(&found)).await.unwrap();
+            stream.send.send_bytes(&bytes).await.unwrap();
+            stream.send.finish().await.unwrap();
+        }
+    }
+
+    /// What a node gets of a blob of 300 kB that comes damaged so many times.
+    async fn fetch_damaged(damaged: usize) -> Result<Bytes, BlobError> {
+        let network = MemoryNetwork::default();
+        let coordinator = Endpoint::memory(&network, Role::Coordinator, "c").unwrap();
+        let node = Endpoint::memory(&network, Role::Node, "n").unwrap();
+        let blob: Vec<u8> = (0..300_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
+        let asked = BlobRef { digest: Digest::of(&blob), size: blob.len() as u64 };
+        let address = coordinator.local_address();
+        let serving = tokio::spawn(serve_damaged(coordinator, blob, damaged));
+        let connection = node.connect(&address, Role::Coordinator, DEADLINE).await.unwrap();
+        let client = BlobClient::new(tokio::runtime::Handle::current());
+        client.connect(Some(connection));
+        let fetched = client.fetch(asked).await;
+        serving.abort();
+        fetched
+    }
+
+    #[tokio::test]
+    async fn a_blob_that_comes_damaged_is_fetched_again() {
+        let blob: Vec<u8> = (0..300_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
+        for damaged in 0..TRANSFERS as usize {
+            assert_eq!(fetch_damaged(damaged).await.unwrap(), blob, "damaged {damaged} times");
+        }
+        let error = fetch_damaged(TRANSFERS as usize).await.unwrap_err();
+        assert!(matches!(error.problem, Problem::Digest { .. }), "{error}");
+    }
 
     #[test]
     fn the_cache_drops_the_oldest_past_its_bound() {

@@ -338,6 +338,10 @@ impl Writer {
         self.0.write_all(bytes).await.map_err(write_error)
     }
 
+    pub(super) async fn write_shared(&mut self, bytes: Bytes) -> Result<(), TransportError> {
+        self.0.write_chunk(bytes).await.map_err(write_error)
+    }
+
     /// quinn's own `finish` returns at once; `stopped` returns when everything is acknowledged, or
     /// the other end has stopped reading.
     pub(super) async fn finish(&mut self) -> Result<(), TransportError> {

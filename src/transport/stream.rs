@@ -97,6 +97,17 @@ impl SendHalf {
         Ok(())
     }
 
+    /// Sends raw bytes that are shared: QUIC keeps them until they have arrived, and makes no copy.
+    pub async fn send_shared(&mut self, bytes: Bytes) -> Result<(), TransportError> {
+        self.begin()?;
+        match &mut self.wire {
+            SendWire::Quic(writer) => writer.write_shared(bytes).await?,
+            SendWire::Memory(writer) => writer.write(&bytes).await?,
+        }
+        self.state = SendState::Open;
+        Ok(())
+    }
+
     /// Says that nothing follows, and waits until the other end's transport holds every byte (or
     /// its receiver was dropped, and needs none). What was sent is then read there even if this
     /// process closes the connection or exits. It does not say that the other end has *acted*

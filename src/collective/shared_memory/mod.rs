@@ -5,10 +5,10 @@
 //!
 //! ```text
 //!   control (one a generation, mapped):  bell │ rank 0: stage, state, pid │ rank 1: …
-//!   segment (one a rank and call):       header │ partial sums │ this rank's slice of the sum
+//!   segment (one a rank and call):       header │ window, through which pieces pass (all-reduce)
+//!                                        header │ bytes                             (all-gather)
 //!
-//!   rank r:  write my segment ─► stage 2n ─► all at 2n: read my slice of theirs, add up
-//!            write my slice   ─► stage 2n+1 ─► all at 2n+1: unlink mine, read their slices
+//!   rank r:  write my segment ─► stage + 1 ─► all there: open theirs ─► …, a stage a step
 //! ```
 //!
 //! Only the control page is shared as memory, and only as atomics; each rank writes its own slot.
@@ -31,13 +31,14 @@ use std::{
 use super::{
     CollectiveError, JoinError, Partial,
     contribution::{Call, FIXED_HEADER, Header, MAX_GATHERED},
-    exchange::{Contribution, Exchange, Values, as_bytes, as_bytes_mut, slice_of},
+    exchange::Exchange,
 };
 use crate::protocol::RankIndex;
 
 mod control;
 mod futex;
 mod segment;
+mod window;
 
 use control::{Control, RankState, Waited};
 use segment::OwnSegment;
@@ -52,8 +53,8 @@ pub(super) struct SharedMemory {
     places: Places,
     /// Names the rank set's files.
     name: String,
-    /// Of the call in progress.
-    round: u64,
+    /// Steps that this rank has done, over all calls: the same as every other's at a call's end.
+    stage: u64,
     own: Option<OwnSegment>,
     theirs: Vec<Opened>,
 }
@@ -61,7 +62,7 @@ pub(super) struct SharedMemory {
 /// Another rank's segment of the call in progress.
 struct Opened {
     rank: RankIndex,
-    file: Arc<File>,
+    file: File,
     header: Header,
 }
 
@@ -82,7 +83,7 @@ impl SharedMemory {
             aborted: Arc::default(),
             places,
             name: name.into(),
-            round: 0,
+            stage: 0,
             own: None,
             theirs: Vec::new(),
         })
@@ -98,9 +99,9 @@ impl SharedMemory {
         let (segment, place) = OwnSegment::write(&self.places, &self.name, header.round, self.rank, write)
             .map_err(|e| call.system(e))?;
         self.own = Some(segment);
-        self.round = header.round;
-        self.control.show(self.rank, header.round * 2, place);
-        self.wait(call, header.round * 2)?;
+        self.stage += 1;
+        self.control.show(self.rank, self.stage, place);
+        self.wait(call, self.stage)?;
         for rank in self.others() {
             let opened = self.open(header.round, rank).map_err(|e| call.lost(rank, e))?;
             header.check_fits(&opened.header).map_err(|e| call.mismatch(rank, e))?;
@@ -118,7 +119,7 @@ impl SharedMemory {
         bytes.resize(FIXED_HEADER + Header::nodes_size(&fixed).map_err(io::Error::other)?, 0);
         file.read_exact_at(&mut bytes, 0)?;
         let header = Header::from_bytes(&bytes).map_err(io::Error::other)?;
-        Ok(Opened { rank, file: Arc::new(file), header })
+        Ok(Opened { rank, file, header })
     }
 
     /// Waits until every rank has got to `stage`.
@@ -133,10 +134,16 @@ impl SharedMemory {
     /// Says that this rank has read the others' segments, and waits until they have opened its own,
     /// whose name then goes.
     fn settle(&mut self, call: &Call) -> Result<(), CollectiveError> {
-        self.control.advance(self.rank, self.round * 2 + 1);
-        self.wait(call, self.round * 2 + 1)?;
+        self.advance();
+        self.wait(call, self.stage)?;
         self.own = None;
         Ok(())
+    }
+
+    /// Says that this rank has done a step more.
+    fn advance(&mut self) {
+        self.stage += 1;
+        self.control.advance(self.rank, self.stage);
     }
 
     fn others(&self) -> impl Iterator<Item = RankIndex> + use<> {
@@ -166,52 +173,14 @@ impl Exchange for SharedMemory {
         })
     }
 
-    fn scatter(
+    fn reduce(
         &mut self,
         call: &Call,
         header: &Header,
-        partials: &[Partial],
-    ) -> Result<Vec<Contribution>, CollectiveError> {
-        let bytes = header.to_bytes().map_err(|e| call.mismatch(self.rank, e))?;
-        let len = header.len as usize;
-        let mine = slice_of(len, self.world_size, self.rank);
-        self.contribute(call, header, |file| {
-            file.write_all_at(&bytes, 0)?;
-            for (k, partial) in partials.iter().enumerate() {
-                // My own slice of it is read by nobody else: a hole.
-                for range in [0..mine.start, mine.end..len] {
-                    file.write_all_at(
-                        as_bytes(&partial.values[range.clone()]),
-                        value_offset(header, k, range.start),
-                    )?;
-                }
-            }
-            // Room for my slice of the sum is found out now, while another place can be tried.
-            reserve(file, value_offset(header, partials.len(), 0), mine.len() * size_of::<f32>())
-        })?;
-
-        // Read while they are added up: in between nothing of their size is held in memory.
-        let contribution = |Opened { rank, file, header }: &Opened| {
-            let first = value_offset(header, 0, mine.start);
-            let values =
-                Values::InFile { file: file.clone(), first, stride: header.len * size_of::<f32>() as u64 };
-            Contribution { rank: *rank, nodes: header.nodes.clone(), values }
-        };
-        Ok(self.theirs.iter().map(contribution).collect())
-    }
-
-    fn share(&mut self, call: &Call, out: &mut [f32]) -> Result<(), CollectiveError> {
-        let mine = slice_of(out.len(), self.world_size, self.rank);
-        if let Some(own) = &self.own {
-            own.write_last(as_bytes(&out[mine])).map_err(|e| call.system(e))?;
-        }
-        self.settle(call)?;
-        for Opened { rank, file, header } in self.theirs.drain(..) {
-            let slice = slice_of(out.len(), self.world_size, rank);
-            let offset = value_offset(&header, header.nodes.len(), 0);
-            file.read_exact_at(as_bytes_mut(&mut out[slice]), offset).map_err(|e| call.lost(rank, e))?;
-        }
-        Ok(())
+        partials: Vec<Partial>,
+        out: &mut [f32],
+    ) -> Result<(), CollectiveError> {
+        self.reduce_in_window(call, header, &partials, out)
     }
 
     fn gather(
@@ -246,20 +215,6 @@ impl Drop for SharedMemory {
     fn drop(&mut self) {
         self.control.leave(self.rank, RankState::Left);
     }
-}
-
-/// Where value `at` of partial sum `k` stands; the sum's slice stands behind the last one.
-fn value_offset(header: &Header, k: usize, at: usize) -> u64 {
-    let head = (FIXED_HEADER + header.nodes.len() * 8) as u64;
-    head + (k as u64 * header.len + at as u64) * size_of::<f32>() as u64
-}
-
-fn reserve(file: &File, offset: u64, size: usize) -> io::Result<()> {
-    let zeros = [0; 64 << 10];
-    for start in (0..size).step_by(zeros.len()) {
-        file.write_all_at(&zeros[..zeros.len().min(size - start)], offset + start as u64)?;
-    }
-    Ok(())
 }
 
 fn read_gathered(file: &File, header: &Header) -> io::Result<Vec<u8>> {

@@ -108,7 +108,6 @@ const CONTROL: &str = ".control";
 /// A segment that this rank writes; its name goes with it.
 pub(super) struct OwnSegment {
     file: File,
-    size: u64,
     path: PathBuf,
 }
 
@@ -126,12 +125,9 @@ impl OwnSegment {
             let path = directory.join(segment_name(name, round, rank, process::id()));
             let at = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
             // From here on the name is removed however this ends.
-            let mut segment = Self { file: create(&path).map_err(at)?, size: 0, path: path.clone() };
+            let segment = Self { file: create(&path).map_err(at)?, path: path.clone() };
             match write(&segment.file) {
-                Ok(()) => {
-                    segment.size = segment.file.metadata().map_err(at)?.len();
-                    return Ok((segment, place as u32));
-                }
+                Ok(()) => return Ok((segment, place as u32)),
                 Err(e) if e.kind() == io::ErrorKind::StorageFull => {
                     tracing::debug!(directory = %directory.display(), "full: trying the next place");
                     full = Some(at(e));
@@ -142,15 +138,19 @@ impl OwnSegment {
         Err(full.unwrap_or_else(|| io::Error::other("no place for shared memory")))
     }
 
-    /// Overwrites the end of the segment.
-    pub(super) fn write_last(&self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, self.size - bytes.len() as u64)
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Takes its name away, now that every rank has it open.
+    pub(super) fn remove_name(&self) {
+        let _ = fs::remove_file(&self.path);
     }
 }
 
 impl Drop for OwnSegment {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        self.remove_name();
     }
 }
 
@@ -220,7 +220,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!((place, files(&first), files(&second)), (1, 0, 1));
-        segment.write_last(b"es!").unwrap();
+        segment.file().write_all_at(b"es!", 3).unwrap();
         let opened = places.open("set", 1, RankIndex(0), process::id(), place).unwrap();
         let mut bytes = [0; 6];
         opened.read_exact_at(&mut bytes, 0).unwrap();

@@ -3,28 +3,29 @@
 //! ```text
 //!   rank i ──StreamOpen::Collective──► rank j > i            once, at the start
 //!   then, both ways, for each call:
-//!     frame: header │ raw: slice j of each of my partial sums      (an all-reduce)
-//!                     raw: my slice of the sum
+//!     frame: header │ pieces of partial sums and of the sum        (an all-reduce: `reduce`)
 //!     frame: header │ raw: my bytes                                (an all-gather)
 //! ```
 //!
 //! A rank sends to all and receives from all at the same time, so none waits for one that waits
 //! for it.
 
-use std::time::Instant;
+use std::{cell::RefCell, collections::BTreeSet, time::Instant};
 
-use futures::future::{join_all, try_join, try_join_all};
+use futures::future::{Future, join_all, try_join, try_join_all};
 use tokio::{runtime::Handle, sync::watch, time::timeout_at};
 
 use super::{
     CollectiveError, CollectiveInbox, JoinError, Partial, StreamKey,
     contribution::{Call, Header, MAX_HEADER},
-    exchange::{Contribution, Exchange, Values, as_bytes, as_bytes_mut, slice_of},
+    exchange::{Exchange, as_bytes_mut},
 };
 use crate::{
     protocol::{RankIndex, RankSeat, encode},
     transport::{Connection, Endpoint, RecvHalf, Role, SendHalf, Stream, TransportError},
 };
+
+mod reduce;
 
 /// One rank's side.
 pub(super) struct Quic {
@@ -96,20 +97,39 @@ impl Quic {
         call: &Call,
         talk: impl AsyncFn(&mut Peer) -> Result<T, CollectiveError> + 'a,
     ) -> Result<Vec<T>, CollectiveError> {
-        let (mut aborted, deadline) = (self.aborted.subscribe(), call.deadline.into());
+        let aborted = self.aborted.subscribe();
+        // The first that has not ended, when time is up.
+        let waiting: RefCell<BTreeSet<RankIndex>> = RefCell::new(self.peers.iter().map(|p| p.rank).collect());
         let talks = self.peers.iter_mut().map(async |peer| {
-            let missing = peer.rank;
-            timeout_at(deadline, talk(peer)).await.unwrap_or_else(|_| Err(call.timed_out(missing)))
+            let rank = peer.rank;
+            let said = talk(peer).await?;
+            waiting.borrow_mut().remove(&rank);
+            Ok(said)
         });
-        self.runtime.block_on(async {
-            tokio::select! {
-                biased;
-                // Fails only without a sender, and `self` holds it.
-                _ = aborted.wait_for(|aborted| *aborted) => Err(call.aborted()),
-                result = try_join_all(talks) => result,
-            }
-        })
+        let missing = || waiting.borrow().first().copied().unwrap_or(RankIndex(0));
+        until(&self.runtime, aborted, call, try_join_all(talks), missing)
     }
+}
+
+/// Runs the talks of a call; ends at the deadline, for which `missing` then names a rank, or when called
+/// off.
+fn until<T>(
+    runtime: &Handle,
+    mut aborted: watch::Receiver<bool>,
+    call: &Call,
+    talks: impl Future<Output = Result<T, CollectiveError>>,
+    missing: impl FnOnce() -> RankIndex,
+) -> Result<T, CollectiveError> {
+    runtime.block_on(async {
+        tokio::select! {
+            biased;
+            // Fails only without a sender, and the rank holds it.
+            _ = aborted.wait_for(|aborted| *aborted) => Err(call.aborted()),
+            done = timeout_at(call.deadline.into(), talks) => {
+                done.unwrap_or_else(|_| Err(call.timed_out(missing())))
+            }
+        }
+    })
 }
 
 /// Connects to a seat and says what the stream is for.
@@ -171,56 +191,14 @@ impl Exchange for Quic {
         })
     }
 
-    fn scatter(
+    fn reduce(
         &mut self,
         call: &Call,
         header: &Header,
-        partials: &[Partial],
-    ) -> Result<Vec<Contribution>, CollectiveError> {
-        let (rank, world_size) = (self.rank, self.world_size);
-        let head = &header.to_bytes().map_err(|e| call.mismatch(rank, e))?;
-        let len = header.len as usize;
-        let mine = slice_of(len, world_size, rank);
-        let (call, width) = (*call, mine.len());
-        self.with_each(&call, async |peer| {
-            let theirs = slice_of(len, world_size, peer.rank);
-            let send = async |to: &mut SendHalf| {
-                to.send_frame(head).await?;
-                for partial in partials {
-                    to.send_bytes(as_bytes(&partial.values[theirs.clone()])).await?;
-                }
-                Ok(())
-            };
-            let receive = async |from: &mut RecvHalf, rank| {
-                let nodes = receive_header(&call, header, from, rank).await?.nodes;
-                let mut slices = Vec::with_capacity(nodes.len());
-                for _ in &nodes {
-                    let mut slice = vec![0.0; width];
-                    receive_values(&call, from, rank, &mut slice).await?;
-                    slices.push(slice);
-                }
-                Ok(Contribution { rank, nodes, values: Values::Held(slices) })
-            };
-            peer.exchange(&call, send, receive).await
-        })
-    }
-
-    fn share(&mut self, call: &Call, out: &mut [f32]) -> Result<(), CollectiveError> {
-        let (len, world_size, call) = (out.len(), self.world_size, *call);
-        let mine = out[slice_of(len, world_size, self.rank)].to_vec();
-        let received = self.with_each(&call, async |peer| {
-            let send = async |to: &mut SendHalf| to.send_bytes(as_bytes(&mine)).await;
-            let receive = async |from: &mut RecvHalf, rank| {
-                let mut slice = vec![0.0; slice_of(len, world_size, rank).len()];
-                receive_values(&call, from, rank, &mut slice).await?;
-                Ok((rank, slice))
-            };
-            peer.exchange(&call, send, receive).await
-        })?;
-        for (rank, slice) in received {
-            out[slice_of(len, world_size, rank)].copy_from_slice(&slice);
-        }
-        Ok(())
+        partials: Vec<Partial>,
+        out: &mut [f32],
+    ) -> Result<(), CollectiveError> {
+        self.reduce_in_pieces(call, header, partials, out)
     }
 
     fn gather(
