@@ -43,6 +43,7 @@ fn main() -> anyhow::Result<()> {
             data: data.clone(),
             join: None,
             history: 2,
+            store: None,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             nodes: 1,
             trainers: 2,

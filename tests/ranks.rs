@@ -351,7 +351,8 @@ impl Client {
         };
         let is_it = |it: &&Checkpoint| it.checkpoint_id == name && it.target == target;
         let checkpoint = all.iter().find(is_it).unwrap().id;
-        let request = ClientRequest::CheckpointFiles { checkpoint, page_size: 10, page_token: 0 };
+        let request =
+            ClientRequest::CheckpointFiles { checkpoint, page_size: 10, page_token: 0, presigned: false };
         let ClientResponse::CheckpointFiles(files) = self.ask(request).await else { panic!("no files") };
         let found = files.presigned_urls.iter().find(|it| it.relative_file_name == file).unwrap();
         self.blob(found.url.strip_prefix("blob:").unwrap().parse().unwrap()).await

@@ -12,11 +12,15 @@ use lockstep::{
     kernels,
     model::ModelSource,
     pull,
-    service::COORDINATOR_PORT,
+    service::{COORDINATOR_PORT, ServiceError, run_here},
+    store::{BlobStore, BucketLocation},
     transport::{ClusterCa, Identity},
 };
 
-use super::up::{DATA_DIR, all_cores, parse_models};
+use super::{
+    parts::Store,
+    up::{DATA_DIR, all_cores, parse_models},
+};
 
 /// Receive buffer that QUIC fills at 1 Gbit/s while a control thread waits its turn.
 const UDP_BUFFER: u64 = 2 << 20;
@@ -32,6 +36,8 @@ pub struct Doctor {
     /// A model that this machine shall serve, as NAME=PATH; by default those that were pulled.
     #[arg(long = "model", value_name = "NAME=PATH")]
     models: Vec<String>,
+    #[command(flatten)]
+    store: Store,
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
 }
@@ -61,6 +67,7 @@ impl Doctor {
             ("memory", memory(&models)),
             ("gpu", gpu()),
             ("data", data(&self.data_dir)),
+            ("store", store(&self.data_dir, self.store.store.as_ref())),
             ("trust", trust(&self.data_dir)),
             ("http", port("TCP", 8000, |at| TcpListener::bind(at).is_ok())),
             ("quic", port("UDP", COORDINATOR_PORT, |at| UdpSocket::bind(at).is_ok())),
@@ -157,6 +164,18 @@ fn data(directory: &Path) -> Finding {
         ),
         Some(free) => Fine(format!("{}, {} GiB free", directory.display(), free >> 30)),
         None => Fine(directory.display().to_string()),
+    }
+}
+
+/// Writes, reads, lists and removes something in the bucket, if blobs are kept in one.
+fn store(directory: &Path, wanted: Option<&BucketLocation>) -> Finding {
+    let probed =
+        run_here("doctor", async { Ok::<_, ServiceError>(BlobStore::probe(directory, wanted).await) });
+    match probed {
+        Ok(Ok(Some(location))) => Fine(format!("{location} can be read, written and swept")),
+        Ok(Ok(None)) => Fine("blobs are kept in the data directory".into()),
+        Ok(Err(error)) => Broken(error.to_string(), "see that this machine may use the bucket".into()),
+        Err(error) => Broken(error.to_string(), "let this user start threads".into()),
     }
 }
 

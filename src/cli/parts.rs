@@ -8,6 +8,7 @@ use lockstep::{
     service::{
         CoordinatorProcess, GatewayProcess, NodeProcess, Placement, run_coordinator, run_gateway, run_node,
     },
+    store::BucketLocation,
 };
 
 use super::{
@@ -28,8 +29,20 @@ pub struct Coordinator {
     /// Snapshots of each run that are kept to go back to, as long as those of all runs fit into 10 GiB.
     #[arg(long, default_value_t = HISTORY, env = "LOCKSTEP_HISTORY", value_parser = clap::value_parser!(u32).range(1..=1024))]
     history: u32,
+    #[command(flatten)]
+    store: Store,
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
+}
+
+/// Where blobs are kept.
+#[derive(Args, Clone)]
+pub struct Store {
+    /// Keep payloads, snapshots and checkpoints in an S3-compatible bucket (s3://BUCKET/PREFIX) instead of the
+    /// data directory, which then remembers it. Reached as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION
+    /// and AWS_ENDPOINT_URL say.
+    #[arg(long, value_name = "URL", env = "LOCKSTEP_STORE", value_parser = str::parse::<BucketLocation>)]
+    pub store: Option<BucketLocation>,
 }
 
 #[derive(Args)]
@@ -92,6 +105,7 @@ impl Coordinator {
             listen: self.listen,
             join: self.join_listen,
             history: self.history,
+            store: self.store.store,
         })?)
     }
 }

@@ -8,7 +8,7 @@ use lockstep::{
     service::{DataDirectory, SupervisorConfig, UpConfig, up},
 };
 
-use super::{compute::Compute, http::Http};
+use super::{compute::Compute, http::Http, parts::Store};
 
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
@@ -29,6 +29,8 @@ pub struct Up {
     /// Snapshots of each run that are kept to go back to, as long as those of all runs fit into 10 GiB.
     #[arg(long, default_value_t = HISTORY, env = "LOCKSTEP_HISTORY", value_parser = clap::value_parser!(u32).range(1..=1024))]
     history: u32,
+    #[command(flatten)]
+    store: Store,
     #[command(flatten)]
     cluster: LocalCluster,
 }
@@ -64,6 +66,7 @@ impl Up {
             supervisor: SupervisorConfig {
                 join: self.join_listen,
                 history: self.history,
+                store: self.store.store,
                 ..self.cluster.supervisor(self.listen, false)?
             },
             http: self.http.address,
@@ -87,6 +90,7 @@ impl LocalCluster {
             listen,
             join: None,
             history: HISTORY,
+            store: None,
             nodes: self.nodes,
             trainers: self.trainers,
             samplers: self.samplers,

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use crate::{
     archive::{self, Manifest, Verified},
     protocol::BlobRef,
-    types::{Checkpoint, CheckpointId, Digest},
+    types::{Checkpoint, CheckpointId},
 };
 
 use super::{ClientError, LoraOptions, ServiceClient, TrainingClient};
@@ -41,10 +41,8 @@ impl ServiceClient {
         loop {
             let page = self.get_checkpoint_archive_url(checkpoint, page_token).await?;
             for file in page.presigned_urls {
-                let digest: Digest = file
-                    .url
-                    .strip_prefix("blob:")
-                    .and_then(|digest| digest.parse().ok())
+                let digest = file
+                    .digest()
                     .ok_or_else(|| ClientError::Protocol(format!("`{}` is no blob", file.url)))?;
                 let bytes = self.blob(BlobRef { digest, size: file.size_bytes }).await;
                 let bytes = bytes.map_err(|e| e.about_file(&file.relative_file_name))?;

@@ -8,7 +8,7 @@ use crate::{
         BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, RunInfo, SampleTarget,
     },
     types::{
-        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, Digest, ErrorKind, LoraConfig,
+        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, ErrorKind, LoraConfig,
         LoraTarget, OperationError, PolicyId, RunId, ServerCapabilities, SessionId, WandbConfig,
     },
 };
@@ -258,7 +258,12 @@ impl ServiceClient {
         checkpoint: CheckpointId,
         page_token: u64,
     ) -> Result<CheckpointFilesResponse, ClientError> {
-        let request = ClientRequest::CheckpointFiles { checkpoint, page_size: FILES_PER_PAGE, page_token };
+        let request = ClientRequest::CheckpointFiles {
+            checkpoint,
+            page_size: FILES_PER_PAGE,
+            page_token,
+            presigned: false,
+        };
         match self.request(request).await? {
             ClientResponse::CheckpointFiles(files) => Ok(files),
             other => Err(unexpected(&other)),
@@ -276,10 +281,8 @@ impl ServiceClient {
         loop {
             let page = self.get_checkpoint_archive_url(checkpoint, page_token).await?;
             for file in &page.presigned_urls {
-                let digest: Digest = file
-                    .url
-                    .strip_prefix("blob:")
-                    .and_then(|digest| digest.parse().ok())
+                let digest = file
+                    .digest()
                     .ok_or_else(|| ClientError::Protocol(format!("`{}` is no blob", file.url)))?;
                 let bytes = self.blob(BlobRef { digest, size: file.size_bytes }).await?;
                 write_below(directory, &file.relative_file_name, &bytes)?;

@@ -9,7 +9,7 @@ use crate::{
     protocol::{BlobRef, BlobReply, MAX_BLOB, encode},
     store::BlobStore,
     transport::{RecvHalf, SendHalf},
-    types::{Digest, ErrorKind, OperationError},
+    types::{CheckpointFile, Digest, ErrorKind, OperationError},
 };
 
 use super::serve::send_last;
@@ -67,8 +67,7 @@ impl Blobs {
             let problem = format!("the bytes sent as {} hash to {named}", blob.digest);
             return Err(OperationError::new(ErrorKind::InvalidInput, problem));
         }
-        let stored = self.store.put(bytes).await;
-        stored.map(|_| ()).map_err(|e| OperationError::new(ErrorKind::ResourceExhausted, e.to_string()))
+        Ok(self.store.put(bytes).await.map(drop)?)
     }
 
     /// Sends a blob, or why not.
@@ -109,6 +108,19 @@ impl Blobs {
             Err(error) => return Some(internal(error)),
         };
         Some(OperationError::new(ErrorKind::InvalidInput, format!("`{field}`: {problem}")))
+    }
+
+    /// Gives files the URLs of the bucket that holds them. What it can't sign keeps its own, which
+    /// leads through this coordinator.
+    pub(super) async fn presign(&self, files: &mut [CheckpointFile]) {
+        for file in files {
+            let Some(digest) = file.digest() else { continue };
+            match self.store.presign(&digest).await {
+                Ok(Some(url)) => file.url = url,
+                Ok(None) => return,
+                Err(reason) => return tracing::warn!("files are served through the gateway: {reason}"),
+            }
+        }
     }
 
     /// A transfer's share of the budget.

@@ -13,7 +13,7 @@ pub enum CoordinatorError {
     /// Another coordinator holds the directory, or it can't be read.
     #[error("the journal of this data directory can't be used: {0}")]
     Journal(#[from] JournalError),
-    #[error("the blob store of this data directory can't be used: {0}")]
+    #[error("the blobs of this data directory can't be used: {0}")]
     Store(#[from] StoreError),
     #[error("the coordinator no longer hears the network: {0}")]
     Transport(#[from] TransportError),
@@ -37,7 +37,7 @@ impl CoordinatorError {
                     | JournalError::Corrupt { .. }
                     | JournalError::Open { .. }
             ),
-            Self::Store(_) => true,
+            Self::Store(error) => error.is_final(),
             Self::Transport(_) | Self::ActorDied | Self::EndpointClosed => false,
         }
     }

@@ -13,10 +13,14 @@ pub use serve::serve;
 
 use std::{path::PathBuf, time::Duration};
 
+use crate::store::BucketLocation;
+
 /// What a coordinator is started with.
 pub struct CoordinatorConfig {
-    /// Holds the journal and the blobs.
+    /// Holds the journal, and the blobs if no bucket does.
     pub data_dir: PathBuf,
+    /// Holds the blobs; absent: the bucket of an earlier start, or else the data directory.
+    pub store: Option<BucketLocation>,
     /// Deadlines and bounds; the defaults fit a cluster of CPU nodes.
     pub limits: Limits,
     /// Called once the data directory is this coordinator's: what is said to others about it
@@ -27,7 +31,7 @@ pub struct CoordinatorConfig {
 impl CoordinatorConfig {
     /// The defaults for a data directory.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
-        Self { data_dir: data_dir.into(), limits: Limits::default(), opened: None }
+        Self { data_dir: data_dir.into(), store: None, limits: Limits::default(), opened: None }
     }
 }
 

@@ -65,12 +65,10 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
     let data_dir = config.data_dir.clone();
-    let opened = tokio::task::spawn_blocking(move || {
-        let (journal, recovered) = Journal::open(&data_dir)?;
-        let store = BlobStore::open_local(&data_dir.join("blobs"))?;
-        Ok::<_, CoordinatorError>((journal, recovered, store))
-    });
-    let (journal, recovered, store) = opened.await.map_err(|_| CoordinatorError::ActorDied)??;
+    let opened = tokio::task::spawn_blocking(move || Journal::open(&data_dir));
+    let (journal, recovered) = opened.await.map_err(|_| CoordinatorError::ActorDied)??;
+    // After the journal, whose lock says that nobody else uses the blobs.
+    let store = BlobStore::open(&config.data_dir, config.store.as_ref()).await?;
     if let Some(opened) = config.opened {
         opened();
     }
@@ -223,13 +221,17 @@ impl Server {
     /// One request and its answer.
     async fn request(&self, connection: Connection, call: Call, request: ClientRequest, stream: Stream) {
         let Stream { mut send, recv } = stream;
-        let response = match self.missing_blob(&request).await {
+        let presigned = matches!(request, ClientRequest::CheckpointFiles { presigned: true, .. });
+        let mut response = match self.missing_blob(&request).await {
             Some(error) => ClientResponse::Error(error),
             None => match self.answer(connection, call, request, recv).await {
                 Some(response) => response,
                 None => return,
             },
         };
+        if let (ClientResponse::CheckpointFiles(page), true) = (&mut response, presigned) {
+            self.blobs.presign(&mut page.presigned_urls).await;
+        }
         let mut frame = encode(&response);
         if frame.len() > MAX_MESSAGE {
             let problem = format!("the answer of {} bytes is over the limit of {MAX_MESSAGE}", frame.len());

@@ -23,6 +23,9 @@ const FIRST_AFTER: Duration = Duration::from_secs(30);
 /// Pause between two passes.
 const EVERY: Duration = Duration::from_secs(300);
 
+/// The same in a bucket, where a pass is 256 requests that cost.
+const EVERY_IN_BUCKET: Duration = Duration::from_secs(3_600);
+
 /// Pause between two folders, so that a pass over a large store disturbs nobody.
 const BREATH: Duration = Duration::from_millis(20);
 
@@ -35,6 +38,7 @@ const PIECE: usize = 1_024;
 
 /// Sweeps for as long as it is polled.
 pub(super) async fn sweep(store: BlobStore, journal: Journal, actor: Addr<Coordinator>) {
+    let every = if store.is_bucket() { EVERY_IN_BUCKET } else { EVERY };
     tokio::time::sleep(FIRST_AFTER).await;
     loop {
         match sweep_once(&store, &journal, &actor, YOUNG).await {
@@ -43,7 +47,7 @@ pub(super) async fn sweep(store: BlobStore, journal: Journal, actor: Addr<Coordi
             Err(problem) => tracing::warn!("blobs that nothing needs stay for now: {problem}"),
         }
         store.forget_renewals(YOUNG);
-        tokio::time::sleep(EVERY).await;
+        tokio::time::sleep(every).await;
     }
 }
 

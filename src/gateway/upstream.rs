@@ -249,9 +249,10 @@ impl Upstream {
         checkpoint: CheckpointId,
         page_size: u32,
         page_token: u64,
+        presigned: bool,
     ) -> Result<CheckpointFilesResponse, Refused> {
         self.require_checkpoint(checkpoint).await?;
-        let request = ClientRequest::CheckpointFiles { checkpoint, page_size, page_token };
+        let request = ClientRequest::CheckpointFiles { checkpoint, page_size, page_token, presigned };
         match self.ask(request, HOLD).await? {
             ClientResponse::CheckpointFiles(files) => Ok(files),
             other => Err(unexpected(&other)),

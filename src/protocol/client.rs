@@ -30,8 +30,9 @@ pub enum ClientRequest {
     RunInfo { run: RunId },
     /// → `Checkpoints`: of one run, or of all.
     ListCheckpoints { run: Option<RunId> },
-    /// → `CheckpointFiles`.
-    CheckpointFiles { checkpoint: CheckpointId, page_size: u32, page_token: u64 },
+    /// → `CheckpointFiles`: over the URLs of the bucket that holds them if `presigned` and there is one,
+    /// or else as blobs to be fetched with `GetBlob`.
+    CheckpointFiles { checkpoint: CheckpointId, page_size: u32, page_token: u64, presigned: bool },
     /// → `Blob`: the tokenizer.json of a model, to be fetched with `GetBlob`.
     Tokenizer { base_model: String },
     /// → `Cluster`.

@@ -15,7 +15,8 @@ use super::ServiceError;
 ///
 /// ```text
 ///   DATA/journal.sqlite    what must survive (and its lock)
-///   DATA/blobs/            payloads, snapshots and checkpoints by digest
+///   DATA/blobs/            payloads, snapshots and checkpoints by digest, if no bucket holds them
+///   DATA/store             which bucket holds them, and whose they are in there
 ///   DATA/ca/               the cluster's certificate authority, mode 0600
 ///   DATA/identity/         certificates of the parts and of local clients, mode 0600
 ///   DATA/tokens/           what lets processes on other machines in

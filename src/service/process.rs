@@ -15,6 +15,7 @@ use crate::{
     join::{self, Desk, JoinToken},
     node::{self, NodeConfig},
     protocol::{ALPN, JOIN_ALPN},
+    store::BucketLocation,
     transport::{Doorway, Endpoint, Identity, Role},
 };
 
@@ -45,10 +46,10 @@ where
     run_here(name, main)
 }
 
-/// The same for errors of another kind.
-pub fn run_here<F, E>(name: &str, main: F) -> Result<(), E>
+/// The same for results of another kind.
+pub fn run_here<F, T, E>(name: &str, main: F) -> Result<T, E>
 where
-    F: Future<Output = Result<(), E>>,
+    F: Future<Output = Result<T, E>>,
     E: From<ServiceError>,
 {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -72,12 +73,14 @@ pub struct CoordinatorProcess {
     pub join: Option<SocketAddr>,
     /// Snapshots of each run that are kept, at least 1.
     pub history: u32,
+    /// Holds the blobs; absent: the bucket of an earlier start, or else the data directory.
+    pub store: Option<BucketLocation>,
 }
 
 /// Runs the coordinator of a data directory until it is told to stop; prints
 /// `listening ADDRESS` once it is bound.
 pub fn run_coordinator(process: CoordinatorProcess) -> Result<(), ServiceError> {
-    let CoordinatorProcess { data_dir, listen, join, history } = process;
+    let CoordinatorProcess { data_dir, listen, join, history, store } = process;
     let data = DataDirectory::open(data_dir)?;
     data.prepare_identities()?;
     in_system("coordinator", async move {
@@ -92,6 +95,7 @@ pub fn run_coordinator(process: CoordinatorProcess) -> Result<(), ServiceError> 
         }
         let mut config = CoordinatorConfig::new(data.path());
         config.limits.history_snapshots = history as usize;
+        config.store = store;
         config.opened = Some(Box::new(move || announce(&data, &address)));
         Ok(coordinator::serve(config, endpoint, stop).await?)
     })

@@ -22,6 +22,7 @@ use tokio::{
 use crate::{
     kernels,
     model::{ComputeOptions, ModelSource},
+    store::BucketLocation,
 };
 
 use super::{
@@ -48,6 +49,9 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(60);
 /// Tells the parts which kernels this process was told to use.
 const KERNELS: &str = "LOCKSTEP_KERNELS";
 
+/// Exit status of a part that said why it can't go on.
+const EXIT_FAILED: i32 = 1;
+
 /// Name and subcommand of the part that decides.
 const COORDINATOR: &str = "coordinator";
 
@@ -63,6 +67,8 @@ pub struct SupervisorConfig {
     pub join: Option<SocketAddr>,
     /// Snapshots of each run that are kept, at least 1.
     pub history: u32,
+    /// Holds the blobs; absent: the bucket of an earlier start, or else the data directory.
+    pub store: Option<BucketLocation>,
     pub nodes: u32,
     pub trainers: u32,
     pub samplers: u32,
@@ -99,6 +105,8 @@ struct Part {
     life: Arc<Life>,
     config: SupervisorConfig,
     arguments: Vec<String>,
+    /// Whether it has listened once. Until then a person waits who can mend what keeps it from it.
+    started_well: bool,
 }
 
 impl Supervisor {
@@ -191,7 +199,14 @@ impl Part {
         let mut arguments = vec![COORDINATOR.into(), "--listen".into(), config.listen.to_string()];
         arguments.extend(config.join.iter().flat_map(|join| ["--join-listen".to_owned(), join.to_string()]));
         arguments.extend(["--history".to_owned(), config.history.to_string()]);
-        Self { name: COORDINATOR.into(), life: Arc::default(), config: config.clone(), arguments }
+        arguments.extend(config.store.iter().flat_map(|store| ["--store".to_owned(), store.to_string()]));
+        Self {
+            name: COORDINATOR.into(),
+            life: Arc::default(),
+            config: config.clone(),
+            arguments,
+            started_well: false,
+        }
     }
 
     /// Node `index` with its share of ranks, replicas and cores.
@@ -210,7 +225,7 @@ impl Part {
         for model in &config.models {
             flag("--model", format!("{}={}", model.name, model.path.display()));
         }
-        Self { name, life: Arc::default(), config: config.clone(), arguments }
+        Self { name, life: Arc::default(), config: config.clone(), arguments, started_well: true }
     }
 
     /// Runs the part until the supervisor stops, again and again.
@@ -233,7 +248,7 @@ impl Part {
             if *stopping.borrow() {
                 return;
             }
-            if status == Some(EXIT_REFUSED.into()) {
+            if status == Some(EXIT_REFUSED.into()) || (status == Some(EXIT_FAILED) && !self.started_well) {
                 let reason = self.last_words();
                 let _ = fatal.send(ServiceError::Refused { part: self.name.clone(), reason }).await;
                 return;
@@ -264,6 +279,7 @@ impl Part {
             {
                 let address = address.trim().to_owned();
                 self.keep_port(&address);
+                self.started_well = true;
                 let _ = listening.send(address).await;
             }
         }

@@ -2,6 +2,11 @@ use std::{error::Error, io, path::PathBuf};
 
 use crate::types::{Digest, ErrorKind, OperationError};
 
+use super::{BucketLocation, bucket};
+
+/// How object_store calls its S3 client in its errors.
+const S3: &str = "S3";
+
 /// Why a blob can't be stored or read.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -21,6 +26,32 @@ pub enum StoreError {
     /// A folder of blobs can't be read.
     #[error("cannot list the blobs that begin with {first_byte:02x}: {source}")]
     List { first_byte: u8, source: io::Error },
+    /// `--store` is not what it should be.
+    #[error("`--store` {given:?}: {problem}; write s3://BUCKET/PREFIX")]
+    Location { given: String, problem: String },
+    /// The data directory's blobs are somewhere else, and its journal names them.
+    #[error(
+        "the blobs of {} are in {is}, not in {asked}: start without --store, or with another --data-dir",
+        data_dir.display()
+    )]
+    Elsewhere { is: String, asked: BucketLocation, data_dir: PathBuf },
+    /// Another service sweeps this prefix.
+    #[error("{location} holds the blobs of another data directory; choose another prefix")]
+    Owned { location: BucketLocation },
+    #[error("{location}: this bucket does not exist at AWS_ENDPOINT_URL in AWS_REGION")]
+    NoBucket { location: BucketLocation },
+    #[error(
+        "{location}: the bucket's server refuses this process ({problem}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"
+    )]
+    Forbidden { location: BucketLocation, problem: String },
+    /// Worth another try once the way to the bucket is open again.
+    #[error("{location} can't be reached: {problem}; check AWS_ENDPOINT_URL, AWS_REGION and the credentials")]
+    Unreachable { location: BucketLocation, problem: String },
+    #[error("the system gives no random numbers: {0}")]
+    Random(String),
+    /// The bucket's server, or the way to it. Requests were repeated before this is said.
+    #[error("cannot {action} blob {digest} in the bucket: {problem}")]
+    Bucket { action: &'static str, digest: Digest, problem: String },
     /// The runtime shut down underneath.
     #[error("the runtime shut down before the blob store had answered")]
     Interrupted,
@@ -41,7 +72,17 @@ impl StoreError {
             }
             cause = error.source();
         }
-        Self::Io { action, digest, source: Box::new(source) }
+        match source {
+            object_store::Error::Generic { store: S3, .. } => {
+                Self::Bucket { action, digest, problem: bucket::deepest(&source) }
+            }
+            source => Self::Io { action, digest, source: Box::new(source) },
+        }
+    }
+
+    /// Whether another start would end the same way.
+    pub fn is_final(&self) -> bool {
+        !matches!(self, Self::Unreachable { .. } | Self::Interrupted)
     }
 
     /// The same for a bare error of the file system.
@@ -61,11 +102,19 @@ impl From<StoreError> for OperationError {
     fn from(error: StoreError) -> Self {
         let kind = match error {
             StoreError::Full { .. } => ErrorKind::ResourceExhausted,
-            StoreError::Interrupted => ErrorKind::Unavailable,
+            StoreError::Interrupted | StoreError::Unreachable { .. } | StoreError::Bucket { .. } => {
+                ErrorKind::Unavailable
+            }
             StoreError::Open { .. }
             | StoreError::Damaged { .. }
             | StoreError::Io { .. }
-            | StoreError::List { .. } => ErrorKind::Internal,
+            | StoreError::List { .. }
+            | StoreError::Location { .. }
+            | StoreError::Elsewhere { .. }
+            | StoreError::Owned { .. }
+            | StoreError::NoBucket { .. }
+            | StoreError::Forbidden { .. }
+            | StoreError::Random(_) => ErrorKind::Internal,
         };
         Self::new(kind, error.to_string())
     }

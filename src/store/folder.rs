@@ -14,31 +14,29 @@ pub(super) const FOLDERS: usize = 256;
 
 /// The blobs whose digests share a first byte. One is written or removed at a time.
 pub(super) struct Folder {
-    path: PathBuf,
+    /// Absent in a bucket, where nothing has to be synced.
+    path: Option<PathBuf>,
     /// Whether this process has synced the folder. Until then a blob seen in it may have been
     /// renamed by a process that died before it could sync, and a power cut could undo that.
     synced: Mutex<bool>,
 }
 
 impl Folder {
-    /// The folder of `first_byte` below the store's directory.
-    pub(super) fn new(directory: &Path, first_byte: usize) -> Self {
-        Self { path: directory.join(format!("{first_byte:02x}")), synced: Mutex::new(false) }
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    /// The folder of `first_byte` below the store's directory; without one, of a bucket.
+    pub(super) fn new(directory: Option<&Path>, first_byte: usize) -> Self {
+        let path = directory.map(|directory| directory.join(format!("{first_byte:02x}")));
+        Self { path, synced: Mutex::new(false) }
     }
 
     /// Waits for the folder's turn.
     pub(super) async fn lock(&self) -> Locked<'_> {
-        Locked { path: &self.path, synced: self.synced.lock().await }
+        Locked { path: self.path.as_deref(), synced: self.synced.lock().await }
     }
 }
 
 /// A folder that nobody else changes.
 pub(super) struct Locked<'a> {
-    path: &'a Path,
+    path: Option<&'a Path>,
     synced: MutexGuard<'a, bool>,
 }
 
@@ -46,8 +44,10 @@ impl Locked<'_> {
     /// Makes the names in the folder durable, whoever wrote them. Free after the first time:
     /// `put` and `delete` of this process sync what they change.
     pub(super) async fn sync(&mut self) -> io::Result<()> {
-        if !*self.synced {
-            let path = self.path.to_owned();
+        if let Some(path) = self.path
+            && !*self.synced
+        {
+            let path = path.to_owned();
             let synced = move || sync_directory(&path).and_then(|()| sync_parent(&path));
             tokio::task::spawn_blocking(synced).await.map_err(io::Error::other)??;
             *self.synced = true;
@@ -80,10 +80,14 @@ pub(super) fn sweep(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The blobs of a folder that were written at `time` or earlier, as far as the file system knows;
-/// none if there is no such time.
-pub(super) fn written_by(folder: &Path, time: Option<SystemTime>) -> io::Result<Vec<Digest>> {
-    let entries = match fs::read_dir(folder) {
+/// The blobs below `directory` whose digests begin with `first_byte` that were written at `time` or
+/// earlier, as far as the file system knows; none if there is no such time.
+pub(super) fn written_by(
+    directory: &Path,
+    first_byte: u8,
+    time: Option<SystemTime>,
+) -> io::Result<Vec<Digest>> {
+    let entries = match fs::read_dir(directory.join(format!("{first_byte:02x}"))) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };

@@ -44,6 +44,7 @@ pub use identity::Identity;
 pub use memory::MemoryNetwork;
 pub use name::{Peer, Role, check_name};
 pub use stream::{RecvHalf, SendHalf, Stream};
+pub use tls::offer_crypto_provider;
 
 /// Streams of one connection that its peer may have open at once. A coordinator holds one per
 /// waiting request of a gateway; the next opener waits.

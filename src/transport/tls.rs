@@ -173,6 +173,13 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
+/// Lets HTTPS clients that take their cryptography from the process, and not from us, find ours;
+/// leaves what the program has chosen itself.
+pub fn offer_crypto_provider() {
+    // An error says that there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 fn tls_error(error: rustls::Error) -> TransportError {
     TransportError::Certificate(error.to_string())
 }

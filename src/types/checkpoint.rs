@@ -2,7 +2,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointId, InvalidInput, RunId};
+use super::{CheckpointId, Digest, InvalidInput, RunId};
 
 /// What a checkpoint is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -125,6 +125,13 @@ pub struct CheckpointFile {
     pub size_bytes: u64,
     /// Milliseconds since the Unix epoch.
     pub last_modified_ms: u64,
+}
+
+impl CheckpointFile {
+    /// The digest that a `blob:` URL names; `None` of one over HTTP.
+    pub fn digest(&self) -> Option<Digest> {
+        self.url.strip_prefix("blob:")?.parse().ok()
+    }
 }
 
 /// One page of a checkpoint's files.

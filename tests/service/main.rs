@@ -5,4 +5,6 @@ mod checkpoints;
 mod hosts;
 mod join;
 mod lifecycle;
+mod s3_server;
+mod store;
 mod up;

@@ -28,8 +28,12 @@ pub struct Up {
 impl Up {
     /// Starts on any free ports and waits for the `ready` line.
     pub fn start(directory: &Path, arguments: &[&str]) -> Self {
-        let mut process =
-            command(directory, arguments).stdout(Stdio::piped()).spawn().expect("the binary starts");
+        Self::spawn(command(directory, arguments))
+    }
+
+    /// The same of a command that the test has added to.
+    pub fn spawn(mut command: Command) -> Self {
+        let mut process = command.stdout(Stdio::piped()).spawn().expect("the binary starts");
         let mut lines = BufReader::new(process.stdout.take().expect("piped")).lines();
         let ready = lines.next().expect("`up` says when it is ready, or dies").expect("text");
         let http = ready.strip_prefix("ready ").unwrap_or_else(|| panic!("{ready:?}")).to_owned();
@@ -86,11 +90,16 @@ pub fn command(directory: &Path, arguments: &[&str]) -> Command {
 
 /// Runs `up` where it must refuse to start.
 pub fn refused(directory: &Path, arguments: &[&str]) -> String {
-    let process = command(directory, arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    refusal_of(command(directory, arguments))
+}
+
+/// The same of a command that the test has added to.
+pub fn refusal_of(mut command: Command) -> String {
+    let process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut process = process.expect("the binary starts");
     let deadline = Instant::now() + PATIENCE;
     while process.try_wait().expect("waited for").is_none() {
-        assert!(Instant::now() < deadline, "`up {arguments:?}` neither refused nor ended");
+        assert!(Instant::now() < deadline, "{command:?} neither refused nor ended");
         std::thread::sleep(Duration::from_millis(20));
     }
     let Output { status, stdout, stderr } = process.wait_with_output().expect("its output");

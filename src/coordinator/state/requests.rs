@@ -81,7 +81,7 @@ impl State {
             ClientRequest::ListCheckpoints { run } => {
                 Ok(Some(ClientResponse::Checkpoints(self.checkpoints.list(run))))
             }
-            ClientRequest::CheckpointFiles { checkpoint, page_size, page_token } => {
+            ClientRequest::CheckpointFiles { checkpoint, page_size, page_token, presigned: _ } => {
                 let page = self.checkpoints.files(checkpoint, page_size, page_token);
                 page.map(|page| Some(ClientResponse::CheckpointFiles(page)))
             }

@@ -21,9 +21,7 @@ use serde_json::{Value, json};
 
 use crate::{
     protocol::BlobRef,
-    types::{
-        Checkpoint, CheckpointFile, CheckpointId, CheckpointPath, CheckpointTarget, Digest, InvalidInput,
-    },
+    types::{Checkpoint, CheckpointFile, CheckpointId, CheckpointPath, CheckpointTarget, InvalidInput},
 };
 
 use super::{
@@ -109,7 +107,7 @@ pub async fn validate(caller: Caller, request: HttpRequest, payload: web::Payloa
 
 /// `GET /v1/loops/checkpoints/{id}/source`: "s3" says that the files route gives URLs.
 pub async fn source(caller: Caller, path: web::Path<String>) -> Answer {
-    caller.upstream.files(checkpoint_id(&path)?, 1, 0).await?;
+    caller.upstream.files(checkpoint_id(&path)?, 1, 0, false).await?;
     Ok(HttpResponse::Ok().json(json!({ "source": { "kind": "s3" } })))
 }
 
@@ -125,7 +123,7 @@ pub struct Page {
     page_token: Option<u64>,
 }
 
-/// `GET /v1/loops/checkpoints/{id}/files`
+/// `GET /v1/loops/checkpoints/{id}/files`: over the bucket's URLs, or else this gateway's.
 pub async fn files(
     caller: Caller,
     request: HttpRequest,
@@ -134,12 +132,17 @@ pub async fn files(
 ) -> Answer {
     let id = checkpoint_id(&path)?;
     let (size, token) = (page.page_size.unwrap_or(PAGE_SIZE), page.page_token.unwrap_or(0));
-    let page = caller.upstream.files(id, size, token).await?;
+    let page = caller.upstream.files(id, size, token, true).await?;
     let base = format!("{}/v1/loops/checkpoints/{id}/files", mount::public_url(&caller, &request)?);
     let signed = page.presigned_urls.iter().map(|file| {
         let name = &file.relative_file_name;
+        // A bucket's own URL leads past this gateway.
+        let url = match file.digest() {
+            Some(_) => format!("{base}/{name}?{}", caller.presign.sign(id, name)),
+            None => file.url.clone(),
+        };
         json!({
-            "url": format!("{base}/{name}?{}", caller.presign.sign(id, name)),
+            "url": url,
             "relative_file_name": name,
             "node_rank": file.node_rank,
             "size_bytes": file.size_bytes,
@@ -166,8 +169,7 @@ pub async fn file(
         || Refused::forbidden("UNSIGNED_URL", "this URL is not signed; the files route gives those");
     gateway.presign.verify(id, &name, &query.ok_or_else(unsigned)?.into_inner())?;
     let file = listed(&gateway, id, &name).await?;
-    let digest: Option<Digest> = file.url.strip_prefix("blob:").and_then(|digest| digest.parse().ok());
-    let digest = digest.ok_or_else(|| Refused::fault(format!("{name} of {id} has no blob")))?;
+    let digest = file.digest().ok_or_else(|| Refused::fault(format!("{name} of {id} has no blob")))?;
     let _room = gateway.downloads.room(file.size_bytes).await?;
     let bytes = gateway.everything.blob(BlobRef { digest, size: file.size_bytes }).await?;
     Ok(range::answer(&request, &digest.to_string(), bytes.into()))
@@ -177,7 +179,7 @@ pub async fn file(
 async fn listed(gateway: &Gateway, id: CheckpointId, name: &str) -> Result<CheckpointFile, Refused> {
     let mut token = Some(0);
     while let Some(from) = token {
-        let page = gateway.everything.files(id, PAGE_SIZE, from).await?;
+        let page = gateway.everything.files(id, PAGE_SIZE, from, false).await?;
         if let Some(file) = page.presigned_urls.into_iter().find(|file| file.relative_file_name == name) {
             return Ok(file);
         }

@@ -159,7 +159,12 @@ fn client_requests() -> Vec<ClientRequest> {
         ClientRequest::Sample(request),
         ClientRequest::RunInfo { run: RunId(1) },
         ClientRequest::ListCheckpoints { run: None },
-        ClientRequest::CheckpointFiles { checkpoint: CheckpointId(1), page_size: 2, page_token: 3 },
+        ClientRequest::CheckpointFiles {
+            checkpoint: CheckpointId(1),
+            page_size: 2,
+            page_token: 3,
+            presigned: true,
+        },
         ClientRequest::Tokenizer { base_model: "org/model".into() },
         ClientRequest::ClusterStatus,
         ClientRequest::FindRun { name: "local:a".into() },

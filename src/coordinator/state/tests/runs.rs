@@ -356,11 +356,21 @@ fn a_saved_name_replaces_the_earlier_checkpoint() {
         listed.iter().map(|c| (c.step, c.path.as_str())).collect::<Vec<_>>(),
         [(1, "bt://loops:run-1/weights/a")]
     );
-    let files = ClientRequest::CheckpointFiles { checkpoint: listed[0].id, page_size: 1, page_token: 0 };
+    let files = ClientRequest::CheckpointFiles {
+        checkpoint: listed[0].id,
+        page_size: 1,
+        page_token: 0,
+        presigned: false,
+    };
     let ClientResponse::CheckpointFiles(page) = desk.asked(files) else { panic!("no files") };
     assert_eq!((page.total_count, page.next_page_token), (1, None));
     assert_eq!(page.presigned_urls[0].url, format!("blob:{}", blob("state at 1 as a").digest));
-    let zero = ClientRequest::CheckpointFiles { checkpoint: listed[0].id, page_size: 0, page_token: 0 };
+    let zero = ClientRequest::CheckpointFiles {
+        checkpoint: listed[0].id,
+        page_size: 0,
+        page_token: 0,
+        presigned: false,
+    };
     assert!(desk.refused(zero).message.starts_with("`page_size`"));
 }
 

@@ -1,0 +1,2 @@
+mod bucket;
+mod directory;
