@@ -1,18 +1,6 @@
-//! A datum as a script sends it: checked, or refused. One that was taken is written as JSON that
-//! is taken again.
-
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
-use lockstep::types::{Datum, SamplingParams};
+#[path = "../targets/mod.rs"]
+mod targets;
 
-fuzz_target!(|bytes: &[u8]| {
-    if let Ok(datum) = serde_json::from_slice::<Datum>(bytes) {
-        let written = serde_json::to_vec(&datum).expect("a datum is JSON");
-        serde_json::from_slice::<Datum>(&written).expect("what was just written is a datum");
-        let _ = datum.model_input.to_ints();
-    }
-    if let Ok(params) = serde_json::from_slice::<SamplingParams>(bytes) {
-        let _ = params.validate();
-    }
-});
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| targets::datum_json(bytes));

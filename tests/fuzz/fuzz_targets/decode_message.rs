@@ -1,34 +1,6 @@
-//! Bytes from a peer: a message, or an error, never a panic and never memory out of proportion.
-//! What is read must be written and read again as the same bytes.
-
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
-use lockstep::protocol::{
-    BlobReply, ClientResponse, CoordinatorMessage, GenerateReply, MAX_MESSAGE, NodeMessage, RankPart,
-    StreamOpen, decode, encode,
-};
+#[path = "../targets/mod.rs"]
+mod targets;
 
-macro_rules! read_as {
-    ($bytes:expr, $($message:ty),*) => {$(
-        if let Ok(message) = decode::<$message>(stringify!($message), $bytes, MAX_MESSAGE) {
-            let written = encode(&message);
-            let again = decode::<$message>(stringify!($message), &written, MAX_MESSAGE)
-                .expect("what was just written is a message");
-            assert_eq!(encode(&again), written);
-        }
-    )*};
-}
-
-fuzz_target!(|bytes: &[u8]| {
-    read_as!(
-        bytes,
-        StreamOpen,
-        ClientResponse,
-        CoordinatorMessage,
-        NodeMessage,
-        RankPart,
-        GenerateReply,
-        BlobReply
-    );
-});
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| targets::decode_message(bytes));
