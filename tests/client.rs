@@ -25,7 +25,7 @@ fn cluster_in(dtype: WeightDtype, directory: &Path) -> Cluster {
     tiny::write(&path, &tiny::config(), 7).expect("a model directory");
     let model = ModelSource { name: MODEL.into(), aliases: vec!["tiny".into()], path };
     let config = ClusterConfig {
-        compute: ComputeOptions { dtype },
+        compute: ComputeOptions { dtype, ..ComputeOptions::default() },
         data_dir: directory.join("data"),
         models: vec![model],
         nodes: 1,

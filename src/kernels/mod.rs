@@ -29,7 +29,7 @@ pub(crate) use attention::{
     attention_backward,
 };
 pub(crate) use buffer::{Buffer, Shared};
-pub(crate) use linear::{Adapted, Gradients, Layer, LowRank, linear, linear_backward};
+pub(crate) use linear::{Adapted, Gradients, Layer, LowRank, down_projections, linear, linear_backward};
 pub(crate) use norm::{rms_norm, rms_norm_backward};
 pub(crate) use rotary::{RotaryTable, Turn};
 pub(crate) use route::Router;

@@ -208,8 +208,11 @@ mod tests {
     fn holds_weights_in_half_the_memory_under_a_digest_of_their_own() {
         let directory = tempfile::tempdir().unwrap();
         let [whole, half] = [WeightDtype::F32, WeightDtype::Bf16].map(|dtype| {
-            let library =
-                Library::open(vec![tiny_source(directory.path())], ComputeOptions { dtype }).unwrap();
+            let library = Library::open(
+                vec![tiny_source(directory.path())],
+                ComputeOptions { dtype, ..ComputeOptions::default() },
+            )
+            .unwrap();
             let model = library.load("tiny").unwrap();
             assert_eq!(model.digest, library.offers()[0].2);
             assert_eq!(model.digest, BaseModel::load_as(dtype, "tiny", directory.path()).unwrap().digest);

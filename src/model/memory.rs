@@ -7,6 +7,9 @@
 //!                                  + workspace + 14 P                  the head's logits; sums on their way
 //! ```
 //!
+//! A row is the activations of every layer; with activation checkpointing the input of every layer, and
+//! the activations of one.
+//!
 //! P is the adapter's values; everything is f32 but the base weights' matrices, which may be bf16. A micro-batch has as many rows as its budget of
 //! tokens, or as the longest sequence, if that is longer. Caches of replicas are bounded by
 //! themselves and come on top.
@@ -42,6 +45,8 @@ pub struct Footprint {
     pub row_of_rank: u64,
     /// Bytes of a rank at work, however few its rows.
     pub workspace: u64,
+    /// `row` and `row_of_rank` with activation checkpointing; absent where they are that already.
+    pub checkpointed: Option<(u64, u64)>,
 }
 
 /// What a run takes of each rank that holds it.
@@ -54,6 +59,12 @@ pub struct RunMemory {
 }
 
 impl Footprint {
+    /// The same model on a node with activation checkpointing.
+    pub fn with_checkpointing(self) -> Self {
+        let (row, row_of_rank) = self.checkpointed.unwrap_or((self.row, self.row_of_rank));
+        Self { row, row_of_rank, checkpointed: None, ..self }
+    }
+
     /// The memory of a run with this adapter and micro-batches of at most `rows` rows.
     pub fn run(&self, lora: &LoraConfig, rows: u64) -> RunMemory {
         let rank = u64::from(lora.rank);
@@ -84,6 +95,18 @@ impl ModelConfig {
         let streams = 8 * hidden;
         let rotary = self.head_dim as u64;
         let chunk = head_chunk_rows(self.vocab_size) as u64;
+        let passing = (
+            F32 * (most(|layer| layer.passing) + streams + rotary),
+            F32 * most(|layer| layer.passing_of_rank),
+        );
+        let kept =
+            (F32 * sum(|layer| layer.kept) + passing.0, F32 * sum(|layer| layer.kept_of_rank) + passing.1);
+        // Of each layer its input, and one layer at a time as a whole.
+        let checkpointed = (
+            F32 * (self.num_layers as u64 * hidden + most(|layer| layer.kept)) + passing.0,
+            F32 * most(|layer| layer.kept_of_rank) + passing.1,
+        );
+        let (row, row_of_rank) = if options.activation_checkpointing { checkpointed } else { kept };
         Footprint {
             weights: options.dtype.bytes() as u64 * (tables + sum(|layer| layer.matrices))
                 + F32 * (hidden + sum(|layer| layer.vectors)),
@@ -96,9 +119,10 @@ impl ModelConfig {
                     })
                     .sum()
             }),
-            row: F32 * (sum(|layer| layer.kept) + most(|layer| layer.passing) + streams + rotary),
-            row_of_rank: F32 * (sum(|layer| layer.kept_of_rank) + most(|layer| layer.passing_of_rank)),
+            row,
+            row_of_rank,
             workspace: F32 * chunk * (2 * hidden + self.vocab_size as u64),
+            checkpointed: (!options.activation_checkpointing).then_some(checkpointed),
         }
     }
 }
@@ -196,11 +220,15 @@ mod tests {
             head_dim: 64,
             ..tiny::config()
         };
-        let weights = |dtype| smollm2.footprint(&ComputeOptions { dtype }).weights;
+        let weights =
+            |dtype| smollm2.footprint(&ComputeOptions { dtype, ..ComputeOptions::default() }).weights;
         assert_eq!(weights(WeightDtype::F32), 4 * 134_515_008, "every width is whole panels");
         // 61 norms of 576 stay as they are.
         assert_eq!(weights(WeightDtype::Bf16), 2 * 134_515_008 + 2 * 61 * 576);
         let kept = LayerValues::of(&smollm2, 0);
         assert_eq!(4 * kept.kept, 23_076, "23 KB per row and layer");
+        let footprint = smollm2.footprint(&ComputeOptions::default());
+        let checkpointed = footprint.with_checkpointing();
+        assert_eq!((footprint.row, checkpointed.row), (747_832, 147_748), "a token of all layers");
     }
 }

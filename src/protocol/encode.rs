@@ -121,7 +121,7 @@ wire_enum!(LoraTarget {
     0 => QProj, 1 => KProj, 2 => VProj, 3 => OProj, 4 => GateProj, 5 => UpProj, 6 => DownProj
 });
 wire_struct!(LoraConfig { rank, alpha, seed, targets });
-wire_struct!(Footprint { weights, adapter_values, row, row_of_rank, workspace });
+wire_struct!(Footprint { weights, adapter_values, row, row_of_rank, workspace, checkpointed });
 wire_enum!(LossFn {
     0 => CrossEntropy, 1 => ImportanceSampling, 2 => Ppo, 3 => Cispo, 4 => Dro, 5 => Dppo, 6 => Dpo, 7 => Gspo,
     8 => StableReinforce

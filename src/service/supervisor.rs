@@ -222,6 +222,10 @@ impl Part {
         flag("--samplers", share.samplers.to_string());
         flag("--threads", share.threads.to_string());
         flag("--dtype", config.compute.dtype.to_string());
+        if config.compute.activation_checkpointing {
+            arguments.push("--activation-checkpointing".into());
+        }
+        let mut flag = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
         for model in &config.models {
             flag("--model", format!("{}={}", model.name, model.path.display()));
         }

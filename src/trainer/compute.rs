@@ -104,7 +104,8 @@ pub(super) fn spawn(
         lower_thread_priority();
         let progress =
             Progress { outlet: outlet.clone(), every: config.progress_every, told: Instant::now() };
-        let tools = Tools { config, workspace: Workspace::default(), progress };
+        let workspace = Workspace::new(config.library.options());
+        let tools = Tools { config, workspace, progress };
         let mut compute = Compute { tools, runs: HashMap::new(), outlet };
         while let Ok(Work { job, abort }) = work.recv() {
             let done = compute.perform(job, abort);

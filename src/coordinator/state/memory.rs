@@ -143,6 +143,15 @@ impl Asked<'_> {
         self.offer.footprint.run(self.lora, u64::from(rows))
     }
 
+    /// Whether the run would fit if the nodes recomputed activations.
+    fn fits_checkpointed(&self, max_seq_len: u32, shares: &[Share]) -> bool {
+        let footprint = self.offer.footprint;
+        let rows = u64::from(self.micro_batch_tokens.max(max_seq_len));
+        let need = footprint.with_checkpointing().run(self.lora, rows);
+        let seats = shares.iter().map(|share| share.seats(need, self.replicas, 4)).sum::<u32>();
+        footprint.checkpointed.is_some() && seats >= self.replicas
+    }
+
     fn refusal(&self, field: &str, given: u32, fitting: u32, shares: &[Share]) -> InvalidInput {
         // The node with the most memory says best what is missing.
         let Some(share) = shares.iter().max_by_key(|share| share.memory) else {
@@ -152,10 +161,13 @@ impl Asked<'_> {
         // Ranks are spread over nodes first.
         let ranks = share.trainers.min(self.replicas.div_ceil(shares.len() as u32));
         let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        let hint = match fitting {
+        let mut hint = match fitting {
             0 => "choose a smaller rank, fewer targets or smaller micro-batches".to_owned(),
             fitting => format!("at most {fitting} tokens fit"),
         };
+        if self.fits_checkpointed(given, shares) {
+            hint.push_str("; all fit if the nodes are started with --activation-checkpointing");
+        }
         InvalidInput::new(
             field,
             format!(

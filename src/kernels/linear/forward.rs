@@ -58,9 +58,13 @@ where
     });
 }
 
-/// `low = scale · A x`, segment by segment.
-fn down_projections<'a, F>(x: &[f32], segments: &[Range<usize>], layers: &[Layer<'a, F>], team: &Team)
-where
+/// `low = scale · A x`, segment by segment: the first half of [`linear`].
+pub(crate) fn down_projections<'a, F>(
+    x: &[f32],
+    segments: &[Range<usize>],
+    layers: &[Layer<'a, F>],
+    team: &Team,
+) where
     F: Fn(usize) -> Option<LowRank<'a>> + Sync,
 {
     let parts = |segment: &Range<usize>| segment.len().div_ceil(NARROW_ROWS);

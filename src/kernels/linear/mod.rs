@@ -10,7 +10,7 @@ mod forward;
 use std::ops::Range;
 
 pub(crate) use backward::{Adapted, Gradients, linear_backward};
-pub(crate) use forward::{Layer, linear};
+pub(crate) use forward::{Layer, down_projections, linear};
 
 /// An adapter's share of one layer.
 #[derive(Clone, Copy)]

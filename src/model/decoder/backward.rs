@@ -10,6 +10,7 @@ use crate::{
 use super::{
     Tape, Workspace,
     plan::Share,
+    recompute::Recomputation,
     tape::{Activations, LayerGradients},
 };
 
@@ -40,10 +41,20 @@ pub fn backward(
     rms_norm_backward(&tape.last_rd, &model.weights.final_norm, eps, d_hidden, residual, team);
     let lowest = adapter.layout.entries.first().map_or(usize::MAX, |entry| entry.layer);
     let gradient = Shared::new(gradient);
+    let recomputation = tape.recomputes.then(|| Recomputation::new(model, adapter, tape, team));
+    let mut again = std::mem::take(&mut workspace.activations);
     for (index, weights) in model.weights.layers.iter().enumerate().rev() {
         if index < lowest {
             break;
         }
+        let activations = match &recomputation {
+            None => &tape.layers[index],
+            Some(recomputation) => {
+                std::mem::swap(&mut again.input_rd, &mut tape.layers[index].input_rd);
+                recomputation.layer(index, &mut again, workspace);
+                &again
+            }
+        };
         let layer = BackwardLayer {
             model,
             weights,
@@ -52,11 +63,12 @@ pub fn backward(
             adapter,
             gradient,
             tape,
-            activations: &tape.layers[index],
+            activations,
             team,
         };
         layer.run(workspace);
     }
+    workspace.activations = again;
     workspace.spare = std::mem::take(&mut tape.layers);
 }
 

@@ -59,15 +59,19 @@ pub fn forward(
     embed(&model.weights.embed, &plan.tokens, workspace.next_rd.resize(plan.rows * hidden), team);
     for (index, weights) in model.weights.layers.iter().enumerate() {
         let mut activations = match tape.as_deref_mut() {
-            Some(tape) => std::mem::take(&mut tape.layers[index]),
-            None => std::mem::take(&mut workspace.activations),
+            Some(tape) if !tape.recomputes => std::mem::take(&mut tape.layers[index]),
+            _ => std::mem::take(&mut workspace.activations),
         };
         // What the last layer left is this one's input.
         std::mem::swap(&mut activations.input_rd, &mut workspace.next_rd);
         let layer = ForwardLayer { model, weights, index, plan: &plan, blocks: &blocks, team };
-        layer.run(&mut activations, workspace);
+        layer.run(Wanted::Result, &mut activations, workspace);
         match tape.as_deref_mut() {
-            Some(tape) => tape.layers[index] = activations,
+            Some(tape) if !tape.recomputes => tape.layers[index] = activations,
+            Some(tape) => {
+                std::mem::swap(&mut tape.layers[index].input_rd, &mut activations.input_rd);
+                workspace.activations = activations;
+            }
             None => workspace.activations = activations,
         }
     }
@@ -94,6 +98,7 @@ impl Tape {
             self.layers = std::mem::take(&mut workspace.spare);
         }
         self.layers.resize_with(layers, Activations::default);
+        self.recomputes = workspace.options.activation_checkpointing;
         self.rows = plan.rows;
         self.spans.clone_from(&plan.spans);
         self.positions.clone_from(&plan.positions);
@@ -113,19 +118,27 @@ fn embed(embedding: &Matrix, tokens: &[u32], x_rd: &mut [f32], team: &Team) {
     });
 }
 
+/// What a layer is run for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Result,
+    /// Only what its backward reads: the last product is left out.
+    Activations,
+}
+
 /// One decoder block on its way forward.
 pub(super) struct ForwardLayer<'a> {
     pub model: &'a BaseModel,
-    weights: &'a LayerWeights,
-    index: usize,
+    pub weights: &'a LayerWeights,
+    pub index: usize,
     pub plan: &'a Plan<'a>,
-    blocks: &'a [KvBlocks<'a>],
+    pub blocks: &'a [KvBlocks<'a>],
     pub team: &'a Team,
 }
 
 impl ForwardLayer<'_> {
-    /// Reads `activations.input_rd` and leaves the layer's result in `workspace.next_rd`.
-    fn run(&self, activations: &mut Activations, workspace: &mut Workspace) {
+    /// Reads `activations.input_rd` and leaves the layer's result in `workspace.next_rd`, if it is wanted.
+    pub(super) fn run(&self, wanted: Wanted, activations: &mut Activations, workspace: &mut Workspace) {
         let config = &self.model.config;
         let eps = config.rms_norm_eps;
         let len_rd = self.plan.rows * config.hidden_size;
@@ -139,7 +152,10 @@ impl ForwardLayer<'_> {
         add(&activations.input_rd, &workspace.change_rd, middle, self.team);
 
         rms_norm(middle, &self.weights.mlp_norm, eps, &mut workspace.normed_rd, self.team);
-        self.feed_forward(activations, workspace);
+        self.feed_forward(wanted, activations, workspace);
+        if wanted == Wanted::Activations {
+            return;
+        }
         let next = workspace.next_rd.resize(len_rd);
         add(&activations.middle_rd, &workspace.change_rd, next, self.team);
     }
@@ -192,10 +208,10 @@ impl ForwardLayer<'_> {
     }
 
     /// From the normed middle to the change of the residual stream.
-    fn feed_forward(&self, activations: &mut Activations, workspace: &mut Workspace) {
+    fn feed_forward(&self, wanted: Wanted, activations: &mut Activations, workspace: &mut Workspace) {
         let mlp = match &self.weights.mlp {
             Mlp::Dense(mlp) => mlp,
-            Mlp::Experts(experts) => return self.mixture(experts, activations, workspace),
+            Mlp::Experts(experts) => return self.mixture(wanted, experts, activations, workspace),
         };
         let config = &self.model.config;
         let len_ri = self.plan.rows * config.intermediate_size;
@@ -206,13 +222,25 @@ impl ForwardLayer<'_> {
         swiglu(gate, up, workspace.gated_ri.resize(len_ri), self.team);
         let change = workspace.change_rd.resize(self.plan.rows * config.hidden_size);
         let layers = [(LoraTarget::DownProj, &mlp.down, change)];
-        self.linear(self.plan.whole(), &workspace.gated_ri, layers, low);
+        self.linear_for(wanted, self.plan.whole(), &workspace.gated_ri, layers, low);
     }
 
     /// Linear layers that read the same `x`, with the adapters of their rows; `x` and the results
     /// are those of the share's rows.
     pub(super) fn linear<const N: usize>(
         &self,
+        share: Share<'_>,
+        x: &[f32],
+        layers: [(LoraTarget, &Matrix, &mut [f32]); N],
+        low: &mut [kernels::Buffer; 7],
+    ) {
+        self.linear_for(Wanted::Result, share, x, layers, low);
+    }
+
+    /// The same, or only what the gradient of the layers' adapters needs of it.
+    pub(super) fn linear_for<const N: usize>(
+        &self,
+        wanted: Wanted,
         share: Share<'_>,
         x: &[f32],
         layers: [(LoraTarget, &Matrix, &mut [f32]); N],
@@ -231,6 +259,9 @@ impl ForwardLayer<'_> {
             low_row: rank,
             y: Shared::new(y),
         });
-        kernels::linear(x, segments, &layers, self.team);
+        match wanted {
+            Wanted::Result => kernels::linear(x, segments, &layers, self.team),
+            Wanted::Activations => kernels::down_projections(x, segments, &layers, self.team),
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! One forward serves training and sampling; a [`Tape`] makes the difference. The backward goes
 //! layer by layer over what the tape holds and computes again what is cheap (norms, the gated
 //! activation, attention's weights), so that memory is a formula: 23 KB per token and layer for
-//! SmolLM2-135M.
+//! SmolLM2-135M. With activation checkpointing a tape holds each layer's input alone (2.3 KB), and the
+//! backward begins a layer by running its forward again.
 //!
 //! Legend of shapes: r rows (positions of all sequences, packed), d hidden width, q query heads
 //! times head width, k key heads times head width, i intermediate width, v vocabulary, s slots (one
@@ -14,6 +15,7 @@ mod experts;
 mod forward;
 mod head;
 mod plan;
+mod recompute;
 mod tape;
 #[cfg(test)]
 mod tests;

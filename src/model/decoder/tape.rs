@@ -1,6 +1,6 @@
 use crate::{
     kernels::{Buffer, RotaryTable, Span},
-    model::KvCache,
+    model::{ComputeOptions, KvCache},
 };
 
 use super::experts::Routing;
@@ -11,6 +11,8 @@ use super::experts::Routing;
 /// is good for one backward.
 #[derive(Default)]
 pub struct Tape {
+    /// Whether `layers` hold their inputs alone.
+    pub(super) recomputes: bool,
     pub(super) rows: usize,
     pub(super) spans: Vec<Span>,
     pub(super) positions: Vec<usize>,
@@ -22,10 +24,11 @@ pub struct Tape {
 /// Buffers that are used again from call to call, so that steady state allocates nothing.
 #[derive(Default)]
 pub struct Workspace {
+    pub(super) options: ComputeOptions,
     pub(super) rotary: RotaryTable,
     /// Keys and values of sequences without a cache, of one layer at a time.
     pub(super) own_caches: Vec<KvCache>,
-    /// The layer at work, if there is no tape.
+    /// The layer at work, if no tape keeps what it computes.
     pub(super) activations: Activations,
     /// Memory of the last tape.
     pub(super) spare: Vec<Activations>,
@@ -94,6 +97,13 @@ pub(super) struct HeadBuffers {
     pub hidden_cd: Buffer,
     pub logits_cv: Buffer,
     pub d_hidden_cd: Buffer,
+}
+
+impl Workspace {
+    /// Without memory yet, for passes that are computed so.
+    pub fn new(options: ComputeOptions) -> Self {
+        Self { options, ..Self::default() }
+    }
 }
 
 #[cfg(test)]

@@ -291,7 +291,14 @@ impl Desk {
 
 /// A model whose weights are 1,000 bytes, each row 10, each unit of rank 1 value on each target.
 fn footprint() -> Footprint {
-    Footprint { weights: 1000, adapter_values: [1; 7], row: 10, row_of_rank: 0, workspace: 0 }
+    Footprint {
+        weights: 1000,
+        adapter_values: [1; 7],
+        row: 10,
+        row_of_rank: 0,
+        workspace: 0,
+        checkpointed: None,
+    }
 }
 
 pub fn hello(name: &str, trainers: u32, samplers: u32) -> NodeHello {

@@ -21,6 +21,7 @@ fn node(name: &str, trainers: u32, samplers: u32, machine_bytes: u64) -> NodeHel
         row: GIB / 4,
         row_of_rank: 0,
         workspace: 0,
+        checkpointed: None,
     };
     hello.memory = Some(NodeMemory { machine_bytes, cache_bytes: GIB });
     hello
@@ -69,6 +70,23 @@ fn refuses_sequences_that_fit_no_node_and_says_what_does() {
     );
     assert!(error.ends_with("which has 11.000 GiB for them; at most 20 tokens fit"), "{error}");
     assert_eq!(granted(create_with(&mut desk, |create| create.max_seq_len = Some(20))), 20);
+}
+
+#[test]
+fn says_when_recomputation_would_make_it_fit() {
+    let with = |row| {
+        let mut node = node("a", 1, 0, 11 * GIB);
+        node.models[0].footprint.checkpointed = Some((row, 0));
+        desk(&[node])
+    };
+    // 5.9375 GiB, and 32 tokens of an eighth of a GiB, or of a fifth.
+    let error = refused(create_with(&mut with(GIB / 8), |create| create.max_seq_len = Some(32)));
+    let hint = "at most 20 tokens fit; all fit if the nodes are started with --activation-checkpointing";
+    assert!(error.ends_with(hint), "{error}");
+    let error = refused(create_with(&mut with(GIB / 5), |create| create.max_seq_len = Some(32)));
+    assert!(error.ends_with("at most 20 tokens fit"), "{error}");
+    let error = refused(create_with(&mut with(GIB / 8), |create| create.micro_batch_tokens = Some(32)));
+    assert!(error.ends_with("--activation-checkpointing"), "{error}");
 }
 
 #[test]

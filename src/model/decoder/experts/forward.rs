@@ -2,7 +2,13 @@ use crate::{
     kernels::swiglu,
     model::{
         ExpertsWeights,
-        decoder::{Workspace, forward::ForwardLayer, head::project, plan::Share, tape::Activations},
+        decoder::{
+            Workspace,
+            forward::{ForwardLayer, Wanted},
+            head::project,
+            plan::Share,
+            tape::Activations,
+        },
     },
     types::LoraTarget::{DownProj, GateProj, UpProj},
 };
@@ -13,6 +19,7 @@ impl ForwardLayer<'_> {
     /// From the normed middle to the change of the residual stream, through each row's experts.
     pub(in crate::model::decoder) fn mixture(
         &self,
+        wanted: Wanted,
         weights: &ExpertsWeights,
         activations: &mut Activations,
         workspace: &mut Workspace,
@@ -46,7 +53,11 @@ impl ForwardLayer<'_> {
             let segments = routing.segments(&share, &self.plan.segments);
             let [rows_sd, rows_si] = [hidden, wide].map(|width| share.start * width..share.end * width);
             let share = Share { expert, rows: share, of: slots, segments: &segments };
-            self.linear(share, &gated[rows_si], [(DownProj, &mlp.down, &mut x_sd[rows_sd])], low);
+            let layers = [(DownProj, &mlp.down, &mut x_sd[rows_sd])];
+            self.linear_for(wanted, share, &gated[rows_si], layers, low);
+        }
+        if wanted == Wanted::Activations {
+            return;
         }
         let change = change_rd.resize(self.plan.rows * hidden);
         change.fill(0.0);
