@@ -8,8 +8,9 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    cli::log_to_stderr(cli.verbose);
-    match cli.run() {
+    // Held to the end: it completes the trace.
+    let outcome = cli::start_logging(&cli).and_then(|_trace| cli.run());
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lockstep: {}", sentence(&error));

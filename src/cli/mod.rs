@@ -11,12 +11,14 @@ mod model;
 mod parts;
 mod quickstart;
 mod token;
+mod trace;
 mod up;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use lockstep::service::{EXIT_REFUSED, ServiceError};
+use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 /// Open, self-hosted training service for language models.
 #[derive(Parser)]
@@ -29,6 +31,9 @@ pub struct Cli {
     /// cluster, which share runs only if they have the same. `lockstep doctor` lists them.
     #[arg(long, global = true, env = "LOCKSTEP_KERNELS")]
     kernels: Option<String>,
+    /// Record where the time goes in a file for each process in this directory, which Perfetto opens.
+    #[arg(long, global = true, env = trace::TRACE, value_name = "DIR")]
+    trace: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -63,6 +68,19 @@ enum Command {
     Bench(bench::Bench),
 }
 
+impl Command {
+    /// Of the part that this process is.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Coordinator(_) => "coordinator",
+            Self::Gateway(_) => "gateway",
+            Self::Node(_) => "node",
+            Self::Up(_) => "up",
+            _ => "lockstep",
+        }
+    }
+}
+
 impl Cli {
     /// Does what was asked.
     pub fn run(self) -> anyhow::Result<()> {
@@ -87,12 +105,24 @@ impl Cli {
     }
 }
 
-/// Sends logs to stderr: warnings, or more if asked.
-pub fn log_to_stderr(verbose: u8) {
-    let level = ["warn,lockstep=info", "lockstep=debug,info", "trace"][usize::from(verbose.min(2))];
+/// Sends logs to stderr: warnings, or more if asked; and spans to a file, if asked, that is complete when what
+/// this returns is dropped.
+pub fn start_logging(cli: &Cli) -> anyhow::Result<Option<impl Drop + use<>>> {
+    let level = ["warn,lockstep=info", "lockstep=debug,info", "trace"][usize::from(cli.verbose.min(2))];
     let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let logs =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).with_filter(filter);
+    let registry = tracing_subscriber::registry();
+    let Some(directory) = &cli.trace else {
+        registry.with(logs).init();
+        return Ok(None);
+    };
+    // SAFETY: the process has one thread yet, so nobody reads the environment meanwhile.
+    unsafe { std::env::set_var(trace::TRACE, directory) };
+    let (spans, guard) = trace::layer(directory, cli.command.name())?;
+    registry.with(logs).with(spans).init();
+    Ok(Some(guard))
 }
 
 /// A refusal that starting again would not change is told apart, for supervisors.

@@ -141,6 +141,7 @@ impl Coordinator {
 
     /// Handles an event, and those that performing its effects leads to.
     fn feed(&mut self, event: Event, ctx: &mut Context<Self>) {
+        let _span = tracing::debug_span!("decide").entered();
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
             for effect in self.state.handle(event, self.clock.now_ms()) {

@@ -63,10 +63,12 @@ pub(super) fn run(mut database: Database, queue: Receiver<Command>) {
     let mut broken = None;
     while let Ok(first) = queue.recv() {
         let (group, then) = gather(first, &queue);
+        let span = tracing::debug_span!("commit", appends = group.len()).entered();
         let verdicts = match &broken {
             None => database.write(group.iter().map(|append| append.records.as_slice())),
             Some(error) => vec![Err(JournalError::clone(error)); group.len()],
         };
+        drop(span);
         // After a failed sync the kernel may have dropped what it could not write, and the next
         // sync would succeed without it: only opening the file again tells what is in it.
         broken = verdicts.iter().find_map(|verdict| match verdict {

@@ -75,7 +75,12 @@ impl Engine {
         }
         let mut parts = self.take_parts(order.step);
         if let Some(model) = parts.first().map(|part| part.job.serving.model.clone()) {
-            let lease = self.cores.lease(usize::MAX, Priority::Sampling);
+            let lease = {
+                let _span = tracing::debug_span!("wait for cores").entered();
+                self.cores.lease(usize::MAX, Priority::Sampling)
+            };
+            let rows: usize = parts.iter().map(|part| part.rows + part.sequences.len()).sum();
+            let _span = tracing::debug_span!("generate", sequences = parts.len(), rows).entered();
             self.compute(&model, &mut parts, lease.team(), &mut report);
         }
         self.settle(parts, &mut report);

@@ -239,9 +239,11 @@ impl Compute {
             return Err(Failure::environment(ErrorKind::Unavailable, format!("{token} was called off")));
         }
         self.tools.progress.told = Instant::now();
+        let _span = tracing::debug_span!("execute", %token, operation = operation.name()).entered();
         let clears_gradient = matches!(operation, Operation::OptimStep { .. });
         match operation::run(run, &mut self.tools, token, operation) {
             Ok(operation::Outcome { next, result, saved }) => {
+                let _span = tracing::debug_span!("digest").entered();
                 let prepared = Prepared { state: next.digest(), result, saved, step: next.step };
                 run.pending = Some(Pending { token, on_commit: Some(next), on_discard: None });
                 Ok(prepared)

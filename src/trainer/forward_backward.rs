@@ -80,7 +80,10 @@ pub(super) fn run(
         Err(Failure { error, blame }) => (RankPart::Failed { error, blame }, 0, Vec::new()),
     };
     let deadline = Instant::now() + COLLECTIVE_DEADLINE;
-    let gathered = run.collective.all_gather(token, encode(&part), deadline)?;
+    let gathered = {
+        let _span = tracing::debug_span!("gather").entered();
+        run.collective.all_gather(token, encode(&part), deadline)?
+    };
     let micro_batches = in_order(gathered)?;
     let active = micro_batches.iter().map(|part| part.active).sum();
 
@@ -88,7 +91,9 @@ pub(super) fn run(
         Mode::Forward => run.state.clone(),
         Mode::ForwardBackward => {
             let mut gradient = vec![0.0; run.state.layout.len()];
+            let span = tracing::debug_span!("all-reduce", parameters = gradient.len()).entered();
             run.collective.all_reduce(token, leaves, partials, &mut gradient, deadline)?;
+            drop(span);
             run.state.accumulate(&gradient, active, kind)?
         }
     };
@@ -131,7 +136,11 @@ fn own_share(
         }
         let mut gradient = (mode == Mode::ForwardBackward).then(|| vec![0.0; parameters]);
         let rows = AdapterRows { layout: &run.state.layout, values: &run.state.weights };
-        let lease = tools.config.cores.lease(run.cores, Priority::Training);
+        let lease = {
+            let _span = tracing::debug_span!("wait for cores").entered();
+            tools.config.cores.lease(run.cores, Priority::Training)
+        };
+        let span = tracing::debug_span!("micro-batch", tokens = tokens(&examples[range.clone()])).entered();
         computed.push(run_micro_batch(
             &run.model,
             rows,
@@ -141,7 +150,7 @@ fn own_share(
             &mut tools.workspace,
             lease.team(),
         )?);
-        drop(lease);
+        drop((span, lease));
         tools.progress.tell(token, computed.len() as u32, mine.len() as u32);
         if let Some(gradient) = gradient {
             sums.push(gradient);
