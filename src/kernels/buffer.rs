@@ -123,11 +123,22 @@ impl<'a> Shared<'a> {
 /// Kernels pack operands there; it stays with the thread, so steady state allocates nothing.
 pub(super) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local! {
-        static SCRATCH: Cell<Buffer> = const { Cell::new(Buffer::new()) };
+        /// A stack: work inside other work finds the buffer that it found the last time.
+        static SCRATCH: Cell<Vec<Buffer>> = const { Cell::new(Vec::new()) };
     }
-    // Taken out, so that a kernel inside another one would find an empty buffer, not a borrowed one.
-    let mut buffer = SCRATCH.take();
+    let pop = || {
+        let mut buffers = SCRATCH.take();
+        let buffer = buffers.pop().unwrap_or_default();
+        SCRATCH.set(buffers);
+        buffer
+    };
+    let push = |buffer| {
+        let mut buffers = SCRATCH.take();
+        buffers.push(buffer);
+        SCRATCH.set(buffers);
+    };
+    let mut buffer = pop();
     let result = work(buffer.resize(len));
-    SCRATCH.set(buffer);
+    push(buffer);
     result
 }

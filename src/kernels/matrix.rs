@@ -4,7 +4,13 @@ use std::{fmt, ops::Range, sync::Arc};
 
 use half::bf16;
 
-use super::{WeightDtype, buffer::Buffer, pack::Widen};
+use super::{
+    BLOCK, BlockRows, CodeBits, WeightDtype,
+    blocks::{Codes, EightBits, FourBits, write_out},
+    buffer::Buffer,
+    pack::{Widen, pack_transposed},
+    simd::{Kernel, LANES, Simd, run},
+};
 
 /// Outputs in a panel: two AVX-512 registers, the width of the widest product tile.
 pub(crate) const PANEL: usize = 32;
@@ -34,6 +40,8 @@ pub struct Matrix {
 enum Panels {
     F32(Arc<Buffer>),
     Bf16(Arc<Vec<HalfLine>>),
+    FourBits(Arc<Vec<FourBits>>),
+    EightBits(Arc<Vec<EightBits>>),
 }
 
 /// The weights of one input and 32 outputs: one cache line.
@@ -46,6 +54,8 @@ struct HalfLine([bf16; PANEL]);
 pub(crate) enum Panel<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
+    FourBits(&'a [FourBits]),
+    EightBits(&'a [EightBits]),
 }
 
 impl Matrix {
@@ -82,16 +92,33 @@ impl Matrix {
         Self { out_features, in_features, panels }
     }
 
+    /// Packs rows that are made of blocks, as they are: nothing is rounded.
+    ///
+    /// # Panics
+    ///
+    /// If `in_features` isn't a multiple of [`BLOCK`], or `rows` has other lengths than that asks for.
+    pub fn from_blocks(out_features: usize, in_features: usize, rows: &BlockRows) -> Self {
+        assert!(in_features.is_multiple_of(BLOCK), "rows are whole blocks");
+        let blocks = out_features * (in_features / BLOCK);
+        let lengths = (rows.codes.len(), rows.scales.len(), rows.offsets.len());
+        assert_eq!(lengths, (out_features * in_features, blocks, blocks), "a matrix needs out x in codes");
+        let panels = match rows.bits {
+            CodeBits::Four => Panels::FourBits(Arc::new(pack_blocks(out_features, in_features, rows))),
+            CodeBits::Eight => Panels::EightBits(Arc::new(pack_blocks(out_features, in_features, rows))),
+        };
+        Self { out_features, in_features, panels }
+    }
+
     /// Number of outputs.
     pub fn out_features(&self) -> usize {
         self.out_features
     }
 
-    /// What the weights are stored as.
+    /// What the weights were rounded to when they were packed.
     pub fn dtype(&self) -> WeightDtype {
         match &self.panels {
-            Panels::F32(_) => WeightDtype::F32,
             Panels::Bf16(_) => WeightDtype::Bf16,
+            Panels::F32(_) | Panels::FourBits(_) | Panels::EightBits(_) => WeightDtype::F32,
         }
     }
 
@@ -100,6 +127,8 @@ impl Matrix {
         match (&self.panels, &other.panels) {
             (Panels::F32(ours), Panels::F32(theirs)) => Arc::ptr_eq(ours, theirs),
             (Panels::Bf16(ours), Panels::Bf16(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Panels::FourBits(ours), Panels::FourBits(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Panels::EightBits(ours), Panels::EightBits(theirs)) => Arc::ptr_eq(ours, theirs),
             _ => false,
         }
     }
@@ -120,12 +149,34 @@ impl Matrix {
         match self.panel(output / PANEL) {
             Panel::F32(panel) => copy_column(panel, output % PANEL, row),
             Panel::Bf16(panel) => copy_column(panel, output % PANEL, row),
+            Panel::FourBits(blocks) => copy_coded(blocks, output % PANEL, row),
+            Panel::EightBits(blocks) => copy_coded(blocks, output % PANEL, row),
         }
+    }
+
+    /// [`bytes`](Self::bytes) of a matrix of numbers.
+    pub fn bytes_of(out_features: usize, in_features: usize, dtype: WeightDtype) -> usize {
+        out_features.next_multiple_of(PANEL) * in_features * dtype.bytes()
+    }
+
+    /// [`bytes`](Self::bytes) of a matrix of blocks.
+    pub fn bytes_of_blocks(out_features: usize, in_features: usize, bits: CodeBits) -> usize {
+        let block = match bits {
+            CodeBits::Four => size_of::<FourBits>(),
+            CodeBits::Eight => size_of::<EightBits>(),
+        };
+        out_features.div_ceil(PANEL) * (in_features / BLOCK) * block
     }
 
     /// Bytes of memory that the weights take, missing outputs included.
     pub fn bytes(&self) -> usize {
-        self.panels() * PANEL * self.in_features * self.dtype().bytes()
+        let (outputs, inputs) = (self.out_features, self.in_features);
+        match &self.panels {
+            Panels::F32(_) => Self::bytes_of(outputs, inputs, WeightDtype::F32),
+            Panels::Bf16(_) => Self::bytes_of(outputs, inputs, WeightDtype::Bf16),
+            Panels::FourBits(_) => Self::bytes_of_blocks(outputs, inputs, CodeBits::Four),
+            Panels::EightBits(_) => Self::bytes_of_blocks(outputs, inputs, CodeBits::Eight),
+        }
     }
 
     /// Number of panels.
@@ -138,7 +189,7 @@ impl Matrix {
         self.panel_inputs(panel, 0..self.in_features)
     }
 
-    /// Some inputs of a panel.
+    /// Some inputs of a panel; of coded weights, whole blocks.
     pub(crate) fn panel_inputs(&self, panel: usize, inputs: Range<usize>) -> Panel<'_> {
         assert!(inputs.end <= self.in_features, "inputs {inputs:?} of {}", self.in_features);
         let first = panel * self.in_features;
@@ -146,6 +197,78 @@ impl Matrix {
         match &self.panels {
             Panels::F32(panels) => Panel::F32(&panels[lines.start * PANEL..lines.end * PANEL]),
             Panels::Bf16(panels) => Panel::Bf16(flat(&panels[lines])),
+            Panels::FourBits(blocks) => Panel::FourBits(&blocks[whole_blocks(lines)]),
+            Panels::EightBits(blocks) => Panel::EightBits(&blocks[whole_blocks(lines)]),
+        }
+    }
+}
+
+impl Panel<'_> {
+    /// Writes out the weights as f32, `[inputs, 32]`.
+    pub(super) fn widen(self, weights: &mut [f32]) {
+        struct Widen<'a>(Panel<'a>, &'a mut [f32]);
+        impl Kernel for Widen<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                match self.0 {
+                    Panel::F32(panel) => self.1.copy_from_slice(panel),
+                    Panel::Bf16(panel) => {
+                        for (to, from) in self.1.chunks_exact_mut(LANES).zip(panel.chunks_exact(LANES)) {
+                            // SAFETY: the chunk has 16 values.
+                            s.write(to, unsafe { s.load_bf16(from.as_ptr()) });
+                        }
+                    }
+                    Panel::FourBits(blocks) => write_out(s, blocks, self.1),
+                    Panel::EightBits(blocks) => write_out(s, blocks, self.1),
+                }
+            }
+        }
+        run(Widen(self, weights));
+    }
+
+    /// `transposed[output, input]` of the first `columns` inputs, as wide as so many columns need.
+    pub(super) fn transpose(self, columns: usize, transposed: &mut [f32]) {
+        match self {
+            Self::F32(block) => pack_transposed(block, PANEL, columns, PANEL, transposed),
+            Self::Bf16(block) => pack_transposed(block, PANEL, columns, PANEL, transposed),
+            Self::FourBits(_) | Self::EightBits(_) => {
+                let mut weights = [0.0; BLOCK * PANEL];
+                self.widen(&mut weights[..columns * PANEL]);
+                pack_transposed(&weights, PANEL, columns, PANEL, transposed);
+            }
+        }
+    }
+}
+
+/// The blocks of some lines of panels.
+fn whole_blocks(lines: Range<usize>) -> Range<usize> {
+    assert!(lines.start.is_multiple_of(BLOCK) && lines.end.is_multiple_of(BLOCK), "inputs of half a block");
+    lines.start / BLOCK..lines.end / BLOCK
+}
+
+/// Brings rows of blocks into the order of panels.
+fn pack_blocks<C: Codes>(out_features: usize, in_features: usize, rows: &BlockRows) -> Vec<C> {
+    let blocks = in_features / BLOCK;
+    let mut panels = vec![C::ZERO; out_features.div_ceil(PANEL) * blocks];
+    for output in 0..out_features {
+        let panel = &mut panels[output / PANEL * blocks..][..blocks];
+        for (i, block) in panel.iter_mut().enumerate() {
+            let place = output * blocks + i;
+            block.set_scale(output % PANEL, rows.scales[place], rows.offsets[place]);
+            for (input, code) in rows.codes[place * BLOCK..][..BLOCK].iter().enumerate() {
+                block.set_code(input, output % PANEL, *code);
+            }
+        }
+    }
+    panels
+}
+
+fn copy_coded<C: Codes>(blocks: &[C], output: usize, row: &mut [f32]) {
+    for (to, block) in row.chunks_exact_mut(BLOCK).zip(blocks) {
+        for (input, slot) in to.iter_mut().enumerate() {
+            *slot = block.weight(input, output);
         }
     }
 }
@@ -206,6 +329,7 @@ mod tests {
                 let zeros = (0..matrix.panels()).map(|panel| match matrix.panel(panel) {
                     Panel::F32(values) => values.iter().filter(|value| **value == 0.0).count(),
                     Panel::Bf16(values) => values.iter().filter(|value| **value == bf16::ZERO).count(),
+                    Panel::FourBits(_) | Panel::EightBits(_) => unreachable!("made of numbers"),
                 });
                 assert_eq!(zeros.sum::<usize>(), padding, "what no output fills is zero");
                 assert_eq!(matrix.bytes(), (padding + rows.len()) * dtype.bytes());

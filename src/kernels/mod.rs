@@ -1,6 +1,7 @@
 //! The operations of a decoder layer, forward and backward, on CPU slices.
 
 mod attention;
+mod blocks;
 mod buffer;
 mod dtype;
 mod exp;
@@ -19,6 +20,7 @@ mod tests;
 mod threads;
 mod tile;
 
+pub use blocks::{BLOCK, BlockRows, CodeBits};
 pub use dtype::WeightDtype;
 pub use matrix::Matrix;
 pub use simd::{choose_path, path, paths};

@@ -13,7 +13,10 @@
 
 use half::bf16;
 
-use super::simd::{Kernel, LANES, Simd, run};
+use super::{
+    blocks::{EightBits, FourBits, chain_blocks},
+    simd::{Kernel, LANES, Simd, run},
+};
 
 /// A product's operands; `B` is made of `E`, widened to f32 as it is read.
 #[derive(Clone, Copy)]
@@ -140,9 +143,9 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const N: usize>(
                 }
             }
         }
-        chain(s, &mut sums, &block.product, row, column);
+        E::chain(s, &mut sums, &block.product, row, column);
         if let Some(second) = &block.second {
-            chain(s, &mut sums, second, row, column);
+            f32::chain(s, &mut sums, second, row, column);
         }
         for (i, sums) in sums.iter().enumerate() {
             for (j, sum) in sums.iter().enumerate() {
@@ -158,7 +161,7 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const N: usize>(
 
 /// Adds the terms of one product, in order, to a tile's sums.
 #[inline(always)]
-unsafe fn chain<S: Simd, E: Element, const R: usize, const N: usize>(
+unsafe fn chain<S: Simd, E: Load, const R: usize, const N: usize>(
     s: S,
     sums: &mut [[S::V; N]; R],
     factors: &Factors<E>,
@@ -187,15 +190,55 @@ unsafe fn chain<S: Simd, E: Element, const R: usize, const N: usize>(
     }
 }
 
-/// A number that `B` is made of.
+/// What `B` is made of.
 pub(super) trait Element: Copy {
+    /// Adds the terms of one product, in order, to a tile's sums.
+    ///
+    /// # Safety
+    ///
+    /// The operands must cover the tile.
+    unsafe fn chain<S: Simd, const R: usize, const N: usize>(
+        s: S,
+        sums: &mut [[S::V; N]; R],
+        factors: &Factors<Self>,
+        row: usize,
+        column: usize,
+    );
+}
+
+/// A number.
+trait Load: Copy {
     /// # Safety
     ///
     /// 16 values must be readable at `from`.
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V;
 }
 
-impl Element for f32 {
+/// Elements whose chain is that of another function.
+macro_rules! element {
+    ($element:ty, $chain:ident) => {
+        impl Element for $element {
+            #[inline(always)]
+            unsafe fn chain<S: Simd, const R: usize, const N: usize>(
+                s: S,
+                sums: &mut [[S::V; N]; R],
+                factors: &Factors<Self>,
+                row: usize,
+                column: usize,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { $chain(s, sums, factors, row, column) }
+            }
+        }
+    };
+}
+
+element!(f32, chain);
+element!(bf16, chain);
+element!(FourBits, chain_blocks);
+element!(EightBits, chain_blocks);
+
+impl Load for f32 {
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
         // SAFETY: the caller's promise.
@@ -203,7 +246,7 @@ impl Element for f32 {
     }
 }
 
-impl Element for bf16 {
+impl Load for bf16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
         // SAFETY: the caller's promise.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    BaseModel, ComputeOptions, ModelConfig, ModelError, ModelSource, TextCodec,
+    BaseModel, ComputeOptions, Footprint, ModelConfig, ModelError, ModelSource, TextCodec,
     digest_cache::DigestCache,
     files::{ModelFiles, Stamp},
     weights::base_digest,
@@ -29,6 +29,8 @@ struct Entry {
     digest: Digest,
     files: ModelFiles,
     stamps: Vec<Stamp>,
+    /// Of the loaded weights.
+    weight_bytes: u64,
     /// Held while loading, so that whoever comes meanwhile waits for the one load.
     loaded: Mutex<Option<Arc<BaseModel>>>,
     #[cfg(test)]
@@ -74,6 +76,7 @@ impl Library {
             library.models.push(Entry {
                 source,
                 digest: base_digest(digest, options.dtype),
+                weight_bytes: files.weight_bytes(options.dtype)?,
                 files,
                 stamps,
                 loaded: Mutex::default(),
@@ -88,6 +91,12 @@ impl Library {
     pub fn offers(&self) -> Vec<(ModelSource, ModelConfig, Digest)> {
         let offer = |entry: &Entry| (entry.source.clone(), entry.files.config.clone(), entry.digest);
         self.models.iter().map(offer).collect()
+    }
+
+    /// What a model of [`offers`](Self::offers) and its runs take of memory.
+    pub fn footprint(&self, name: &str) -> Result<Footprint, ModelError> {
+        let entry = self.entry(name)?;
+        Ok(Footprint { weights: entry.weight_bytes, ..entry.files.config.footprint(&self.options) })
     }
 
     /// The model of this name or alias; loads it (blocking, seconds) when nobody has yet.

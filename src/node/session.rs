@@ -163,6 +163,7 @@ impl Sessions {
             let json = Bytes::copy_from_slice(text.tokenizer_json().as_bytes());
             let tokenizer = self.blobs.store(json).await.map_err(|e| e.to_string())?;
             models.push(ModelOffer {
+                footprint: self.library.footprint(&source.name).map_err(|e| e.to_string())?,
                 name: source.name,
                 aliases: source.aliases,
                 digest,
@@ -170,7 +171,6 @@ impl Sessions {
                 vocab: config.vocab_size as u32,
                 tokenizer: tokenizer.digest,
                 tokenizer_size: tokenizer.size,
-                footprint: config.footprint(&self.config.compute),
                 lora_rank_max: config.lora_rank_max(),
             });
         }

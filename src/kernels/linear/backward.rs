@@ -1,8 +1,8 @@
 use crate::kernels::{
     Matrix, Team,
     buffer::{Shared, with_scratch},
-    matrix::{PANEL, Panel},
-    pack::{pack_columns, pack_transposed, panel_width},
+    matrix::PANEL,
+    pack::{pack_columns, panel_width},
     simd::LANES,
     tile::{Block, Factors, Start},
 };
@@ -133,10 +133,7 @@ fn transpose_weights(
     for n in (0..depth).step_by(PANEL) {
         let width = panel_width(columns);
         let to = &mut transposed[n * width..][..PANEL * width];
-        match weight.panel_inputs((first + n) / PANEL, column..column + columns) {
-            Panel::F32(block) => pack_transposed(block, PANEL, columns, PANEL, to),
-            Panel::Bf16(block) => pack_transposed(block, PANEL, columns, PANEL, to),
-        }
+        weight.panel_inputs((first + n) / PANEL, column..column + columns).transpose(columns, to);
     }
 }
 

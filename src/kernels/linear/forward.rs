@@ -27,6 +27,9 @@ pub(crate) struct Layer<'a, F> {
 /// panels of the weights: a multiple of every tile's height.
 const BLOCK_ROWS: usize = 120;
 
+/// Rows of the tallest tile.
+const TALLEST_TILE: usize = 12;
+
 /// Tasks per thread, so that an unlucky thread costs little.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -144,7 +147,14 @@ where
     fn panel(&self, x: &[f32], segments: &[Range<usize>], rows: Range<usize>, panel: usize) {
         match self.weight.panel(panel) {
             Panel::F32(weights) => self.outputs(x, segments, rows, panel, weights),
+            // Widened in registers for a few rows; for more, once for all of them.
+            weights if rows.len() > TALLEST_TILE => with_scratch(self.weight.in_features() * PANEL, |wide| {
+                weights.widen(wide);
+                self.outputs(x, segments, rows, panel, wide);
+            }),
             Panel::Bf16(weights) => self.outputs(x, segments, rows, panel, weights),
+            Panel::FourBits(blocks) => self.outputs(x, segments, rows, panel, blocks),
+            Panel::EightBits(blocks) => self.outputs(x, segments, rows, panel, blocks),
         }
     }
 

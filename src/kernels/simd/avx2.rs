@@ -56,6 +56,31 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn read_nibbles(self, bytes: &[u8; 16], half: usize) -> Self::V {
+        unsafe {
+            [0, 8].map(|part| {
+                let wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes.as_ptr().add(part).cast()));
+                let low = match half {
+                    0 => _mm256_and_si256(wide, _mm256_set1_epi32(15)),
+                    _ => _mm256_srli_epi32::<4>(wide),
+                };
+                _mm256_cvtepi32_ps(low)
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn read_i8(self, values: &[i8]) -> Self::V {
+        let values = &values[..16];
+        unsafe {
+            [0, 8].map(|part| {
+                let bytes = _mm_loadl_epi64(values.as_ptr().add(part).cast());
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
+            })
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, v: Self::V) {
         unsafe {
             _mm256_storeu_ps(to, v[0]);

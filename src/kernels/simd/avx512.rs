@@ -46,6 +46,24 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn read_nibbles(self, bytes: &[u8; 16], half: usize) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
+            let low = match half {
+                0 => _mm512_and_si512(wide, _mm512_set1_epi32(15)),
+                _ => _mm512_srli_epi32::<4>(wide),
+            };
+            _mm512_cvtepi32_ps(low)
+        }
+    }
+
+    #[inline(always)]
+    fn read_i8(self, values: &[i8]) -> __m512 {
+        let values = &values[..16];
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(values.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, v: __m512) {
         unsafe { _mm512_storeu_ps(to, v) }
     }

@@ -66,6 +66,12 @@ pub(crate) trait Simd: Copy {
     /// 16 values must be readable at `from`.
     unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
 
+    /// The low (`half` 0) or high (1) halves of 16 bytes, as numbers.
+    fn read_nibbles(self, bytes: &[u8; LANES], half: usize) -> Self::V;
+
+    /// 16 whole numbers of a slice.
+    fn read_i8(self, values: &[i8]) -> Self::V;
+
     /// # Safety
     ///
     /// 16 values must be writable at `to`.

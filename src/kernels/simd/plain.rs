@@ -43,6 +43,17 @@ impl Simd for Plain {
     }
 
     #[inline(always)]
+    fn read_nibbles(self, bytes: &[u8; LANES], half: usize) -> V {
+        bytes.map(|byte| f32::from(byte >> (4 * half) & 15))
+    }
+
+    #[inline(always)]
+    fn read_i8(self, values: &[i8]) -> V {
+        let values = &values[..LANES];
+        std::array::from_fn(|lane| f32::from(values[lane]))
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, v: V) {
         // SAFETY: as in `load`.
         unsafe { to.cast::<V>().write(v) }

@@ -1,5 +1,6 @@
 //! Kernels against their definitions: bits of products, finite differences of gradients.
 
+mod coded;
 mod gradients;
 mod products;
 

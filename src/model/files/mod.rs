@@ -59,7 +59,16 @@ impl ModelFiles {
         }
     }
 
-    /// Reads the weights: seconds, and as many bytes of memory a weight as `dtype` has.
+    /// Bytes of memory that [the weights](Self::load_weights) take.
+    pub fn weight_bytes(&self, dtype: WeightDtype) -> Result<u64, ModelError> {
+        Ok(match &self.form {
+            Form::HuggingFace(shards) => weights::loaded_bytes(&self.config, &shards.open()?, dtype),
+            Form::Gguf(path) => weights::loaded_bytes(&self.config, &Gguf::open(path)?, dtype),
+        })
+    }
+
+    /// Reads the weights, which takes seconds. They have the values of `dtype`, and are held as the file has
+    /// them where that loses nothing.
     pub fn load_weights(&self, dtype: WeightDtype) -> Result<BaseWeights, ModelError> {
         match &self.form {
             Form::HuggingFace(shards) => weights::load(&self.config, &shards.open()?, dtype),

@@ -10,7 +10,7 @@ use std::{collections::HashSet, path::Path, sync::Arc};
 
 use super::{ExpertsConfig, ModelConfig, ModelError, TextCodec, files::ModelFiles};
 use crate::{
-    kernels::{Matrix, WeightDtype},
+    kernels::{BLOCK, BlockRows, CodeBits, Matrix, WeightDtype},
     types::{Digest, Hasher},
 };
 
@@ -211,6 +211,14 @@ impl Weight {
     }
 }
 
+/// The smallest form in which a matrix in a file can be held without loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stored {
+    F32,
+    Bf16,
+    Blocks(CodeBits),
+}
+
 /// A file format that holds weights: safetensors or GGUF.
 pub(super) trait TensorSource {
     /// What the format calls a weight.
@@ -230,6 +238,14 @@ pub(super) trait TensorSource {
 
     /// The weight's values in f32, row-major, in the order of the Hugging Face layout.
     fn values(&self, weight: Weight, config: &ModelConfig) -> Result<Vec<f32>, ModelError>;
+
+    /// How a weight can be held without loss.
+    fn stored(&self, weight: Weight) -> Stored;
+
+    /// The weight's blocks, if it is [made of them](Stored::Blocks).
+    fn blocks(&self, _: Weight, _: &ModelConfig) -> Result<Option<BlockRows>, ModelError> {
+        Ok(None)
+    }
 
     /// The file that holds the tensor, for messages.
     fn path_of(&self, name: &str) -> &Path;
@@ -263,7 +279,29 @@ pub(super) fn check(config: &ModelConfig, source: &impl TensorSource) -> Result<
     }
 }
 
-/// Reads all weights of a source that [`check`] has passed; matrices are held as `dtype`.
+/// What a matrix is held as: as the file has it where that is `dtype` to the last bit, else as `dtype`.
+fn held_as(dtype: WeightDtype, stored: Stored) -> Stored {
+    match dtype {
+        WeightDtype::F32 => stored,
+        WeightDtype::Bf16 => Stored::Bf16,
+    }
+}
+
+/// Bytes that the weights of a source take when they are [loaded](load).
+pub(super) fn loaded_bytes(config: &ModelConfig, source: &impl TensorSource, dtype: WeightDtype) -> u64 {
+    let bytes = |weight: Weight| match weight.shape(config)[..] {
+        [outputs, inputs] => match held_as(dtype, source.stored(weight)) {
+            Stored::F32 => Matrix::bytes_of(outputs, inputs, WeightDtype::F32),
+            Stored::Bf16 => Matrix::bytes_of(outputs, inputs, WeightDtype::Bf16),
+            Stored::Blocks(bits) => Matrix::bytes_of_blocks(outputs, inputs, bits),
+        },
+        ref vector => vector.iter().product::<usize>() * size_of::<f32>(),
+    };
+    Weight::all(config).map(|weight| bytes(weight) as u64).sum()
+}
+
+/// Reads all weights of a source that [`check`] has passed. Matrices have the values of `dtype`, and are held
+/// as the file has them if that is the same.
 pub(super) fn load(
     config: &ModelConfig,
     source: &impl TensorSource,
@@ -283,7 +321,20 @@ pub(super) fn load(
     };
     let matrix = |weight: Weight| -> Result<Matrix, ModelError> {
         let shape = weight.shape(config);
-        Ok(Matrix::with_dtype(dtype, shape[0], shape[1], &values(weight)?))
+        let (outputs, inputs) = (shape[0], shape[1]);
+        let held = held_as(dtype, source.stored(weight));
+        if let (Stored::Blocks(_), Some(rows)) = (held, source.blocks(weight, config)?) {
+            let numbers = rows.scales.iter().zip(&rows.offsets);
+            return match numbers.map(|(scale, offset)| scale * offset).position(|both| !both.is_finite()) {
+                None => Ok(Matrix::from_blocks(outputs, inputs, &rows)),
+                Some(block) => {
+                    let (tensor, index) = (source.name(weight), block * BLOCK);
+                    Err(ModelError::NotFinite { path: source.path_of(&tensor).to_owned(), tensor, index })
+                }
+            };
+        }
+        let dtype = if held == Stored::Bf16 { WeightDtype::Bf16 } else { dtype };
+        Ok(Matrix::with_dtype(dtype, outputs, inputs, &values(weight)?))
     };
     let layer = |layer: usize| -> Result<LayerWeights, ModelError> {
         let values = |weight| values(Weight::Layer(layer, weight));

@@ -12,7 +12,7 @@ use safetensors::{
     tensor::{Metadata, TensorInfo},
 };
 
-use super::{LayerWeight, TensorSource, Weight};
+use super::{LayerWeight, Stored, TensorSource, Weight};
 use crate::model::{
     ModelConfig, ModelError,
     files::{map_file, read_json},
@@ -176,6 +176,13 @@ impl TensorSource for Tensors {
             Format::F16 => bytes.as_chunks().0.iter().map(|&le| f16::from_le_bytes(le).to_f32()).collect(),
             Format::BF16 => bytes.as_chunks().0.iter().map(|&le| bf16::from_le_bytes(le).to_f32()).collect(),
         })
+    }
+
+    fn stored(&self, weight: Weight) -> Stored {
+        match self.info(&self.name(weight)) {
+            Ok((_, info)) if info.dtype == Dtype::BF16 => Stored::Bf16,
+            _ => Stored::F32,
+        }
     }
 
     fn path_of(&self, name: &str) -> &Path {

@@ -1,14 +1,21 @@
-//! Weights in GGUF, llama.cpp's format, dequantised as they are loaded.
+//! Weights in GGUF, llama.cpp's format: quantised ones as they are, or dequantised as they are loaded.
 
+mod blocks;
 mod header;
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, quantized::ggml_file::qtensor_from_ggml};
+use candle_core::{
+    Device,
+    quantized::{GgmlDType, ggml_file::qtensor_from_ggml},
+};
 use memmap2::Mmap;
 
-use super::{LayerWeight, TensorSource, Weight};
-use crate::model::{Family, ModelConfig, ModelError, files::map_file};
+use super::{LayerWeight, Stored, TensorSource, Weight};
+use crate::{
+    kernels::{BLOCK, BlockRows},
+    model::{Family, ModelConfig, ModelError, files::map_file},
+};
 
 pub(in crate::model) use header::{Header, Value};
 
@@ -40,8 +47,8 @@ impl Gguf {
             .transpose()
     }
 
-    /// The values of a tensor, or of one expert's equal part of it.
-    fn dequantise(&self, name: &str, part: Option<usize>) -> Result<Vec<f32>, ModelError> {
+    /// The format, bytes and shape of a tensor, or of one expert's equal part of it.
+    fn part(&self, name: &str, part: Option<usize>) -> Result<(GgmlDType, &[u8], Vec<usize>), ModelError> {
         let tensor = self.header.tensors.get(name).ok_or_else(|| self.missing(name))?;
         // The header has checked that the bytes lie in the file, have the length of the shape and
         // are aligned, as the map is. Rows are made of whole blocks, so parts are, too.
@@ -53,8 +60,14 @@ impl Gguf {
             }
             _ => (bytes, tensor.shape.clone()),
         };
+        Ok((tensor.format, bytes, shape))
+    }
+
+    /// The values of a tensor, or of one expert's equal part of it.
+    fn dequantise(&self, name: &str, part: Option<usize>) -> Result<Vec<f32>, ModelError> {
+        let (format, bytes, shape) = self.part(name, part)?;
         let values = || -> candle_core::Result<Vec<f32>> {
-            qtensor_from_ggml(tensor.format, bytes, shape, &Device::Cpu)?
+            qtensor_from_ggml(format, bytes, shape, &Device::Cpu)?
                 .dequantize(&Device::Cpu)?
                 .flatten_all()?
                 .to_vec1()
@@ -120,11 +133,33 @@ impl TensorSource for Gguf {
     fn values(&self, weight: Weight, config: &ModelConfig) -> Result<Vec<f32>, ModelError> {
         let values = self.dequantise(&self.name(weight), expert_of(weight))?;
         Ok(match weight {
-            Weight::Layer(_, LayerWeight::Q | LayerWeight::K) if config.family == Family::Llama => {
-                unpermute(&values, config.head_dim, config.hidden_size)
-            }
+            _ if is_permuted(weight, config) => unpermute(&values, config.head_dim, config.hidden_size),
             _ => values,
         })
+    }
+
+    fn stored(&self, weight: Weight) -> Stored {
+        match self.header.tensors.get(&self.name(weight)).map(|tensor| tensor.format) {
+            Some(GgmlDType::BF16) => Stored::Bf16,
+            Some(format) => blocks::code_bits(format).map_or(Stored::F32, Stored::Blocks),
+            None => Stored::F32,
+        }
+    }
+
+    fn blocks(&self, weight: Weight, config: &ModelConfig) -> Result<Option<BlockRows>, ModelError> {
+        let (format, bytes, _) = self.part(&self.name(weight), expert_of(weight))?;
+        Ok(blocks::read(format, bytes).map(|rows| match is_permuted(weight, config) {
+            false => rows,
+            true => {
+                let (width, blocks) = (config.hidden_size, config.hidden_size / BLOCK);
+                BlockRows {
+                    bits: rows.bits,
+                    codes: unpermute(&rows.codes, config.head_dim, width),
+                    scales: unpermute(&rows.scales, config.head_dim, blocks),
+                    offsets: unpermute(&rows.offsets, config.head_dim, blocks),
+                }
+            }
+        }))
     }
 
     fn path_of(&self, _: &str) -> &Path {
@@ -145,16 +180,21 @@ fn expert_of(weight: Weight) -> Option<usize> {
     }
 }
 
+/// Whether llama.cpp's converter turns the rows of this weight.
+fn is_permuted(weight: Weight, config: &ModelConfig) -> bool {
+    matches!(weight, Weight::Layer(_, LayerWeight::Q | LayerWeight::K)) && config.family == Family::Llama
+}
+
 /// Undoes what llama.cpp's converter does to the rows of q and k of Llama, and of no other family.
 ///
 /// Its rotary embedding turns neighbours, rows 2i and 2i + 1 of a head; ours, as transformers',
 /// turns row i with row i + head_dim / 2. (`LlamaModel.permute` in convert_hf_to_gguf.py.)
-fn unpermute(rows: &[f32], head_dim: usize, in_features: usize) -> Vec<f32> {
+fn unpermute<T: Copy>(rows: &[T], head_dim: usize, row_len: usize) -> Vec<T> {
     let mut ours = Vec::with_capacity(rows.len());
-    for head in rows.chunks_exact(head_dim * in_features) {
+    for head in rows.chunks_exact(head_dim * row_len) {
         for half in 0..2 {
             for pair in 0..head_dim / 2 {
-                ours.extend_from_slice(&head[(2 * pair + half) * in_features..][..in_features]);
+                ours.extend_from_slice(&head[(2 * pair + half) * row_len..][..row_len]);
             }
         }
     }
