@@ -4,7 +4,8 @@ use lockstep::{kernels::WeightDtype, model::ComputeOptions};
 /// How nodes compute.
 #[derive(Args, Clone, Copy)]
 pub struct Compute {
-    /// What base weights are held as: f32, or bf16 in half the memory. Sums, activations and adapters are f32
+    /// What base weights are rounded to: f32, which is nothing lost (bf16 and quantised files stay as small as they
+    /// are), or bf16, which makes f32 files half as large. Sums, activations and adapters are f32
     /// either way. One for all nodes of a cluster.
     #[arg(long, default_value_t, env = "LOCKSTEP_DTYPE")]
     dtype: WeightDtype,

@@ -10,9 +10,10 @@
 //! A row is the activations of every layer; with activation checkpointing the input of every layer, and
 //! the activations of one.
 //!
-//! P is the adapter's values; everything is f32 but the base weights' matrices, which may be bf16. A micro-batch has as many rows as its budget of
-//! tokens, or as the longest sequence, if that is longer. Caches of replicas are bounded by
-//! themselves and come on top.
+//! P is the adapter's values; everything is f32 but the base weights' matrices: their bytes come from the files
+//! ([`Library::footprint`](super::Library::footprint)). A micro-batch has as many rows as its budget of
+//! tokens, or as the longest sequence, if that is longer. Caches of replicas are bounded by themselves and come
+//! on top.
 
 use crate::types::{LoraConfig, LoraTarget};
 
