@@ -8,7 +8,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    cli::log_to_stderr(cli.verbose);
+    cli::log_to_stderr(cli.verbose, cli.log_format);
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

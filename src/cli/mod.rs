@@ -15,7 +15,7 @@ mod up;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use lockstep::service::{EXIT_REFUSED, ServiceError};
 
 /// Open, self-hosted training service for language models.
@@ -25,6 +25,9 @@ pub struct Cli {
     /// Say more on stderr; twice for everything. LOCKSTEP_LOG overrides (tracing's filter syntax).
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// Form of the log on stderr: for people, or one JSON object a line, with each request and operation.
+    #[arg(long, global = true, value_enum, default_value_t, env = "LOCKSTEP_LOG_FORMAT")]
+    pub log_format: LogFormat,
     /// Compute with these kernels instead of the fastest that this machine has: a common path for all nodes of a
     /// cluster, which share runs only if they have the same. `lockstep doctor` lists them.
     #[arg(long, global = true, env = "LOCKSTEP_KERNELS")]
@@ -71,8 +74,8 @@ impl Cli {
             anyhow::bail!("--kernels {path}: this machine has {have}");
         }
         match self.command {
-            Command::Quickstart(quickstart) => quickstart.run(),
-            Command::Up(up) => up.run(),
+            Command::Quickstart(quickstart) => quickstart.run(self.log_format),
+            Command::Up(up) => up.run(self.log_format),
             Command::Coordinator(coordinator) => coordinator.run(),
             Command::Gateway(gateway) => gateway.run(),
             Command::Node(node) => node.run(),
@@ -87,12 +90,39 @@ impl Cli {
     }
 }
 
-/// Sends logs to stderr: warnings, or more if asked.
-pub fn log_to_stderr(verbose: u8) {
-    let level = ["warn,lockstep=info", "lockstep=debug,info", "trace"][usize::from(verbose.min(2))];
+/// Form of a line of the log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+impl LogFormat {
+    /// As the flag and the environment say it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
+
+/// Sends logs to stderr: warnings, or more if asked. Programs that read JSON get each request and operation.
+pub fn log_to_stderr(verbose: u8, format: LogFormat) {
+    let level = match (verbose, format) {
+        (0, LogFormat::Text) => "warn,lockstep=info",
+        (0, LogFormat::Json) => "warn,lockstep=info,lockstep::request=debug,lockstep::operation=debug",
+        (1, _) => "lockstep=debug,info",
+        _ => "trace",
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Json => log.json().flatten_event(true).with_span_list(false).init(),
+    }
 }
 
 /// A refusal that starting again would not change is told apart, for supervisors.

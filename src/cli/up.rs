@@ -8,7 +8,7 @@ use lockstep::{
     service::{DataDirectory, SupervisorConfig, UpConfig, up},
 };
 
-use super::{compute::Compute, http::Http, parts::Store};
+use super::{LogFormat, compute::Compute, http::Http, parts::Store};
 
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
@@ -61,13 +61,13 @@ pub struct LocalCluster {
 }
 
 impl Up {
-    pub fn run(self) -> anyhow::Result<()> {
+    pub fn run(self, log_format: LogFormat) -> anyhow::Result<()> {
         let config = UpConfig {
             supervisor: SupervisorConfig {
                 join: self.join_listen,
                 history: self.history,
                 store: self.store.store,
-                ..self.cluster.supervisor(self.listen, false)?
+                ..self.cluster.supervisor(self.listen, false, log_format)?
             },
             http: self.http.address,
             gateway: self.http.config()?,
@@ -78,7 +78,12 @@ impl Up {
 
 impl LocalCluster {
     /// The processes of this cluster.
-    pub fn supervisor(&self, listen: SocketAddr, logs_to_files: bool) -> anyhow::Result<SupervisorConfig> {
+    pub fn supervisor(
+        &self,
+        listen: SocketAddr,
+        logs_to_files: bool,
+        log_format: LogFormat,
+    ) -> anyhow::Result<SupervisorConfig> {
         if self.trainers == 0 && self.samplers == 0 {
             bail!("--trainers 0 --samplers 0 leaves nothing to run");
         }
@@ -98,6 +103,7 @@ impl LocalCluster {
             models,
             compute: self.compute.options(),
             logs_to_files,
+            log_format: log_format.name().to_owned(),
         })
     }
 

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 
 use crate::{
     protocol::{
-        ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, MAX_BLOB, MAX_MESSAGE,
+        ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, Figures, MAX_BLOB, MAX_MESSAGE,
         StreamOpen, decode, encode,
     },
     transport::{Connection, Endpoint, Identity, Role, Stream, TransportError},
@@ -113,6 +113,7 @@ enum Exchange {
     Request(Call, ClientRequest),
     Put(BlobRef, Bytes),
     Get(BlobRef),
+    Figures,
 }
 
 /// What came back on it.
@@ -120,6 +121,7 @@ enum Answer {
     Response(Box<ClientResponse>),
     Stored,
     Bytes(Vec<u8>),
+    Figures(Figures),
 }
 
 /// Why one attempt failed.
@@ -174,6 +176,14 @@ impl Link {
         }
     }
 
+    /// What the coordinator has counted since it started.
+    pub async fn figures(&self) -> Result<Figures, ClientError> {
+        match self.exchange(&Exchange::Figures).await? {
+            Answer::Figures(figures) => Ok(figures),
+            _ => Err(unexpected("no figures")),
+        }
+    }
+
     /// Stores bytes in the service and returns their name.
     pub async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, ClientError> {
         let blob = BlobRef { digest: Digest::of(&bytes), size: bytes.len() as u64 };
@@ -221,6 +231,13 @@ impl Link {
                 let frame = answer_frame(&mut stream).await?;
                 let response = decode("response", &frame, MAX_MESSAGE).map_err(ClientError::from)?;
                 Ok(Answer::Response(Box::new(response)))
+            }
+            Exchange::Figures => {
+                stream.send.send_frame(&encode(&StreamOpen::Figures)).await?;
+                stream.send.finish().await?;
+                let frame = answer_frame(&mut stream).await?;
+                let figures = decode("figures", &frame, MAX_MESSAGE).map_err(ClientError::from)?;
+                Ok(Answer::Figures(figures))
             }
             Exchange::Put(blob, bytes) => {
                 let open = StreamOpen::PutBlob { digest: blob.digest, size: blob.size };

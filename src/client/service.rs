@@ -5,7 +5,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     protocol::{
-        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, RunInfo, SampleTarget,
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, RunInfo, SampleTarget,
     },
     types::{
         Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, ErrorKind, LoraConfig,
@@ -313,6 +313,12 @@ impl ServiceClient {
             ClientResponse::Cluster(status) => Ok(status),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// What the coordinator has counted since it started.
+    pub(crate) async fn figures(&self) -> Result<Figures, ClientError> {
+        let link = self.shared.link.clone();
+        self.shared.runtime.run(async move { link.figures().await }).await
     }
 
     /// A message of the protocol as it is, for the gateway; one that may be repeated. While the

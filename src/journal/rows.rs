@@ -88,7 +88,7 @@ fn write_operation(
              SET incarnation = excluded.incarnation, payload = excluded.payload, digest = excluded.digest
              WHERE key = excluded.key AND kind = excluded.kind",
         )?
-        .execute(params![run, seq, key.0, kind(operation), incarnation, payload, digest.0])?;
+        .execute(params![run, seq, key.0, operation.name(), incarnation, payload, digest.0])?;
     if changed == 0 {
         return Err(Fault::Refused("its number was given to another operation".into()));
     }
@@ -269,18 +269,6 @@ fn hold(db: &Connection, owner: Owner, blobs: &[BlobRef]) -> Result<(), Fault> {
 fn insert(db: &Connection, sql: &str, values: impl rusqlite::Params) -> Result<(), Fault> {
     db.prepare_cached(sql)?.execute(values)?;
     Ok(())
-}
-
-fn kind(operation: &Operation) -> &'static str {
-    match operation {
-        Operation::Init { .. } => "init",
-        Operation::Forward { .. } => "forward",
-        Operation::ForwardBackward { .. } => "forward_backward",
-        Operation::OptimStep { .. } => "optim_step",
-        Operation::SaveState { .. } => "save_state",
-        Operation::SaveWeightsForSampler { .. } => "save_weights_for_sampler",
-        Operation::LoadState { .. } => "load_state",
-    }
 }
 
 /// Recovery reads no payload past [`MAX_MESSAGE`], so none is written.

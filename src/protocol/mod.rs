@@ -22,6 +22,7 @@ mod encode;
 
 mod call;
 mod client;
+mod figures;
 mod ids;
 mod join;
 mod node;
@@ -34,6 +35,7 @@ pub use client::{
     SampleRequest, SampleTarget, SubmitOperation,
 };
 pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
+pub use figures::{EndedOperations, Figures};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
 pub use join::{JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE};
 pub use node::{

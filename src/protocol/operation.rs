@@ -98,6 +98,21 @@ pub enum Operation {
     LoadState { path: String, with_optimizer: bool, source: Option<LoadSource> },
 }
 
+impl Operation {
+    /// What it is called in the journal, in logs and figures.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Init { .. } => "init",
+            Self::Forward { .. } => "forward",
+            Self::ForwardBackward { .. } => "forward_backward",
+            Self::OptimStep { .. } => "optim_step",
+            Self::SaveState { .. } => "save_state",
+            Self::SaveWeightsForSampler { .. } => "save_weights_for_sampler",
+            Self::LoadState { .. } => "load_state",
+        }
+    }
+}
+
 /// What a finished operation returns.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum OperationResult {

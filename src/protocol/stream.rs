@@ -26,6 +26,8 @@ pub enum StreamOpen {
     Generate(Generate),
     /// Rank → rank: frames of the collective follow, defined in `collective/`.
     Collective { run: RunId, epoch: Epoch, generation: Generation, from: RankIndex, to: RankIndex },
+    /// Client or gateway → coordinator: one [`Figures`](super::Figures) frame answers.
+    Figures,
 }
 
 /// Answer to `PutBlob` and `GetBlob`.

@@ -120,9 +120,9 @@ fn bind(
 
 /// Serves HTTP for ever; says `ready` when it does.
 async fn serve(listener: gateway::Listener, client: ServiceClient) -> Result<(), ServiceError> {
-    let address = listener.address();
+    let (scheme, address) = (listener.scheme(), listener.address());
     let server = listener.serve(client)?;
-    println!("ready http://{address}");
+    println!("ready {scheme}://{address}");
     Ok(server.await.map_err(gateway::GatewayError::Serve)?)
 }
 

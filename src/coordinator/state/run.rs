@@ -89,6 +89,8 @@ pub(super) struct Entry {
     pub outcome: Option<Outcome>,
     /// Waiters may see the outcome: at once, or when a publish is being served.
     pub visible: bool,
+    /// When it was accepted; for a recovered one, when the coordinator started.
+    pub since_ms: u64,
     /// What came with it; a restarted coordinator has forgotten.
     pub call: Call,
     pub accept_waiters: Vec<WaiterId>,
