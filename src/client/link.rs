@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    ops::Range,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -11,8 +12,8 @@ use tokio::sync::Mutex;
 
 use crate::{
     protocol::{
-        ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, Figures, MAX_BLOB, MAX_MESSAGE,
-        StreamOpen, decode, encode,
+        ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, Figures, MAX_BLOB,
+        MAX_MESSAGE, StreamOpen, decode, encode,
     },
     transport::{Connection, Endpoint, Identity, Role, Stream, TransportError},
     types::Digest,
@@ -113,6 +114,8 @@ enum Exchange {
     Request(Call, ClientRequest),
     Put(BlobRef, Bytes),
     Get(BlobRef),
+    /// So many bytes from there on.
+    GetPart(Digest, Range<u64>),
     Figures,
 }
 
@@ -201,6 +204,14 @@ impl Link {
         }
     }
 
+    /// Reads some bytes of a blob, which only whoever has all of them can check.
+    pub async fn get_part(&self, digest: Digest, part: Range<u64>) -> Result<Vec<u8>, ClientError> {
+        match self.exchange(&Exchange::GetPart(digest, part)).await? {
+            Answer::Bytes(bytes) => Ok(bytes),
+            _ => Err(unexpected("no part of a blob")),
+        }
+    }
+
     /// One exchange on a stream of its own, again on a fresh connection while the service is
     /// away.
     async fn exchange(&self, exchange: &Exchange) -> Result<Answer, ClientError> {
@@ -231,6 +242,18 @@ impl Link {
                 let frame = answer_frame(&mut stream).await?;
                 let response = decode("response", &frame, MAX_MESSAGE).map_err(ClientError::from)?;
                 Ok(Answer::Response(Box::new(response)))
+            }
+            Exchange::GetPart(digest, part) => {
+                let (offset, length) = (part.start, part.end - part.start);
+                let open = StreamOpen::GetBlobPart { digest: *digest, offset, length };
+                stream.send.send_frame(&encode(&open)).await?;
+                stream.send.finish().await?;
+                match blob_reply(&mut stream).await? {
+                    BlobReply::Found { size } if size == length => {
+                        Ok(Answer::Bytes(stream.recv.recv_bytes(size).await?))
+                    }
+                    other => Err(refused(other)),
+                }
             }
             Exchange::Figures => {
                 stream.send.send_frame(&encode(&StreamOpen::Figures)).await?;

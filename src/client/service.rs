@@ -1,14 +1,15 @@
-use std::{path::Path, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use tokenizers::Tokenizer;
 
 use crate::{
     protocol::{
-        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, RunInfo, SampleTarget,
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, RunInfo,
+        SampleTarget,
     },
     types::{
-        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, ErrorKind, LoraConfig,
+        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, Digest, ErrorKind, LoraConfig,
         LoraTarget, OperationError, PolicyId, RunId, ServerCapabilities, SessionId, WandbConfig,
     },
 };
@@ -313,6 +314,12 @@ impl ServiceClient {
             ClientResponse::Cluster(status) => Ok(status),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Reads some bytes of a blob; only whoever has all of them can check that they are right.
+    pub(crate) async fn blob_part(&self, digest: Digest, part: Range<u64>) -> Result<Vec<u8>, ClientError> {
+        let link = self.shared.link.clone();
+        self.shared.runtime.run(async move { link.get_part(digest, part).await }).await
     }
 
     /// What the coordinator has counted since it started.

@@ -16,8 +16,8 @@ use tokio::{
 use crate::{
     journal::{Journal, JournalError},
     protocol::{
-        Call, ClientRequest, ClientResponse, CoordinatorMessage, Figures, Generate, GenerateReply, MAX_MESSAGE,
-        NodeHello, NodeId, RequestId, StreamOpen, decode, encode,
+        Call, ClientRequest, ClientResponse, CoordinatorMessage, Figures, Generate, GenerateReply,
+        MAX_MESSAGE, NodeHello, NodeId, RequestId, StreamOpen, decode, encode,
     },
     transport::Connection,
     types::Digest,

@@ -190,6 +190,9 @@ impl Server {
             (StreamOpen::Request { call, request }, Role::Client | Role::Gateway) => {
                 self.request(connection, call, request, stream).await;
             }
+            (StreamOpen::GetBlobPart { digest, offset, length }, Role::Client | Role::Gateway) => {
+                self.blobs.get_part(&mut stream.send, digest, offset, length).await;
+            }
             (StreamOpen::Figures, Role::Client | Role::Gateway) => {
                 // The actor is gone only with this process.
                 let Ok(figures) = self.actor.send(Count).await else { return };
@@ -216,7 +219,7 @@ impl Server {
         );
         match open {
             StreamOpen::Request { .. } => send_last(send, &encode(&ClientResponse::Error(error))).await,
-            StreamOpen::PutBlob { .. } | StreamOpen::GetBlob { .. } => {
+            StreamOpen::PutBlob { .. } | StreamOpen::GetBlob { .. } | StreamOpen::GetBlobPart { .. } => {
                 send_last(send, &encode(&BlobReply::Refused(error))).await;
             }
             StreamOpen::NodeControl(_)

@@ -23,7 +23,9 @@ impl Tally {
             Event::NodeMessage { message: NodeMessage::StageFailed { .. }, .. } => {
                 self.figures.stage_failures += 1;
             }
-            Event::NodeMessage { message: NodeMessage::Activated { .. }, .. } => self.figures.activations += 1,
+            Event::NodeMessage { message: NodeMessage::Activated { .. }, .. } => {
+                self.figures.activations += 1
+            }
             _ => {}
         }
     }
@@ -31,7 +33,8 @@ impl Tally {
     pub(super) fn answered(&mut self, response: &ClientResponse) {
         if let ClientResponse::Sample { result, .. } = response {
             self.figures.samples += 1;
-            self.figures.sampled_tokens += result.sequences.iter().map(|s| s.tokens.len() as u64).sum::<u64>();
+            self.figures.sampled_tokens +=
+                result.sequences.iter().map(|s| s.tokens.len() as u64).sum::<u64>();
         }
     }
 

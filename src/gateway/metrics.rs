@@ -15,12 +15,7 @@ use prometheus::{
 
 use crate::protocol::{ClusterStatus, Figures, RunInfo};
 
-use super::{
-    Gateway,
-    body::BUDGET_BYTES,
-    caller::Caller,
-    refusal::Refused,
-};
+use super::{Gateway, body::BUDGET_BYTES, caller::Caller, refusal::Refused};
 
 /// How long the coordinator may take to answer: a scrape gives up after 10 s.
 const HOLD: Duration = Duration::from_secs(5);
@@ -146,9 +141,10 @@ fn read(held: u64, told: Option<&(Figures, ClusterStatus)>) -> Result<Registry, 
 /// What the coordinator has counted since it started.
 fn counted(reading: &Reading, figures: &Figures) -> Result<(), prometheus::Error> {
     let ended = |value: fn(&crate::protocol::EndedOperations) -> f64| {
-        let labelled = figures.operations.iter().map(|ended| {
-            (vec![ended.operation.as_str(), ended.outcome.as_str()], value(ended))
-        });
+        let labelled = figures
+            .operations
+            .iter()
+            .map(|ended| (vec![ended.operation.as_str(), ended.outcome.as_str()], value(ended)));
         labelled.collect::<Vec<_>>()
     };
     let labels = ["operation", "outcome"];
@@ -178,7 +174,8 @@ fn standing(reading: &Reading, status: &ClusterStatus) -> Result<(), prometheus:
     reading.gauge("lockstep_runs", "Runs that are not deleted.", status.runs.len() as f64)?;
     let ids: Vec<String> = status.runs.iter().map(|run| run.run.to_string()).collect();
     let of_runs = |name: &str, help: &str, value: fn(&RunInfo) -> Option<f64>| {
-        let values = status.runs.iter().zip(&ids).filter_map(|(run, id)| Some((vec![id.as_str()], value(run)?)));
+        let values =
+            status.runs.iter().zip(&ids).filter_map(|(run, id)| Some((vec![id.as_str()], value(run)?)));
         reading.gauges(name, help, &["run"], &values.collect::<Vec<_>>())
     };
     let help = "Operations that are accepted and not finished.";

@@ -21,6 +21,7 @@ mod trace;
 
 mod body;
 mod caller;
+mod download;
 mod keys;
 mod limits;
 mod presign;
@@ -49,8 +50,8 @@ pub use keys::ApiKeys;
 pub use limits::Limits;
 
 use self::{
-    body::Bodies, metrics::Metrics, presign::PresignKey, range::Downloads, refusal::Refused, replays::Replays,
-    upstream::Upstream,
+    body::Bodies, download::Downloads, metrics::Metrics, presign::PresignKey, refusal::Refused,
+    replays::Replays, upstream::Upstream,
 };
 
 /// Connections that wait to be accepted, and that are open at a time: the Python client holds

@@ -1,14 +1,15 @@
 //! What the gateway asks of the coordinator, typed by what is answered.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use bytes::Bytes;
 
 use crate::{
     client::ServiceClient,
     protocol::{
-        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, Operation, OperationKey,
-        OperationSeq, OperationStatus, Quota, RunInfo, Trace, SampleRequest, SampleTarget, SubmitOperation,
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, Operation,
+        OperationKey, OperationSeq, OperationStatus, Quota, RunInfo, SampleRequest, SampleTarget,
+        SubmitOperation, Trace,
     },
     types::{
         Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointPath, InvalidInput, PolicyId, RunId,
@@ -278,6 +279,11 @@ impl Upstream {
 
     pub async fn blob(&self, blob: BlobRef) -> Result<Vec<u8>, Refused> {
         Ok(self.client.blob(blob).await?)
+    }
+
+    /// Some bytes of a blob, which whoever has all of them checks.
+    pub async fn part(&self, blob: BlobRef, part: Range<u64>) -> Result<Vec<u8>, Refused> {
+        Ok(self.client.blob_part(blob.digest, part).await?)
     }
 
     async fn ask(&self, request: ClientRequest, hold: Duration) -> Result<ClientResponse, Refused> {

@@ -61,5 +61,8 @@ pub const MAX_MESSAGE: usize = 8 << 20;
 /// Largest blob that a peer may offer: a snapshot of a large adapter with its moments.
 pub const MAX_BLOB: u64 = 8 << 30;
 
+/// Most bytes of a blob that are asked for as a part of it.
+pub const MAX_BLOB_PART: u64 = 16 << 20;
+
 #[cfg(test)]
 mod tests;

@@ -37,7 +37,9 @@ impl HttpsIdentity {
             Err(rustls::Error::InconsistentKeys(_)) => {
                 Err(damaged(key, &format!("it is not the key of the certificate {}", certificate.display())))
             }
-            Err(error @ rustls::Error::InvalidCertificate(_)) => Err(damaged(certificate, &error.to_string())),
+            Err(error @ rustls::Error::InvalidCertificate(_)) => {
+                Err(damaged(certificate, &error.to_string()))
+            }
             Err(error) => Err(damaged(key, &error.to_string())),
         }
     }
@@ -98,6 +100,9 @@ mod tests {
         assert!(refused(&certificate, &empty).contains("empty.pem is damaged: it holds no private key"));
         assert!(refused(&absent, &key).contains("absent.pem: No such file"));
         let mismatch = refused(&certificate, &other);
-        assert!(mismatch.contains("b.key") && mismatch.contains("not the key of the certificate"), "{mismatch}");
+        assert!(
+            mismatch.contains("b.key") && mismatch.contains("not the key of the certificate"),
+            "{mismatch}"
+        );
     }
 }

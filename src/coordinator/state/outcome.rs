@@ -3,7 +3,9 @@
 
 use crate::{
     journal::{JournalError, Outcome, Record, SavedCheckpoint},
-    protocol::{ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationResult, OperationSeq, Saved},
+    protocol::{
+        ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationResult, OperationSeq, Saved,
+    },
     types::{Checkpoint, CheckpointPath, CheckpointTarget, OperationError, PolicyId, RunId},
 };
 

@@ -25,7 +25,14 @@ use crate::{
 };
 
 use super::{
-    super::{Gateway, body, caller::Caller, presign::Signature, range, refusal::Refused},
+    super::{
+        Gateway, body,
+        caller::Caller,
+        download,
+        presign::Signature,
+        range::{self, Asked},
+        refusal::Refused,
+    },
     mount,
 };
 
@@ -170,9 +177,14 @@ pub async fn file(
     gateway.presign.verify(id, &name, &query.ok_or_else(unsigned)?.into_inner())?;
     let file = listed(&gateway, id, &name).await?;
     let digest = file.digest().ok_or_else(|| Refused::fault(format!("{name} of {id} has no blob")))?;
-    let _room = gateway.downloads.room(file.size_bytes).await?;
-    let bytes = gateway.everything.blob(BlobRef { digest, size: file.size_bytes }).await?;
-    Ok(range::answer(&request, &digest.to_string(), bytes.into()))
+    let blob = BlobRef { digest, size: file.size_bytes };
+    match range::asked(&request, &digest.to_string(), blob.size) {
+        Err(not_there) => Ok(not_there),
+        Ok(Asked { mut response, range }) => {
+            let turn = gateway.downloads.turn().await?;
+            Ok(response.body(download::body(gateway.everything.clone(), blob, range, turn)))
+        }
+    }
 }
 
 /// A file by its name in the checkpoint's manifest: nothing else is served.

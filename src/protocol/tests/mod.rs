@@ -281,11 +281,12 @@ fn stream_opens() -> Vec<StreamOpen> {
     vec![
         StreamOpen::NodeControl(hello()),
         StreamOpen::Request { call: call(), request: ClientRequest::CreateSession },
-        StreamOpen::Figures,
         StreamOpen::PutBlob { digest: digest(), size: 1 },
         StreamOpen::GetBlob { digest: digest() },
         StreamOpen::Generate(generate()),
         collective,
+        StreamOpen::GetBlobPart { digest: digest(), offset: 1, length: 2 },
+        StreamOpen::Figures,
     ]
 }
 
