@@ -13,9 +13,8 @@ pub struct Asked {
     pub range: Range<u64>,
 }
 
-/// The whole of a file of `size` bytes, or the part of it that the request asks for; `Err` answers one that
-/// is not there. `tag` changes whenever the file does.
-pub fn asked(request: &HttpRequest, tag: &str, size: u64) -> Result<Asked, HttpResponse> {
+/// The whole of a file of `size` bytes, or the part of it that the request asks for. `tag` changes whenever the file does.
+pub fn asked(request: &HttpRequest, tag: &str, size: u64) -> Result<Asked, Unsatisfiable> {
     let text = |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let tag = format!("\"{tag}\"");
     // A part of something else than the caller has begun with is of no use to it.
@@ -23,10 +22,7 @@ pub fn asked(request: &HttpRequest, tag: &str, size: u64) -> Result<Asked, HttpR
     let part = text(header::RANGE).filter(|_| same).and_then(|range| parse(range, size));
     let (mut response, range) = match part {
         None => (HttpResponse::Ok(), 0..size),
-        Some(Err(Unsatisfiable)) => {
-            let mut response = HttpResponse::RangeNotSatisfiable();
-            return Err(response.insert_header((header::CONTENT_RANGE, format!("bytes */{size}"))).finish());
-        }
+        Some(Err(unsatisfiable)) => return Err(unsatisfiable),
         Some(Ok(range)) => {
             let mut response = HttpResponse::PartialContent();
             let shown = format!("bytes {}-{}/{size}", range.start, range.end - 1);
@@ -43,7 +39,15 @@ pub fn asked(request: &HttpRequest, tag: &str, size: u64) -> Result<Asked, HttpR
 
 /// The range begins past the end.
 #[derive(Debug, PartialEq)]
-struct Unsatisfiable;
+pub struct Unsatisfiable;
+
+impl Unsatisfiable {
+    /// The answer, about a file of `size` bytes.
+    pub fn response(&self, size: u64) -> HttpResponse {
+        let mut response = HttpResponse::RangeNotSatisfiable();
+        response.insert_header((header::CONTENT_RANGE, format!("bytes */{size}"))).finish()
+    }
+}
 
 /// The one range of a `Range` header; `None` for what is answered as if it were absent: several
 /// ranges, other units, nonsense.

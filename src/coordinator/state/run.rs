@@ -379,6 +379,7 @@ impl Run {
             live: self.live,
             live_since_ms: self.live_since_ms,
             initial: self.initial,
+            accepted: self.next_seq - 1,
             queued: u32::try_from(self.unfinished()).unwrap_or(u32::MAX),
             phase: self.phase(),
         }

@@ -179,7 +179,7 @@ pub async fn file(
     let digest = file.digest().ok_or_else(|| Refused::fault(format!("{name} of {id} has no blob")))?;
     let blob = BlobRef { digest, size: file.size_bytes };
     match range::asked(&request, &digest.to_string(), blob.size) {
-        Err(not_there) => Ok(not_there),
+        Err(unsatisfiable) => Ok(unsatisfiable.response(blob.size)),
         Ok(Asked { mut response, range }) => {
             let turn = gateway.downloads.turn().await?;
             Ok(response.body(download::body(gateway.everything.clone(), blob, range, turn)))

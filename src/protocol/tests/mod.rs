@@ -121,6 +121,7 @@ fn run_info() -> RunInfo {
         live: Some(policy()),
         live_since_ms: 9,
         initial: Some(policy()),
+        accepted: 10,
         queued: 8,
         phase: "ready".into(),
     }
