@@ -67,6 +67,10 @@ const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(30);
 /// takes a closed one for an error.
 const KEEP_ALIVE: Duration = Duration::from_secs(150);
 
+/// How long the first request of a connection may take to come: a Python client that opens hundreds at once
+/// needs many seconds to send on all of them, and takes a closed one for an error.
+const HEAD_DEADLINE: Duration = Duration::from_secs(60);
+
 /// How long the coordinator may take to answer a health check.
 const HEALTH_DEADLINE: Duration = Duration::from_secs(8);
 
@@ -210,6 +214,7 @@ impl Listener {
         .backlog(BACKLOG)
         .max_connections(MAX_CONNECTIONS)
         .keep_alive(KEEP_ALIVE)
+        .client_request_timeout(HEAD_DEADLINE)
         .max_connection_rate(MAX_HANDSHAKES)
         .tls_handshake_timeout(HANDSHAKE_DEADLINE)
         // The supervisor has the signals: it drains the cluster behind this first.

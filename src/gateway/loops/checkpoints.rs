@@ -182,7 +182,12 @@ pub async fn file(
         Err(unsatisfiable) => Ok(unsatisfiable.response(blob.size)),
         Ok(Asked { mut response, range }) => {
             let turn = gateway.downloads.turn().await?;
-            Ok(response.body(download::body(gateway.everything.clone(), blob, range, turn)))
+            let upstream = gateway.everything.clone();
+            let read = move |part| {
+                let upstream = upstream.clone();
+                async move { upstream.part(blob, part).await }
+            };
+            Ok(response.body(download::body(blob, range, turn, read)))
         }
     }
 }
