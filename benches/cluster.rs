@@ -51,6 +51,7 @@ fn main() -> anyhow::Result<()> {
             threads,
             models: vec![model],
             logs_to_files: true,
+            log_format: "text".into(),
         };
         let supervisor = Supervisor::start(config).await?;
         let service = wait_until_joined(data.path(), 1).await?;

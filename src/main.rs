@@ -9,7 +9,7 @@ use clap::Parser;
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     // Held to the end: it completes the trace.
-    let outcome = cli::start_logging(&cli).and_then(|_trace| cli.run());
+    let outcome = cli::log::start(&cli).and_then(|_trace| cli.run());
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -333,7 +333,7 @@ fn metrics_reach_weights_and_biases() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let cluster = cluster(directory.path());
     let service = service(&cluster);
-    let wandb = WandbConfig { project: "lockstep".into(), name: Some("proof".into()) };
+    let wandb = WandbConfig { entity: None, project: "lockstep".into(), name: Some("proof".into()) };
     let options = LoraOptions { wandb: Some(wandb), ..LoraOptions::default() };
     let training = service.create_lora_training_client_blocking(MODEL, 4, options).expect("a run");
     let mut losses = Vec::new();
@@ -355,7 +355,7 @@ fn without_wandb_there_is_one_clear_error_and_no_run() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let cluster = cluster(directory.path());
     let service = service(&cluster);
-    let wandb = WandbConfig { project: "lockstep".into(), name: None };
+    let wandb = WandbConfig { entity: None, project: "lockstep".into(), name: None };
     let options = LoraOptions { wandb: Some(wandb), ..LoraOptions::default() };
     let error = service.create_lora_training_client_blocking(MODEL, 4, options).err().expect("refused");
     assert!(error.to_string().contains("Weights & Biases logging can't start"), "{error}");

@@ -1,7 +1,11 @@
 use std::{net::SocketAddr, path::PathBuf};
 
+use anyhow::Context;
 use clap::Args;
-use lockstep::gateway::{ApiKeys, GatewayConfig, Limits};
+use lockstep::{
+    gateway::{ApiKeys, GatewayConfig, Limits},
+    transport::HttpsIdentity,
+};
 
 /// How HTTP is served.
 #[derive(Args)]
@@ -9,6 +13,12 @@ pub struct Http {
     /// Where HTTP is served; port 0 is any.
     #[arg(long = "http", default_value = "127.0.0.1:8000", env = "LOCKSTEP_HTTP")]
     pub address: SocketAddr,
+    /// Serve HTTPS with this certificate: a PEM file, those that vouch for it behind it.
+    #[arg(long, value_name = "FILE", requires = "tls_key", env = "LOCKSTEP_TLS_CERT")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key: a PEM file.
+    #[arg(long, value_name = "FILE", requires = "tls_cert", env = "LOCKSTEP_TLS_KEY")]
+    tls_key: Option<PathBuf>,
     /// Serve HTTP without keys on an address that others reach.
     #[arg(long)]
     insecure: bool,
@@ -29,7 +39,12 @@ impl Http {
     pub fn config(self) -> anyhow::Result<GatewayConfig> {
         let of_a_key = self.limits.clone().unwrap_or_default();
         let api_keys = self.api_keys.as_deref().map(|file| ApiKeys::read(file, &of_a_key)).transpose()?;
+        let https = match (&self.tls_cert, &self.tls_key) {
+            (Some(certificate), Some(key)) => Some(HttpsIdentity::read(certificate, key).context("HTTPS")?),
+            _ => None,
+        };
         Ok(GatewayConfig {
+            https,
             insecure: self.insecure,
             api_keys,
             limits: self.limits,

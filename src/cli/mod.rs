@@ -6,6 +6,7 @@ mod checkpoints;
 mod compute;
 mod doctor;
 mod http;
+pub mod log;
 mod look;
 mod model;
 mod parts;
@@ -18,7 +19,8 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use lockstep::service::{EXIT_REFUSED, ServiceError};
-use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
+
+use log::LogFormat;
 
 /// Open, self-hosted training service for language models.
 #[derive(Parser)]
@@ -27,6 +29,9 @@ pub struct Cli {
     /// Say more on stderr; twice for everything. LOCKSTEP_LOG overrides (tracing's filter syntax).
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// Form of the log on stderr: for people, or one JSON object a line, with each request and operation.
+    #[arg(long, global = true, value_enum, default_value_t, env = "LOCKSTEP_LOG_FORMAT")]
+    pub log_format: LogFormat,
     /// Compute with these kernels instead of the fastest that this machine has: a common path for all nodes of a
     /// cluster, which share runs only if they have the same. `lockstep doctor` lists them.
     #[arg(long, global = true, env = "LOCKSTEP_KERNELS")]
@@ -89,8 +94,8 @@ impl Cli {
             anyhow::bail!("--kernels {path}: this machine has {have}");
         }
         match self.command {
-            Command::Quickstart(quickstart) => quickstart.run(),
-            Command::Up(up) => up.run(),
+            Command::Quickstart(quickstart) => quickstart.run(self.log_format),
+            Command::Up(up) => up.run(self.log_format),
             Command::Coordinator(coordinator) => coordinator.run(),
             Command::Gateway(gateway) => gateway.run(),
             Command::Node(node) => node.run(),
@@ -103,26 +108,6 @@ impl Cli {
             Command::Bench(bench) => bench.run(),
         }
     }
-}
-
-/// Sends logs to stderr: warnings, or more if asked; and spans to a file, if asked, that is complete when what
-/// this returns is dropped.
-pub fn start_logging(cli: &Cli) -> anyhow::Result<Option<impl Drop + use<>>> {
-    let level = ["warn,lockstep=info", "lockstep=debug,info", "trace"][usize::from(cli.verbose.min(2))];
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
-    let logs =
-        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).with_filter(filter);
-    let registry = tracing_subscriber::registry();
-    let Some(directory) = &cli.trace else {
-        registry.with(logs).init();
-        return Ok(None);
-    };
-    // SAFETY: the process has one thread yet, so nobody reads the environment meanwhile.
-    unsafe { std::env::set_var(trace::TRACE, directory) };
-    let (spans, guard) = trace::layer(directory, cli.command.name())?;
-    registry.with(logs).with(spans).init();
-    Ok(Some(guard))
 }
 
 /// A refusal that starting again would not change is told apart, for supervisors.

@@ -14,6 +14,7 @@ use lockstep::{
 };
 
 use super::{
+    LogFormat,
     compute::Compute,
     up::{DATA_DIR, LocalCluster},
 };
@@ -47,7 +48,7 @@ pub struct Quickstart {
 }
 
 impl Quickstart {
-    pub fn run(self) -> anyhow::Result<()> {
+    pub fn run(self, log_format: LogFormat) -> anyhow::Result<()> {
         let data = DataDirectory::open(&self.data_dir)?;
         let model = match &self.model {
             Some(model) => model.clone(),
@@ -73,7 +74,7 @@ impl Quickstart {
             println!(
                 "starting a local cluster: a coordinator, and a node with 2 trainer ranks and 1 sampler replica"
             );
-            let mut supervisor = Supervisor::start(cluster.supervisor(listen, true)?).await?;
+            let mut supervisor = Supervisor::start(cluster.supervisor(listen, true, log_format)?).await?;
             let interrupted = service::shutdown_requested()?;
             let trained = tokio::select! {
                 trained = train(data, config) => trained,

@@ -6,9 +6,10 @@ use lockstep::{
     model::ModelSource,
     pull,
     service::{DataDirectory, SupervisorConfig, UpConfig, up},
+    types::WandbConfig,
 };
 
-use super::{compute::Compute, http::Http, parts::Store};
+use super::{LogFormat, compute::Compute, http::Http, parts::Store};
 
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
@@ -29,6 +30,13 @@ pub struct Up {
     /// Snapshots of each run that are kept to go back to, as long as those of all runs fit into 10 GiB.
     #[arg(long, default_value_t = HISTORY, env = "LOCKSTEP_HISTORY", value_parser = clap::value_parser!(u32).range(1..=1024))]
     history: u32,
+    /// Stream the metrics of every run to this project on Weights & Biases, whatever client trains it. Needs
+    /// `python3` with the package `wandb`.
+    #[arg(long, value_name = "PROJECT", env = "LOCKSTEP_WANDB_PROJECT")]
+    wandb_project: Option<String>,
+    /// User or team of that project, if not the one that is logged in.
+    #[arg(long, value_name = "ENTITY", requires = "wandb_project", env = "LOCKSTEP_WANDB_ENTITY")]
+    wandb_entity: Option<String>,
     #[command(flatten)]
     store: Store,
     #[command(flatten)]
@@ -61,13 +69,17 @@ pub struct LocalCluster {
 }
 
 impl Up {
-    pub fn run(self) -> anyhow::Result<()> {
+    pub fn run(self, log_format: LogFormat) -> anyhow::Result<()> {
+        let wandb =
+            self.wandb_project.map(|project| WandbConfig { entity: self.wandb_entity, project, name: None });
+        wandb.as_ref().map_or(Ok(()), WandbConfig::validate).context("--wandb-project")?;
         let config = UpConfig {
+            wandb,
             supervisor: SupervisorConfig {
                 join: self.join_listen,
                 history: self.history,
                 store: self.store.store,
-                ..self.cluster.supervisor(self.listen, false)?
+                ..self.cluster.supervisor(self.listen, false, log_format)?
             },
             http: self.http.address,
             gateway: self.http.config()?,
@@ -78,7 +90,12 @@ impl Up {
 
 impl LocalCluster {
     /// The processes of this cluster.
-    pub fn supervisor(&self, listen: SocketAddr, logs_to_files: bool) -> anyhow::Result<SupervisorConfig> {
+    pub fn supervisor(
+        &self,
+        listen: SocketAddr,
+        logs_to_files: bool,
+        log_format: LogFormat,
+    ) -> anyhow::Result<SupervisorConfig> {
         if self.trainers == 0 && self.samplers == 0 {
             bail!("--trainers 0 --samplers 0 leaves nothing to run");
         }
@@ -98,6 +115,7 @@ impl LocalCluster {
             models,
             compute: self.compute.options(),
             logs_to_files,
+            log_format: log_format.name().to_owned(),
         })
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    ops::Range,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -11,8 +12,8 @@ use tokio::sync::Mutex;
 
 use crate::{
     protocol::{
-        ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, MAX_BLOB, MAX_MESSAGE,
-        StreamOpen, decode, encode,
+        ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, Figures, MAX_BLOB,
+        MAX_MESSAGE, StreamOpen, decode, encode,
     },
     transport::{Connection, Endpoint, Identity, Role, Stream, TransportError},
     types::Digest,
@@ -113,6 +114,9 @@ enum Exchange {
     Request(Call, ClientRequest),
     Put(BlobRef, Bytes),
     Get(BlobRef),
+    /// So many bytes from there on.
+    GetPart(Digest, Range<u64>),
+    Figures,
 }
 
 /// What came back on it.
@@ -120,6 +124,7 @@ enum Answer {
     Response(Box<ClientResponse>),
     Stored,
     Bytes(Vec<u8>),
+    Figures(Figures),
 }
 
 /// Why one attempt failed.
@@ -174,6 +179,14 @@ impl Link {
         }
     }
 
+    /// What the coordinator has counted since it started.
+    pub async fn figures(&self) -> Result<Figures, ClientError> {
+        match self.exchange(&Exchange::Figures).await? {
+            Answer::Figures(figures) => Ok(figures),
+            _ => Err(unexpected("no figures")),
+        }
+    }
+
     /// Stores bytes in the service and returns their name.
     pub async fn put_blob(&self, bytes: Bytes) -> Result<BlobRef, ClientError> {
         let blob = BlobRef { digest: Digest::of(&bytes), size: bytes.len() as u64 };
@@ -188,6 +201,14 @@ impl Link {
         match self.exchange(&Exchange::Get(blob)).await? {
             Answer::Bytes(bytes) if Digest::of(&bytes) == blob.digest => Ok(bytes),
             _ => Err(unexpected(&format!("blob {} arrived with other bytes", blob.digest.short()))),
+        }
+    }
+
+    /// Reads some bytes of a blob, which only whoever has all of them can check.
+    pub async fn get_part(&self, digest: Digest, part: Range<u64>) -> Result<Vec<u8>, ClientError> {
+        match self.exchange(&Exchange::GetPart(digest, part)).await? {
+            Answer::Bytes(bytes) => Ok(bytes),
+            _ => Err(unexpected("no part of a blob")),
         }
     }
 
@@ -221,6 +242,25 @@ impl Link {
                 let frame = answer_frame(&mut stream).await?;
                 let response = decode("response", &frame, MAX_MESSAGE).map_err(ClientError::from)?;
                 Ok(Answer::Response(Box::new(response)))
+            }
+            Exchange::GetPart(digest, part) => {
+                let (offset, length) = (part.start, part.end - part.start);
+                let open = StreamOpen::GetBlobPart { digest: *digest, offset, length };
+                stream.send.send_frame(&encode(&open)).await?;
+                stream.send.finish().await?;
+                match blob_reply(&mut stream).await? {
+                    BlobReply::Found { size } if size == length => {
+                        Ok(Answer::Bytes(stream.recv.recv_bytes(size).await?))
+                    }
+                    other => Err(refused(other)),
+                }
+            }
+            Exchange::Figures => {
+                stream.send.send_frame(&encode(&StreamOpen::Figures)).await?;
+                stream.send.finish().await?;
+                let frame = answer_frame(&mut stream).await?;
+                let figures = decode("figures", &frame, MAX_MESSAGE).map_err(ClientError::from)?;
+                Ok(Answer::Figures(figures))
             }
             Exchange::Put(blob, bytes) => {
                 let open = StreamOpen::PutBlob { digest: blob.digest, size: blob.size };

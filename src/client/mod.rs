@@ -30,6 +30,7 @@ mod runtime;
 mod archive;
 mod blocking;
 mod custom;
+mod follow;
 mod sampling;
 mod service;
 mod submit;
@@ -38,6 +39,7 @@ mod wandb;
 
 pub use custom::{CustomLoss, CustomLossFn};
 pub use error::ClientError;
+pub(crate) use follow::RunFollower;
 pub use link::{CLIENT_IDENTITY, ConnectTarget, Connector, ENDPOINT_FILE};
 pub use sampling::SamplingClient;
 pub use service::{LoraOptions, SamplingSource, ServiceClient};

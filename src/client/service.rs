@@ -1,14 +1,15 @@
-use std::{path::Path, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use tokenizers::Tokenizer;
 
 use crate::{
     protocol::{
-        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, RunInfo, SampleTarget,
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, RunInfo,
+        SampleTarget,
     },
     types::{
-        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, ErrorKind, LoraConfig,
+        Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointTarget, Digest, ErrorKind, LoraConfig,
         LoraTarget, OperationError, PolicyId, RunId, ServerCapabilities, SessionId, WandbConfig,
     },
 };
@@ -315,6 +316,18 @@ impl ServiceClient {
         }
     }
 
+    /// Reads some bytes of a blob; only whoever has all of them can check that they are right.
+    pub(crate) async fn blob_part(&self, digest: Digest, part: Range<u64>) -> Result<Vec<u8>, ClientError> {
+        let link = self.shared.link.clone();
+        self.shared.runtime.run(async move { link.get_part(digest, part).await }).await
+    }
+
+    /// What the coordinator has counted since it started.
+    pub(crate) async fn figures(&self) -> Result<Figures, ClientError> {
+        let link = self.shared.link.clone();
+        self.shared.runtime.run(async move { link.figures().await }).await
+    }
+
     /// A message of the protocol as it is, for the gateway; one that may be repeated. While the
     /// service is away it waits; dropping the future calls the request off.
     pub(crate) async fn request(&self, request: ClientRequest) -> Result<ClientResponse, ClientError> {
@@ -345,7 +358,7 @@ impl ServiceClient {
 }
 
 /// Runs what blocks on a thread for it.
-async fn blocking<T: Send + 'static>(
+pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ClientError> + Send + 'static,
 ) -> Result<T, ClientError> {
     let done = tokio::task::spawn_blocking(work).await;

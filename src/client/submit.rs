@@ -105,7 +105,7 @@ impl Submitter {
                 tokio::spawn(async move {
                     let outcome = this.outcome(seq).await;
                     if let (Some(logger), Ok(OperationResult::OptimStep(step))) = (&this.logger, &outcome) {
-                        logger.log(&step.metrics);
+                        logger.log_step(&step.metrics);
                     }
                     finish(outcome)
                 });

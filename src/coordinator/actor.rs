@@ -16,14 +16,17 @@ use tokio::{
 use crate::{
     journal::{Journal, JournalError},
     protocol::{
-        Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, MAX_MESSAGE,
-        NodeHello, NodeId, RequestId, StreamOpen, decode, encode,
+        Call, ClientRequest, ClientResponse, CoordinatorMessage, Figures, Generate, GenerateReply,
+        MAX_MESSAGE, NodeHello, NodeId, RequestId, StreamOpen, decode, encode,
     },
     transport::Connection,
     types::Digest,
 };
 
-use super::state::{AppendId, Effect, Event, State, TICK_MS, WaiterId};
+use super::{
+    state::{AppendId, Effect, Event, State, TICK_MS, WaiterId},
+    tally::Tally,
+};
 
 /// Messages that may wait for the actor. Senders wait for room; one takes microseconds.
 const MAILBOX: usize = 1_024;
@@ -68,6 +71,11 @@ pub(super) struct Happened(pub Event);
 #[rtype(result = "Vec<Digest>")]
 pub(super) struct Unneeded(pub Vec<Digest>);
 
+/// Asks what has been counted.
+#[derive(Message)]
+#[rtype(result = "Figures")]
+pub(super) struct Count;
+
 /// The way to a node.
 pub(super) struct Link {
     /// Read by the control stream's writer.
@@ -95,6 +103,7 @@ pub(super) struct Coordinator {
     links: HashMap<NodeId, Link>,
     waiters: HashMap<WaiterId, oneshot::Sender<ClientResponse>>,
     generating: HashMap<RequestId, AbortHandle>,
+    tally: Tally,
     generate_deadline: Duration,
     /// Told at the end; dropped without a word if a handler panics.
     stopped: Option<oneshot::Sender<Stopped>>,
@@ -120,6 +129,7 @@ impl Coordinator {
             links: HashMap::new(),
             waiters: HashMap::new(),
             generating: HashMap::new(),
+            tally: Tally::default(),
             generate_deadline,
             stopped: Some(stopped),
         };
@@ -144,6 +154,7 @@ impl Coordinator {
         let _span = tracing::debug_span!("decide").entered();
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
+            self.tally.happened(&event);
             for effect in self.state.handle(event, self.clock.now_ms()) {
                 events.extend(self.perform(effect, ctx));
             }
@@ -176,6 +187,7 @@ impl Coordinator {
                 }
             }
             Effect::Respond { waiter, response } => {
+                self.tally.answered(&response);
                 if let Some(reply) = self.waiters.remove(&waiter) {
                     // Whoever asked may have left in this moment.
                     let _ = reply.send(response);
@@ -192,6 +204,7 @@ impl Coordinator {
                     task.abort();
                 }
             }
+            Effect::Ended(ended) => self.tally.ended(&ended),
             Effect::Stop => self.stop(Ok(()), ctx),
         }
         None
@@ -264,6 +277,14 @@ impl Handler<Unneeded> for Coordinator {
 
     fn handle(&mut self, Unneeded(digests): Unneeded, _: &mut Context<Self>) -> Self::Result {
         MessageResult(self.state.unneeded(digests))
+    }
+}
+
+impl Handler<Count> for Coordinator {
+    type Result = MessageResult<Count>;
+
+    fn handle(&mut self, _: Count, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.tally.figures())
     }
 }
 

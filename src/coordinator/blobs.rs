@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{
-    protocol::{BlobRef, BlobReply, MAX_BLOB, encode},
+    protocol::{BlobRef, BlobReply, MAX_BLOB, MAX_BLOB_PART, encode},
     store::BlobStore,
     transport::{RecvHalf, SendHalf},
     types::{CheckpointFile, Digest, ErrorKind, OperationError},
@@ -72,7 +72,23 @@ impl Blobs {
 
     /// Sends a blob, or why not.
     pub(super) async fn get(&self, send: &mut SendHalf, digest: Digest) {
-        let (bytes, _share) = match self.find(digest).await {
+        let found = self.find(digest).await;
+        self.send(send, digest, found).await;
+    }
+
+    /// Sends some bytes of a blob, or why not.
+    pub(super) async fn get_part(&self, send: &mut SendHalf, digest: Digest, offset: u64, length: u64) {
+        let found = self.find_part(digest, offset, length).await;
+        self.send(send, digest, found).await;
+    }
+
+    async fn send(
+        &self,
+        send: &mut SendHalf,
+        digest: Digest,
+        found: Result<(Bytes, SemaphorePermit<'_>), OperationError>,
+    ) {
+        let (bytes, _share) = match found {
             Ok(found) => found,
             Err(error) => return send_last(send, &encode(&BlobReply::Refused(error))).await,
         };
@@ -95,6 +111,26 @@ impl Blobs {
         let size = self.store.size(&digest).await.map_err(internal)?.ok_or_else(absent)?;
         let share = self.share(size).await?;
         let bytes = self.store.get(&digest).await.map_err(internal)?.ok_or_else(absent)?;
+        Ok((bytes, share))
+    }
+
+    async fn find_part(
+        &self,
+        digest: Digest,
+        offset: u64,
+        length: u64,
+    ) -> Result<(Bytes, SemaphorePermit<'_>), OperationError> {
+        if length > MAX_BLOB_PART {
+            let problem = format!("a part of {length} bytes is over the limit of {MAX_BLOB_PART}");
+            return Err(OperationError::new(ErrorKind::InvalidInput, problem));
+        }
+        let absent = || {
+            let problem = format!("there is no blob {digest} with {length} bytes from {offset} on");
+            OperationError::new(ErrorKind::NotFound, problem)
+        };
+        let end = offset.checked_add(length).ok_or_else(absent)?;
+        let share = self.share(length).await?;
+        let bytes = self.store.part(&digest, offset..end).await.map_err(internal)?.ok_or_else(absent)?;
         Ok((bytes, share))
     }
 

@@ -7,6 +7,7 @@ mod actor;
 mod blobs;
 mod serve;
 mod sweep;
+mod tally;
 
 pub use error::{CoordinatorError, Refusal};
 pub use serve::serve;

@@ -27,7 +27,7 @@ use crate::{
 
 use super::{
     CoordinatorConfig, CoordinatorError,
-    actor::{Ask, Clock, Coordinator, Gone, Happened, Join, Link, Stopped},
+    actor::{Ask, Clock, Coordinator, Count, Gone, Happened, Join, Link, Stopped},
     blobs::Blobs,
     state::{Event, State, WaiterId},
     sweep::sweep,
@@ -190,6 +190,14 @@ impl Server {
             (StreamOpen::Request { call, request }, Role::Client | Role::Gateway) => {
                 self.request(connection, call, request, stream).await;
             }
+            (StreamOpen::GetBlobPart { digest, offset, length }, Role::Client | Role::Gateway) => {
+                self.blobs.get_part(&mut stream.send, digest, offset, length).await;
+            }
+            (StreamOpen::Figures, Role::Client | Role::Gateway) => {
+                // The actor is gone only with this process.
+                let Ok(figures) = self.actor.send(Count).await else { return };
+                send_last(&mut stream.send, &encode(&figures)).await;
+            }
             (StreamOpen::PutBlob { digest, size }, Role::Node | Role::Client | Role::Gateway) => {
                 let reply = self.blobs.put(&mut stream.recv, BlobRef { digest, size }).await;
                 send_last(&mut stream.send, &encode(&reply)).await;
@@ -211,10 +219,13 @@ impl Server {
         );
         match open {
             StreamOpen::Request { .. } => send_last(send, &encode(&ClientResponse::Error(error))).await,
-            StreamOpen::PutBlob { .. } | StreamOpen::GetBlob { .. } => {
+            StreamOpen::PutBlob { .. } | StreamOpen::GetBlob { .. } | StreamOpen::GetBlobPart { .. } => {
                 send_last(send, &encode(&BlobReply::Refused(error))).await;
             }
-            StreamOpen::NodeControl(_) | StreamOpen::Generate(_) | StreamOpen::Collective { .. } => {}
+            StreamOpen::NodeControl(_)
+            | StreamOpen::Generate(_)
+            | StreamOpen::Collective { .. }
+            | StreamOpen::Figures => {}
         }
     }
 

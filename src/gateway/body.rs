@@ -28,6 +28,7 @@ const ROOM_DEADLINE: Duration = Duration::from_secs(60);
 /// Room for bodies: of all requests, or of one key's.
 #[derive(Debug, Clone)]
 pub struct Bodies {
+    bytes: u64,
     room: Arc<Semaphore>,
 }
 
@@ -40,7 +41,12 @@ pub struct Body {
 impl Bodies {
     /// Room for `bytes`.
     pub fn new(bytes: u64) -> Self {
-        Self { room: Arc::new(Semaphore::new(usize::try_from(bytes >> 10).unwrap_or(usize::MAX))) }
+        Self { bytes, room: Arc::new(Semaphore::new(usize::try_from(bytes >> 10).unwrap_or(usize::MAX))) }
+    }
+
+    /// Bytes of bodies that hold room now.
+    pub fn held(&self) -> u64 {
+        self.bytes.saturating_sub((self.room.available_permits() as u64) << 10)
     }
 
     /// Reads a body of at most `limit` bytes. Its room is taken before the first byte is read, by

@@ -5,7 +5,7 @@ use std::{
     ops::Deref,
 };
 
-use actix_web::{FromRequest, HttpRequest, dev::Payload, http::header::AUTHORIZATION, web};
+use actix_web::{FromRequest, HttpMessage, HttpRequest, dev::Payload, http::header::AUTHORIZATION, web};
 
 use super::{
     Gateway,
@@ -26,7 +26,7 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    fn of(request: &HttpRequest) -> Result<Self, Refused> {
+    pub fn of(request: &HttpRequest) -> Result<Self, Refused> {
         let gateway = request.app_data::<web::Data<Gateway>>();
         let gateway = gateway.ok_or_else(|| Refused::fault("a route without its gateway"))?.clone();
         let (name, limits, own_bodies) = match &gateway.keys {
@@ -43,6 +43,7 @@ impl Caller {
             }
         };
         let upstream = gateway.everything.seen_by(name.clone(), limits.quota);
+        let upstream = upstream.traced(request.extensions().get().copied());
         Ok(Self { name, upstream, own_bodies, gateway })
     }
 

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   GET /health     200 while the coordinator answers
+//!   GET /metrics    figures for Prometheus (`metrics`)
 //!   /v1/loops/…     the Loops dialect (`loops`)
 //! ```
 //!
@@ -14,10 +15,13 @@
 //! name that it has pointed at this machine (DNS rebinding).
 
 mod guard;
+mod metrics;
 mod refusal;
+mod trace;
 
 mod body;
 mod caller;
+mod download;
 mod keys;
 mod limits;
 mod presign;
@@ -37,14 +41,17 @@ use std::{
 use actix_web::{App, HttpResponse, HttpServer, dev::Server, middleware::from_fn, web};
 use serde_json::json;
 
-use crate::client::ServiceClient;
+use crate::{
+    client::ServiceClient,
+    transport::{HttpsIdentity, TransportError},
+};
 
 pub use keys::ApiKeys;
 pub use limits::Limits;
 
 use self::{
-    body::Bodies, presign::PresignKey, range::Downloads, refusal::Refused, replays::Replays,
-    upstream::Upstream,
+    body::Bodies, download::Downloads, metrics::Metrics, presign::PresignKey, refusal::Refused,
+    replays::Replays, upstream::Upstream,
 };
 
 /// Connections that wait to be accepted, and that are open at a time: the Python client holds
@@ -52,9 +59,17 @@ use self::{
 const BACKLOG: u32 = 1024;
 const MAX_CONNECTIONS: usize = 8192;
 
+/// TLS handshakes at a time, and how long one may take on a machine that computes.
+const MAX_HANDSHAKES: usize = 1024;
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(30);
+
 /// How long an idle connection stays open. The Python client keeps one for up to 120 s and
 /// takes a closed one for an error.
 const KEEP_ALIVE: Duration = Duration::from_secs(150);
+
+/// How long the first request of a connection may take to come: a Python client that opens hundreds at once
+/// needs many seconds to send on all of them, and takes a closed one for an error.
+const HEAD_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long the coordinator may take to answer a health check.
 const HEALTH_DEADLINE: Duration = Duration::from_secs(8);
@@ -77,6 +92,12 @@ pub enum GatewayError {
     /// It says what every line should be.
     #[error("the key file {}: {problem}", .file.display())]
     Keys { file: PathBuf, problem: String },
+    /// A file of the certificate that HTTPS is served with.
+    #[error("HTTPS: {0}")]
+    Https(#[from] TransportError),
+    /// It can't be counted.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
     /// The server ended.
     #[error("the HTTP server ended: {0}")]
     Serve(io::Error),
@@ -91,6 +112,8 @@ pub struct GatewayConfig {
     pub api_keys: Option<ApiKeys>,
     /// What all callers together may use where there are no keys; absent: what there is.
     pub limits: Option<Limits>,
+    /// What HTTPS is served with; absent: plain HTTP.
+    pub https: Option<HttpsIdentity>,
     /// Where clients reach it, `http://HOST[:PORT]`; absent: the host that each request names.
     pub public_url: Option<String>,
     /// File of the key that URLs of checkpoint files are signed with, made if it is missing;
@@ -117,6 +140,8 @@ struct Gateway {
     replays: Replays,
     presign: PresignKey,
     public_url: Option<String>,
+    /// Of the URLs under which it is called.
+    scheme: &'static str,
     /// Held while a local run is looked for and made.
     creating: tokio::sync::Mutex<()>,
 }
@@ -138,12 +163,19 @@ impl Listener {
         self.address
     }
 
+    /// Of the URLs under which it is called.
+    pub fn scheme(&self) -> &'static str {
+        if self.config.https.is_some() { "https" } else { "http" }
+    }
+
     /// A server, to be awaited in a tokio runtime; it ends when it is dropped.
     pub fn serve(self, client: ServiceClient) -> Result<Server, GatewayError> {
         let loopback_only = !self.config.insecure && self.config.api_keys.is_none();
+        let scheme = self.scheme();
         // Keys have their own.
         let limits = self.config.limits.filter(|_| self.config.api_keys.is_none()).unwrap_or(Limits::NONE);
         let gateway = web::Data::new(Gateway {
+            scheme,
             everything: Upstream::new(client),
             keys: self.config.api_keys,
             bodies: Bodies::new(limits.body_bytes),
@@ -155,16 +187,21 @@ impl Listener {
             creating: tokio::sync::Mutex::new(()),
         });
         let guard = web::Data::new(guard::Guard { loopback_only });
+        let metrics = web::Data::new(Metrics::new()?);
         let server = HttpServer::new(move || {
             App::new()
                 .app_data(gateway.clone())
                 .app_data(guard.clone())
+                .app_data(metrics.clone())
                 .app_data(web::QueryConfig::default().error_handler(|error, _| {
                     Refused::invalid(format!("the query of this URL: {error}")).into()
                 }))
                 .wrap(from_fn(guard::check))
                 .wrap(from_fn(guard::catch_panics))
+                // The last one is the outermost.
+                .wrap(from_fn(trace::follow))
                 .route("/health", web::get().to(health))
+                .route("/metrics", web::get().to(metrics::metrics))
                 .configure(loops::routes)
                 .configure(|app| {
                     if loopback_only {
@@ -177,10 +214,16 @@ impl Listener {
         .backlog(BACKLOG)
         .max_connections(MAX_CONNECTIONS)
         .keep_alive(KEEP_ALIVE)
+        .client_request_timeout(HEAD_DEADLINE)
+        .max_connection_rate(MAX_HANDSHAKES)
+        .tls_handshake_timeout(HANDSHAKE_DEADLINE)
         // The supervisor has the signals: it drains the cluster behind this first.
-        .disable_signals()
-        .listen(self.socket)
-        .map_err(|source| GatewayError::Bind { address: self.address, source })?;
+        .disable_signals();
+        let server = match self.config.https {
+            None => server.listen(self.socket),
+            Some(https) => server.listen_rustls_0_23(self.socket, https.into_config()),
+        };
+        let server = server.map_err(|source| GatewayError::Bind { address: self.address, source })?;
         Ok(server.run())
     }
 }

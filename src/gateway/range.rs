@@ -1,74 +1,53 @@
 //! Files over HTTP: whole, or the part that a `Range` asks for (RFC 9110, section 14).
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::ops::Range;
 
-use actix_web::{HttpRequest, HttpResponse, http::header};
-use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use actix_web::{
+    HttpRequest, HttpResponse, HttpResponseBuilder,
+    http::header::{self, HeaderValue},
+};
 
-use super::refusal::Refused;
-
-/// Bytes of files in memory at once, in KiB. A larger file has the room to itself.
-const ROOM_KIB: usize = 512 << 10;
-
-/// How long a download waits for room.
-const ROOM_DEADLINE: Duration = Duration::from_secs(120);
-
-/// Room for the files that are being sent.
-pub struct Downloads {
-    room: Arc<Semaphore>,
+/// What is sent of a file, and the head of the answer that it is sent with.
+pub struct Asked {
+    pub response: HttpResponseBuilder,
+    pub range: Range<u64>,
 }
 
-impl Default for Downloads {
-    fn default() -> Self {
-        Self { room: Arc::new(Semaphore::new(ROOM_KIB)) }
-    }
-}
-
-impl Downloads {
-    /// Waits for room for a file of `size` bytes.
-    pub async fn room(&self, size: u64) -> Result<OwnedSemaphorePermit, Refused> {
-        let kib = usize::try_from(size.div_ceil(1 << 10)).unwrap_or(ROOM_KIB).min(ROOM_KIB);
-        let room = self.room.clone().acquire_many_owned(kib as u32);
-        tokio::time::timeout(ROOM_DEADLINE, room)
-            .await
-            .map_err(|_| Refused::away("too many files are being read; try again"))?
-            // The semaphore is never closed.
-            .map_err(|e| Refused::fault(e.to_string()))
-    }
-}
-
-/// `bytes`, or the part of them that the request asks for. `tag` changes whenever they do.
-pub fn answer(request: &HttpRequest, tag: &str, bytes: Bytes) -> HttpResponse {
-    let text = |name| request.headers().get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
+/// The whole of a file of `size` bytes, or the part of it that the request asks for. `tag` changes whenever the file does.
+pub fn asked(request: &HttpRequest, tag: &str, size: u64) -> Result<Asked, Unsatisfiable> {
+    let text = |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let tag = format!("\"{tag}\"");
     // A part of something else than the caller has begun with is of no use to it.
     let same = text(header::IF_RANGE).is_none_or(|wanted| wanted == tag);
-    let asked = text(header::RANGE).filter(|_| same).and_then(|range| parse(range, bytes.len() as u64));
-    let size = bytes.len();
-    let (mut response, part) = match asked {
-        None => (HttpResponse::Ok(), bytes),
-        Some(Err(Unsatisfiable)) => {
-            let mut response = HttpResponse::RangeNotSatisfiable();
-            return response.insert_header((header::CONTENT_RANGE, format!("bytes */{size}"))).finish();
-        }
+    let part = text(header::RANGE).filter(|_| same).and_then(|range| parse(range, size));
+    let (mut response, range) = match part {
+        None => (HttpResponse::Ok(), 0..size),
+        Some(Err(unsatisfiable)) => return Err(unsatisfiable),
         Some(Ok(range)) => {
             let mut response = HttpResponse::PartialContent();
             let shown = format!("bytes {}-{}/{size}", range.start, range.end - 1);
             response.insert_header((header::CONTENT_RANGE, shown));
-            (response, bytes.slice(range.start as usize..range.end as usize))
+            (response, range)
         }
     };
     response
         .insert_header((header::ACCEPT_RANGES, "bytes"))
         .insert_header((header::ETAG, tag))
-        .content_type("application/octet-stream")
-        .body(part)
+        .content_type("application/octet-stream");
+    Ok(Asked { response, range })
 }
 
 /// The range begins past the end.
 #[derive(Debug, PartialEq)]
-struct Unsatisfiable;
+pub struct Unsatisfiable;
+
+impl Unsatisfiable {
+    /// The answer, about a file of `size` bytes.
+    pub fn response(&self, size: u64) -> HttpResponse {
+        let mut response = HttpResponse::RangeNotSatisfiable();
+        response.insert_header((header::CONTENT_RANGE, format!("bytes */{size}"))).finish()
+    }
+}
 
 /// The one range of a `Range` header; `None` for what is answered as if it were absent: several
 /// ranges, other units, nonsense.

@@ -10,6 +10,7 @@ use std::{
 };
 
 use tokio::{sync::watch, task::AbortHandle};
+use tracing::Instrument;
 
 use crate::types::{Digest, InvalidInput};
 
@@ -92,6 +93,8 @@ impl Replays {
         make_room(&mut entries);
         let (tell, outcome) = watch::channel(None);
         let (replays, at) = (self.clone(), key.to_owned());
+        // What is generated belongs to the request that asked first, in the log as well.
+        let generate = generate.in_current_span();
         let task = tokio::spawn(async move {
             let generated = generate.await.map(Arc::new);
             replays.finish(&at, &generated);

@@ -1,14 +1,15 @@
 //! What the gateway asks of the coordinator, typed by what is answered.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use bytes::Bytes;
 
 use crate::{
     client::ServiceClient,
     protocol::{
-        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Operation, OperationKey,
-        OperationSeq, OperationStatus, Quota, RunInfo, SampleRequest, SampleTarget, SubmitOperation,
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, Operation,
+        OperationKey, OperationSeq, OperationStatus, Quota, RunInfo, SampleRequest, SampleTarget,
+        SubmitOperation, Trace,
     },
     types::{
         Checkpoint, CheckpointFilesResponse, CheckpointId, CheckpointPath, InvalidInput, PolicyId, RunId,
@@ -41,6 +42,19 @@ impl Upstream {
     /// The same for a caller of this name, within these bounds.
     pub fn seen_by(&self, owner: Option<String>, quota: Quota) -> Self {
         Self { client: self.client.clone(), owner, call: Call { quota, ..self.call } }
+    }
+
+    /// The same for a request of this trace.
+    pub fn traced(self, trace: Option<Trace>) -> Self {
+        Self { call: Call { trace, ..self.call }, ..self }
+    }
+
+    /// What the coordinator has counted.
+    pub async fn figures(&self, hold: Duration) -> Result<Figures, Refused> {
+        match tokio::time::timeout(hold, self.client.figures()).await {
+            Ok(figures) => Ok(figures?),
+            Err(_) => Err(late(hold)),
+        }
     }
 
     /// The session of the gateway itself, for runs of callers that open none.
@@ -267,6 +281,11 @@ impl Upstream {
         Ok(self.client.blob(blob).await?)
     }
 
+    /// Some bytes of a blob, which whoever has all of them checks.
+    pub async fn part(&self, blob: BlobRef, part: Range<u64>) -> Result<Vec<u8>, Refused> {
+        Ok(self.client.blob_part(blob.digest, part).await?)
+    }
+
     async fn ask(&self, request: ClientRequest, hold: Duration) -> Result<ClientResponse, Refused> {
         self.ask_with(self.call, request, hold).await
     }
@@ -279,15 +298,17 @@ impl Upstream {
     ) -> Result<ClientResponse, Refused> {
         match tokio::time::timeout(hold, self.client.call(call, request)).await {
             Ok(answer) => Ok(answer?),
-            Err(_) => {
-                Err(Refused::away(format!("the coordinator has not answered for {} s", hold.as_secs())))
-            }
+            Err(_) => Err(late(hold)),
         }
     }
 }
 
 /// From a wait's end at the coordinator to its answer here.
 const ANSWER_SLACK: Duration = Duration::from_secs(2);
+
+fn late(hold: Duration) -> Refused {
+    Refused::away(format!("the coordinator has not answered for {} s", hold.as_secs()))
+}
 
 fn unexpected(response: &ClientResponse) -> Refused {
     let shown: String = format!("{response:?}").chars().take(200).collect();

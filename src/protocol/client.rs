@@ -169,6 +169,8 @@ pub struct RunInfo {
     pub live_since_ms: u64,
     /// What was published at step 0. It stays beside later ones, as a reference for them.
     pub initial: Option<PolicyId>,
+    /// Number of the last accepted operation; 0 without one.
+    pub accepted: u64,
     /// Operations accepted and not finished.
     pub queued: u32,
     /// `forming`, `ready`, `executing`, `waiting for nodes` …, for people.

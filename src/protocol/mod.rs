@@ -22,6 +22,7 @@ mod encode;
 
 mod call;
 mod client;
+mod figures;
 mod ids;
 mod join;
 mod node;
@@ -34,6 +35,7 @@ pub use client::{
     SampleRequest, SampleTarget, SubmitOperation,
 };
 pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
+pub use figures::{EndedOperations, Figures};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
 pub use join::{JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE};
 pub use node::{
@@ -58,6 +60,9 @@ pub const MAX_MESSAGE: usize = 8 << 20;
 
 /// Largest blob that a peer may offer: a snapshot of a large adapter with its moments.
 pub const MAX_BLOB: u64 = 8 << 30;
+
+/// Most bytes of a blob that are asked for as a part of it.
+pub const MAX_BLOB_PART: u64 = 16 << 20;
 
 #[cfg(test)]
 mod tests;

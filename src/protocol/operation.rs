@@ -99,7 +99,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// As the journal, traces and metrics call it.
+    /// As the journal, logs, traces and figures call it.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Init { .. } => "init",

@@ -26,6 +26,11 @@ pub enum StreamOpen {
     Generate(Generate),
     /// Rank → rank: frames of the collective follow, defined in `collective/`.
     Collective { run: RunId, epoch: Epoch, generation: Generation, from: RankIndex, to: RankIndex },
+    /// Client or gateway → coordinator: `length` bytes of a blob from `offset` on, answered like `GetBlob`. At most
+    /// [`MAX_BLOB_PART`](super::MAX_BLOB_PART) of them.
+    GetBlobPart { digest: Digest, offset: u64, length: u64 },
+    /// Client or gateway → coordinator: one [`Figures`](super::Figures) frame answers.
+    Figures,
 }
 
 /// Answer to `PutBlob` and `GetBlob`.

@@ -52,6 +52,9 @@ const KERNELS: &str = "LOCKSTEP_KERNELS";
 /// Exit status of a part that said why it can't go on.
 const EXIT_FAILED: i32 = 1;
 
+/// Tells the parts the form of their logs.
+const LOG_FORMAT: &str = "LOCKSTEP_LOG_FORMAT";
+
 /// Name and subcommand of the part that decides.
 const COORDINATOR: &str = "coordinator";
 
@@ -78,6 +81,8 @@ pub struct SupervisorConfig {
     pub compute: ComputeOptions,
     /// Logs of the parts go to `DATA/logs` instead of stderr.
     pub logs_to_files: bool,
+    /// Form of the parts' logs, as LOCKSTEP_LOG_FORMAT says it.
+    pub log_format: String,
 }
 
 /// Starts the parts, starts them again when they die, and stops them.
@@ -333,6 +338,7 @@ impl Part {
             .arg(self.config.data.path())
             .env(PARENT_PIPE, "1")
             .env(KERNELS, kernels::path())
+            .env(LOG_FORMAT, &self.config.log_format)
             // Candle's own thread pools would fight the node's leased cores.
             .envs([("CANDLE_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "1")])
             .stdin(Stdio::piped())

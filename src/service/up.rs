@@ -7,8 +7,10 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    client::{ClientError, ConnectTarget, ServiceClient},
+    client::{ClientError, ConnectTarget, RunFollower, ServiceClient},
     gateway,
+    transport::ClusterCa,
+    types::WandbConfig,
 };
 
 use super::{DataDirectory, ServiceError, Supervisor, SupervisorConfig, shutdown_requested};
@@ -22,6 +24,9 @@ const COORDINATOR_DEADLINE: Duration = Duration::from_secs(60);
 /// Between two looks whether the coordinator is there.
 const COORDINATOR_POLL: Duration = Duration::from_millis(200);
 
+/// Digits of the CA's fingerprint that tell clusters apart on Weights & Biases.
+const CLUSTER_ID: usize = 8;
+
 /// What `lockstep up` runs.
 #[derive(Debug, Clone)]
 pub struct UpConfig {
@@ -29,6 +34,8 @@ pub struct UpConfig {
     /// Where HTTP is served; port 0 is any.
     pub http: SocketAddr,
     pub gateway: gateway::GatewayConfig,
+    /// Where the metrics of every run are streamed.
+    pub wandb: Option<WandbConfig>,
 }
 
 /// Runs a gateway and a local cluster until it is told to stop; prints
@@ -41,6 +48,9 @@ async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
     // First what may be refused at once: a port in use.
     let data = &config.supervisor.data;
     let listener = bind(config.http, config.gateway.clone(), data)?;
+    if config.wandb.is_some() {
+        RunFollower::require_package().await?;
+    }
     let mut stop = std::pin::pin!(shutdown_requested()?);
     let mut supervisor = tokio::select! {
         () = &mut stop => return Ok(()),
@@ -48,10 +58,15 @@ async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
     };
     let (found, client) = oneshot::channel();
     let watching = supervisor.watchdog().watch(client);
+    let mut follower = None;
     let serving = async {
         let client = wait_until_joined(data.path(), config.supervisor.nodes).await?;
         // The watchdog is gone only if all of this is.
         let _ = found.send(client.clone());
+        if let Some(wandb) = config.wandb {
+            let cluster = ClusterCa::open_or_create(data.path())?.fingerprint();
+            follower = Some(RunFollower::start(client.clone(), wandb, &cluster[..CLUSTER_ID])?);
+        }
         tracing::info!("for Rust clients: ServiceClient::connect({:?})", data.path().display().to_string());
         serve(listener, client).await
     };
@@ -61,6 +76,9 @@ async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
         ended = serving => ended,
         () = watching => Ok(()),
     };
+    if let Some(follower) = follower {
+        follower.finish().await;
+    }
     supervisor.shutdown().await;
     outcome
 }
@@ -120,9 +138,9 @@ fn bind(
 
 /// Serves HTTP for ever; says `ready` when it does.
 async fn serve(listener: gateway::Listener, client: ServiceClient) -> Result<(), ServiceError> {
-    let address = listener.address();
+    let (scheme, address) = (listener.scheme(), listener.address());
     let server = listener.serve(client)?;
-    println!("ready http://{address}");
+    println!("ready {scheme}://{address}");
     Ok(server.await.map_err(gateway::GatewayError::Serve)?)
 }
 

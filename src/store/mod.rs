@@ -23,6 +23,7 @@ mod bucket;
 mod error;
 mod folder;
 mod location;
+mod part;
 mod young;
 
 use std::{

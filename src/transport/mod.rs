@@ -32,6 +32,7 @@ mod quic;
 mod doorway;
 
 mod bulk;
+mod https;
 
 pub use applicant::{Admission, Applicant, PublicKey};
 pub use bulk::{receive_bulk, send_bulk};
@@ -40,6 +41,7 @@ pub use connection::Connection;
 pub use doorway::{Doorway, knock};
 pub use endpoint::Endpoint;
 pub use error::TransportError;
+pub use https::HttpsIdentity;
 pub use identity::Identity;
 pub use memory::MemoryNetwork;
 pub use name::{Peer, Role, check_name};

@@ -169,7 +169,7 @@ fn roots(ca: &CertificateDer<'_>) -> Result<RootCertStore, TransportError> {
     Ok(roots)
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(super) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
@@ -180,6 +180,6 @@ pub fn offer_crypto_provider() {
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-fn tls_error(error: rustls::Error) -> TransportError {
+pub(super) fn tls_error(error: rustls::Error) -> TransportError {
     TransportError::Certificate(error.to_string())
 }

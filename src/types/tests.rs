@@ -63,7 +63,7 @@ proptest! {
         equal(&loss)?;
         equal(&sampling)?;
         equal(&flags)?;
-        equal(&WandbConfig { project, name })?;
+        equal(&WandbConfig { entity: name.clone(), project, name })?;
     }
 
     #[test]

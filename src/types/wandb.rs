@@ -11,6 +11,9 @@ const FORBIDDEN: [char; 6] = ['/', '\\', '#', '?', '%', ':'];
 /// Where a run's training metrics are streamed on Weights & Biases.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WandbConfig {
+    /// User or team that the project belongs to; the one of the login when absent.
+    #[serde(default)]
+    pub entity: Option<String>,
     /// Project name: 1 to 128 characters, not blank, none of `/ \ # ? % :`.
     pub project: String,
     /// Name of the run there, 1 to 128 characters and not blank; W&B picks one when absent.
@@ -19,6 +22,9 @@ pub struct WandbConfig {
 }
 
 impl WandbConfig {
+    /// Longest name of a run, in characters.
+    pub const NAME_MAX: usize = MAX_NAME_CHARS;
+
     /// Refuses names that Weights & Biases would refuse, before the run starts.
     pub fn validate(&self) -> Result<(), InvalidInput> {
         check("project", &self.project)?;
@@ -28,6 +34,7 @@ impl WandbConfig {
                 format!("may not contain {found:?}, got {:?}", self.project),
             ));
         }
+        self.entity.as_deref().map_or(Ok(()), |entity| check("entity", entity))?;
         self.name.as_deref().map_or(Ok(()), |name| check("name", name))
     }
 }
@@ -47,14 +54,14 @@ mod tests {
     use super::*;
 
     fn refused(project: &str, name: Option<&str>) -> String {
-        let config = WandbConfig { project: project.into(), name: name.map(Into::into) };
+        let config = WandbConfig { entity: None, project: project.into(), name: name.map(Into::into) };
         config.validate().unwrap_err().field
     }
 
     #[test]
     fn a_project_with_and_without_a_name_is_accepted() {
         for name in [None, Some("first: try/1".to_owned())] {
-            WandbConfig { project: "p".repeat(128), name }.validate().unwrap();
+            WandbConfig { entity: None, project: "p".repeat(128), name }.validate().unwrap();
         }
     }
 
@@ -85,6 +92,6 @@ mod tests {
     #[test]
     fn the_name_may_be_absent_in_json() {
         let config: WandbConfig = serde_json::from_str(r#"{"project": "p"}"#).unwrap();
-        assert_eq!(config, WandbConfig { project: "p".into(), name: None });
+        assert_eq!(config, WandbConfig { entity: None, project: "p".into(), name: None });
     }
 }

@@ -270,7 +270,7 @@ impl World {
                 let after_ms = self.dice.between(1, 50);
                 self.at(after_ms, Action::Generate { life, link, node: index, attempt, generate });
             }
-            Effect::CancelGenerate { .. } => {}
+            Effect::CancelGenerate { .. } | Effect::Ended(_) => {}
             Effect::Stop => {
                 assert!(self.journal.queue.is_empty() || self.dice.accidents, "stopped with facts to write");
                 self.stopped = true;

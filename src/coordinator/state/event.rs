@@ -4,8 +4,9 @@ use crate::{
     journal::{JournalError, Record},
     protocol::{
         Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
-        NodeMessage, RequestId,
+        NodeMessage, OperationSeq, RequestId, Trace,
     },
+    types::{ErrorKind, RunId},
 };
 
 /// A request whose answer somebody waits for; numbered by whoever feeds the state machine.
@@ -41,6 +42,22 @@ pub enum Event {
     Drain,
 }
 
+/// What the end of an operation is counted by.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ended {
+    pub run: RunId,
+    pub seq: OperationSeq,
+    /// As in the journal.
+    pub operation: &'static str,
+    /// Absent: it was done.
+    pub error: Option<ErrorKind>,
+    /// Since it was accepted, or since the coordinator started.
+    pub took_ms: u64,
+    /// Tokens that an optimiser step was over.
+    pub trained_tokens: u64,
+    pub trace: Option<Trace>,
+}
+
 /// Something to do. Effects are performed in order; each of one kind to one receiver stays in
 /// order, which is what makes the order of operations the same on every rank.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +74,8 @@ pub enum Effect {
     Generate { node: NodeId, attempt: u32, generate: Generate },
     /// Drop the stream of a request that is being generated; no answer is wanted.
     CancelGenerate { request: RequestId },
+    /// An operation has its durable outcome: count it, and tell the log.
+    Ended(Ended),
     /// Everything is durable and told: close the journal and end. The last effect ever.
     Stop,
 }

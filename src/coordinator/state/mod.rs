@@ -38,7 +38,7 @@ mod versions;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use event::{AppendId, Effect, Event, WaiterId};
+pub use event::{AppendId, Effect, Ended, Event, WaiterId};
 
 use crate::{
     journal::{JournalError, Record},

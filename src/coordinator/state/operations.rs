@@ -50,7 +50,8 @@ impl State {
         }
         self.admit_operation(session, &call.quota, &operation)?;
         let Some(run) = self.runs.get_mut(&id) else { return Err(Refusal::UnknownRun(id)) };
-        (run.resting, run.last_used_ms) = (false, self.now_ms);
+        let since_ms = self.now_ms;
+        (run.resting, run.last_used_ms) = (false, since_ms);
         let seq = OperationSeq(run.next_seq);
         run.next_seq += 1;
         run.accepted_incarnation += u32::from(begins_incarnation(&operation));
@@ -64,6 +65,7 @@ impl State {
             accepted: false,
             outcome: None,
             visible: false,
+            since_ms,
             call,
             accept_waiters: vec![waiter],
             waiters: Vec::new(),

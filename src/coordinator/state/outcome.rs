@@ -3,12 +3,14 @@
 
 use crate::{
     journal::{JournalError, Outcome, Record, SavedCheckpoint},
-    protocol::{ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationSeq, Saved},
+    protocol::{
+        ADAPTER_FILE, BlobRef, CoordinatorMessage, OpToken, Operation, OperationResult, OperationSeq, Saved,
+    },
     types::{Checkpoint, CheckpointPath, CheckpointTarget, OperationError, PolicyId, RunId},
 };
 
 use super::{
-    Appending, State, fault,
+    Appending, Effect, Ended, State, fault,
     run::{Conclusion, Work},
 };
 
@@ -154,7 +156,9 @@ impl State {
         let Work::Conclude(conclusion) = std::mem::replace(&mut run.work, Work::Idle) else { return };
         run.last_used_ms = now_ms;
         let Conclusion { outcome, token, resolved, checkpoint, publish, .. } = *conclusion;
+        let ended = run.ended(seq, &outcome, now_ms);
         run.finish(seq, outcome.clone(), resolved);
+        self.effects.extend(ended.map(Effect::Ended));
         if let Some(token) = token {
             let message = match &outcome {
                 Outcome::Done { .. } => CoordinatorMessage::Commit { token },
@@ -216,6 +220,27 @@ impl State {
 }
 
 impl super::run::Run {
+    /// What the end of an operation is counted by.
+    fn ended(&self, seq: OperationSeq, outcome: &Outcome, now_ms: u64) -> Option<Ended> {
+        let entry = self.operations.get(&seq)?;
+        let tokens = match outcome {
+            Outcome::Done { result: OperationResult::OptimStep(step), .. } => step.metrics.get("tokens"),
+            _ => None,
+        };
+        Some(Ended {
+            run: self.id,
+            seq,
+            operation: entry.operation.as_ref()?.name(),
+            error: match outcome {
+                Outcome::Done { .. } => None,
+                Outcome::Failed { error } => Some(error.kind),
+            },
+            took_ms: now_ms.saturating_sub(entry.since_ms),
+            trained_tokens: tokens.map_or(0, |tokens| *tokens as u64),
+            trace: entry.call.trace,
+        })
+    }
+
     /// Takes in a durable outcome.
     pub(super) fn finish(&mut self, seq: OperationSeq, outcome: Outcome, resolved: Option<Operation>) {
         self.finished = seq;

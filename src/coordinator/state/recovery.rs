@@ -80,11 +80,11 @@ impl State {
         let covered = snapshots.last().map_or(OperationSeq(0), |newest| newest.seq);
         let (old, new): (Vec<_>, Vec<_>) = operations.into_iter().partition(|o| o.seq <= covered);
         for operation in old {
-            run.recover_operation(operation);
+            run.recover_operation(operation, self.now_ms);
         }
         run.recover_snapshots(snapshots);
         for operation in new {
-            run.recover_operation(operation);
+            run.recover_operation(operation, self.now_ms);
         }
         // Ranks cost memory and a replay: only for whom something waits.
         run.wanted = run.head().is_some();
@@ -107,7 +107,7 @@ impl State {
 }
 
 impl Run {
-    fn recover_operation(&mut self, recovered: RecoveredOperation) {
+    fn recover_operation(&mut self, recovered: RecoveredOperation, now_ms: u64) {
         let RecoveredOperation { seq, key, incarnation, operation, digest, outcome } = recovered;
         let body = match &operation {
             Some(operation) => Digest::of(&encode(&as_submitted(operation))),
@@ -122,6 +122,7 @@ impl Run {
             accepted: true,
             visible: outcome.is_some(),
             outcome: None,
+            since_ms: now_ms,
             call: Call::default(),
             accept_waiters: Vec::new(),
             waiters: Vec::new(),

@@ -89,6 +89,8 @@ pub(super) struct Entry {
     pub outcome: Option<Outcome>,
     /// Waiters may see the outcome: at once, or when a publish is being served.
     pub visible: bool,
+    /// When it was accepted; for a recovered one, when the coordinator started.
+    pub since_ms: u64,
     /// What came with it; a restarted coordinator has forgotten.
     pub call: Call,
     pub accept_waiters: Vec<WaiterId>,
@@ -377,6 +379,7 @@ impl Run {
             live: self.live,
             live_since_ms: self.live_since_ms,
             initial: self.initial,
+            accepted: self.next_seq - 1,
             queued: u32::try_from(self.unfinished()).unwrap_or(u32::MAX),
             phase: self.phase(),
         }

@@ -25,7 +25,14 @@ use crate::{
 };
 
 use super::{
-    super::{Gateway, body, caller::Caller, presign::Signature, range, refusal::Refused},
+    super::{
+        Gateway, body,
+        caller::Caller,
+        download,
+        presign::Signature,
+        range::{self, Asked},
+        refusal::Refused,
+    },
     mount,
 };
 
@@ -170,9 +177,19 @@ pub async fn file(
     gateway.presign.verify(id, &name, &query.ok_or_else(unsigned)?.into_inner())?;
     let file = listed(&gateway, id, &name).await?;
     let digest = file.digest().ok_or_else(|| Refused::fault(format!("{name} of {id} has no blob")))?;
-    let _room = gateway.downloads.room(file.size_bytes).await?;
-    let bytes = gateway.everything.blob(BlobRef { digest, size: file.size_bytes }).await?;
-    Ok(range::answer(&request, &digest.to_string(), bytes.into()))
+    let blob = BlobRef { digest, size: file.size_bytes };
+    match range::asked(&request, &digest.to_string(), blob.size) {
+        Err(unsatisfiable) => Ok(unsatisfiable.response(blob.size)),
+        Ok(Asked { mut response, range }) => {
+            let turn = gateway.downloads.turn().await?;
+            let upstream = gateway.everything.clone();
+            let read = move |part| {
+                let upstream = upstream.clone();
+                async move { upstream.part(blob, part).await }
+            };
+            Ok(response.body(download::body(blob, range, turn, read)))
+        }
+    }
 }
 
 /// A file by its name in the checkpoint's manifest: nothing else is served.

@@ -122,7 +122,7 @@ pub fn public_url(caller: &Caller, request: &HttpRequest) -> Result<String, Refu
     }
     let host = header(request, HOST.as_str())?;
     let host = host.ok_or_else(|| InvalidInput::new("Host", "is missing, and URLs are made of it"))?;
-    Ok(format!("http://{host}"))
+    Ok(format!("{}://{host}", caller.scheme))
 }
 
 /// Base URL of a run's trainer.

@@ -8,7 +8,10 @@
 //! Operations execute in the order in which they are accepted; the client's own numbering
 //! (`seq_id`) has gaps and starts again, so it is not read.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use actix_web::{HttpRequest, HttpResponse, http::header, web};
 use serde::Deserialize;
@@ -125,7 +128,8 @@ async fn pass(
     .await?;
     let data = match packed.len() {
         0..=MAX_INLINE_PAYLOAD => Payload::Inline(packed),
-        _ => Payload::Blob(caller.upstream.put_blob(packed).await?),
+        // A full disk, say: it will pass, and the client sends it again.
+        _ => Payload::Blob(caller.upstream.put_blob(packed).await.map_err(Refused::busy_as_not_yet)?),
     };
     submit(&caller, &request, &run, operation(loss, data)).await
 }
@@ -256,16 +260,17 @@ async fn addressed(caller: &Caller, request: &HttpRequest, run_id: Option<&str>)
 async fn submit(caller: &Caller, request: &HttpRequest, run: &RunInfo, operation: Operation) -> Answer {
     let key = mount::idempotency_key(request)?;
     let submit = SubmitOperation { run: run.run, key, operation };
-    let accepted = async {
-        loop {
-            match caller.upstream.submit(submit.clone(), SUBMIT_HOLD).await {
-                Err(refused) if refused.is_passing() => tokio::time::sleep(QUEUE_PAUSE).await,
-                answer => return answer,
+    let held_until = Instant::now() + SUBMIT_HOLD;
+    let seq = loop {
+        let left = held_until.saturating_duration_since(Instant::now());
+        match caller.upstream.submit(submit.clone(), left).await {
+            Err(refused) if refused.is_passing() && left > QUEUE_PAUSE => {
+                tokio::time::sleep(QUEUE_PAUSE).await;
             }
+            // With its reason: a full queue, or a full disk.
+            answer => break answer.map_err(Refused::busy_as_not_yet)?,
         }
     };
-    let held = || Refused::not_yet(format!("{} has as many operations as it can queue", run.run));
-    let seq = tokio::time::timeout(SUBMIT_HOLD, accepted).await.map_err(|_| held())??;
     let id = OperationId { run: run.run, seq }.to_string();
     Ok(HttpResponse::Accepted()
         .insert_header((header::LOCATION, format!("/operations/{id}")))

@@ -121,6 +121,7 @@ fn run_info() -> RunInfo {
         live: Some(policy()),
         live_since_ms: 9,
         initial: Some(policy()),
+        accepted: 10,
         queued: 8,
         phase: "ready".into(),
     }
@@ -285,6 +286,8 @@ fn stream_opens() -> Vec<StreamOpen> {
         StreamOpen::GetBlob { digest: digest() },
         StreamOpen::Generate(generate()),
         collective,
+        StreamOpen::GetBlobPart { digest: digest(), offset: 1, length: 2 },
+        StreamOpen::Figures,
     ]
 }
 

@@ -125,6 +125,7 @@ impl Desk {
             Effect::Respond { waiter, response } => {
                 assert!(self.answers.insert(waiter, response).is_none(), "answered twice");
             }
+            Effect::Ended(_) => {}
             Effect::Generate { node, attempt, generate } => self.generated.push((node, attempt, generate)),
             other => self.others.push(other),
         }
