@@ -1,5 +1,5 @@
 //! Tokens per second of the decoder on this machine's CPU, with random weights of
-//! SmolLM2-135M's shape: `cargo bench --bench engine [-- --threads N] [NAME …]`.
+//! SmolLM2-135M's shape: `cargo bench --bench engine [-- --threads N] [--dtype f32|bf16] [NAME …]`.
 //!
 //! Each line is the median of several runs with its range, and the tokens per second of CPU time
 //! that the process used, which says more on a machine that is shared.
@@ -7,7 +7,7 @@
 use std::{hint::black_box, sync::Arc, time::Instant};
 
 use lockstep::{
-    kernels::{CoreBudget, Matrix, Priority, Team, path},
+    kernels::{CoreBudget, Matrix, Priority, Team, WeightDtype, path},
     model::{
         Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, Family, HeadGradient,
         HeadRequest, KvCache, LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape,
@@ -19,20 +19,23 @@ use lockstep::{
 fn main() {
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     let mut threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut names = Vec::new();
+    let (mut names, mut dtype) = (Vec::new(), WeightDtype::F32);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
+            "--dtype" => {
+                dtype = arguments.next().and_then(|name| name.parse().ok()).expect("--dtype f32|bf16")
+            }
             "--threads" => threads = arguments.next().and_then(|n| n.parse().ok()).expect("--threads N"),
             _ => names.push(argument),
         }
     }
-    let model = model();
+    let model = model(dtype);
     let layout = Arc::new(LoraLayout::new(&model.config, &LoraConfig::new(16, 1)).expect("a valid layout"));
     let values: Vec<f32> = (0..layout.len()).map(|i| 0.02 * noise(i)).collect();
     let adapter = Adapter { layout, values: values.into() };
     let budget = CoreBudget::new(threads);
     let lease = budget.lease(threads, Priority::Training);
-    println!("kernel path {}, {} threads", path(), lease.team().width());
+    println!("kernel path {}, {} threads, base weights {dtype}", path(), lease.team().width());
     let mut bench = Bench { model, adapter, workspace: Workspace::default(), names };
     bench.run_all(lease.team());
 }
@@ -120,8 +123,8 @@ impl Bench {
         let targets: Vec<(usize, u32)> = sequences.concat().into_iter().enumerate().collect();
         let mut d_hidden = vec![0.0; hidden.len()];
         let request = HeadRequest { targets: &targets, top_k: 0, entropy: false };
-        let onward = HeadGradient { factor: &mut |_, _| -1.0, d_hidden: &mut d_hidden };
-        head_logprobs(model, &hidden, request, Some(onward), workspace, team);
+        let onward = HeadGradient { adapter: gradient, factor: &mut |_, _| -1.0, d_hidden: &mut d_hidden };
+        head_logprobs(model, Some((&*adapter).into()), &hidden, request, Some(onward), workspace, team);
         backward(model, (&*adapter).into(), &mut tape, &d_hidden, gradient, workspace, team);
     }
 
@@ -143,8 +146,8 @@ impl Bench {
     fn decode(&mut self, caches: &mut [KvCache], steps: usize, adapted: bool, team: &Team) {
         let adapter = adapted.then(|| AdapterRows::from(&self.adapter));
         let mut caches: Vec<KvCache> = caches.iter().map(KvCache::fork).collect();
-        let rows: Vec<usize> = (0..caches.len()).collect();
-        let mut next: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+        let rows: Vec<_> = (0..caches.len()).map(|row| (row, adapter)).collect();
+        let mut next: Vec<u32> = (0..caches.len() as u32).collect();
         let mut logits = Vec::new();
         for _ in 0..steps {
             let sequences = next.chunks(1).zip(&mut caches).map(|(tokens, cache)| BatchSequence {
@@ -177,7 +180,7 @@ fn cpu_seconds() -> f64 {
 }
 
 /// SmolLM2-135M's shape, random weights.
-fn model() -> BaseModel {
+fn model(dtype: WeightDtype) -> BaseModel {
     let config = ModelConfig {
         family: Family::Llama,
         vocab_size: 49_152,
@@ -199,20 +202,20 @@ fn model() -> BaseModel {
     let keys = config.num_kv_heads * config.head_dim;
     let layer = |_| LayerWeights {
         attn_norm: vec![1.0; hidden],
-        q: matrix(hidden, hidden),
-        k: matrix(keys, hidden),
-        v: matrix(keys, hidden),
-        o: matrix(hidden, hidden),
+        q: matrix(dtype, hidden, hidden),
+        k: matrix(dtype, keys, hidden),
+        v: matrix(dtype, keys, hidden),
+        o: matrix(dtype, hidden, hidden),
         qkv_bias: None,
         qk_norm: None,
         mlp_norm: vec![1.0; hidden],
         mlp: Mlp::Dense(MlpWeights {
-            gate: matrix(wide, hidden),
-            up: matrix(wide, hidden),
-            down: matrix(hidden, wide),
+            gate: matrix(dtype, wide, hidden),
+            up: matrix(dtype, wide, hidden),
+            down: matrix(dtype, hidden, wide),
         }),
     };
-    let embed = matrix(config.vocab_size, hidden);
+    let embed = matrix(dtype, config.vocab_size, hidden);
     let weights = BaseWeights {
         layers: (0..config.num_layers).map(layer).collect(),
         final_norm: vec![1.0; hidden],
@@ -225,10 +228,10 @@ fn model() -> BaseModel {
     BaseModel { name: "random".into(), config, weights, text: text.into(), digest: Digest([0; 32]) }
 }
 
-fn matrix(outputs: usize, inputs: usize) -> Matrix {
+fn matrix(dtype: WeightDtype, outputs: usize, inputs: usize) -> Matrix {
     let bound = (3.0 / inputs as f32).sqrt();
     let rows: Vec<f32> = (0..outputs * inputs).map(|i| bound * noise(i)).collect();
-    Matrix::from_rows(outputs, inputs, &rows)
+    Matrix::with_dtype(dtype, outputs, inputs, &rows)
 }
 
 /// A number in ±1 that looks random.

@@ -64,7 +64,7 @@ impl Default for LoraOptions {
         Self {
             seed: 0,
             alpha: 32.0,
-            targets: LoraTarget::ALL.to_vec(),
+            targets: LoraTarget::OF_BLOCK.to_vec(),
             replicas: None,
             max_seq_len: None,
             micro_batch_tokens: None,

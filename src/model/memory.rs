@@ -39,7 +39,7 @@ pub struct Footprint {
     pub weights: u64,
     /// Values of an adapter on each target, for each unit of its rank; in the order of
     /// [`LoraTarget::ALL`].
-    pub adapter_values: [u64; 7],
+    pub adapter_values: [u64; 8],
     /// Bytes of a row of a micro-batch, adapters aside.
     pub row: u64,
     /// Bytes of a row for each unit of the rank.
@@ -112,13 +112,13 @@ impl ModelConfig {
             weights: options.dtype.bytes() as u64 * (tables + sum(|layer| layer.matrices))
                 + F32 * (hidden + sum(|layer| layer.vectors)),
             adapter_values: LoraTarget::ALL.map(|target| {
-                (0..self.num_layers)
-                    .map(|layer| {
-                        let (inputs, outputs) = self.linear_shape(layer, target);
-                        let experts = self.layer_experts(layer).filter(|_| target.parent() == "mlp");
-                        ((inputs + outputs) * experts.map_or(1, |experts| experts.count)) as u64
-                    })
-                    .sum()
+                let values = |layer: usize| {
+                    let (inputs, outputs) = self.linear_shape(layer, target);
+                    let experts = self.layer_experts(layer).filter(|_| target.parent() == Some("mlp"));
+                    ((inputs + outputs) * experts.map_or(1, |experts| experts.count)) as u64
+                };
+                let layers = if target == LoraTarget::LmHead { 1 } else { self.num_layers };
+                (0..layers).map(values).sum()
             }),
             row,
             row_of_rank,
@@ -173,7 +173,8 @@ impl LayerValues {
                 + choices,
             kept_of_rank: 4 + 3 * slots,
             passing: 4 * slots * wide + brought + routed + 4 * q + 2 * k + cached,
-            passing_of_rank: 3 * slots,
+            // Two more of the head, whose rows come in chunks.
+            passing_of_rank: 3 * slots + 2,
         }
     }
 }

@@ -14,14 +14,22 @@ use super::{Adapter, LoraEntry, ModelError, files::ModelFiles, files::map_file, 
 /// Writes a copy of the Hugging Face directory `model` into the directory `out`, each adapted
 /// weight `W` replaced by `W + (alpha / rank) · B A` in the type that `W` is stored in.
 ///
-/// Refused: a GGUF file, a model that isn't read here, an adapter whose layers it doesn't have.
+/// Refused: a GGUF file, a model that isn't read here, an adapter whose layers it doesn't have, or one on a
+/// head that is the embedding, too.
 pub fn merge_into_weights(adapter: &Adapter, model: &Path, out: &Path) -> Result<(), ModelError> {
     if !model.is_dir() {
-        let problem = "is no Hugging Face directory; merging reads and writes safetensors";
+        let problem = "is no Hugging Face directory: a merge adds to weights as they were trained, not to quantised \
+                       ones. Give the model's directory (`lockstep model pull hf:ORG/NAME` fetches one), or serve the \
+                       adapter beside the GGUF as it is";
         return Err(ModelError::malformed(model, problem));
     }
     // Whatever is wrong with the model is said before anything is written.
     let files = ModelFiles::open(model)?;
+    if files.config.tie_word_embeddings && adapter.layout.head().is_some() {
+        let problem = "is true, and the adapter has a part on `lm_head`: added to it, it would change the embedding, \
+                       too; give the model a head of its own, or serve the adapter beside the model";
+        return Err(ModelError::unsupported(model, "tie_word_embeddings", problem));
+    }
     let shards = Shards::find(model)?;
     check_shapes(adapter, &shards)?;
     let weights: Vec<&Path> = shards.shards().map(|path| path.as_path()).collect();

@@ -118,7 +118,7 @@ wire_struct!(Datum { model_input, loss_fn_inputs });
 
 wire_struct!(AdamParams { learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm });
 wire_enum!(LoraTarget {
-    0 => QProj, 1 => KProj, 2 => VProj, 3 => OProj, 4 => GateProj, 5 => UpProj, 6 => DownProj
+    0 => QProj, 1 => KProj, 2 => VProj, 3 => OProj, 4 => GateProj, 5 => UpProj, 6 => DownProj, 7 => LmHead
 });
 wire_struct!(LoraConfig { rank, alpha, seed, targets });
 wire_struct!(Footprint { weights, adapter_values, row, row_of_rank, workspace, checkpointed });

@@ -42,7 +42,7 @@ pub struct ModelOffer {
     /// What it takes of a node's memory.
     pub footprint: Footprint,
     /// Largest rank of an adapter on each of [`LoraTarget::ALL`](crate::types::LoraTarget::ALL).
-    pub lora_rank_max: [u32; 7],
+    pub lora_rank_max: [u32; 8],
 }
 
 /// Memory that a node may use.

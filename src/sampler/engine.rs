@@ -125,7 +125,8 @@ impl Engine {
             let targets: Vec<_> = (*first_row..).zip(job.predicted(*rows).iter().copied()).collect();
             let top_k = job.flags.topk_prompt_logprobs as usize;
             let request = HeadRequest { targets: &targets, top_k, entropy: false };
-            let scores = head_logprobs(model, hidden_rd, request, None, &mut self.workspace, team);
+            let scores =
+                head_logprobs(model, job.adapter_rows(), hidden_rd, request, None, &mut self.workspace, team);
             part.failure = job.push_scores(&scores.logprobs, scores.alternatives).err();
         }
         job.prompt_computed(*rows);
@@ -139,7 +140,8 @@ impl Engine {
         team: &Team,
         report: &mut StepReport,
     ) {
-        let rows: Vec<usize> = parts.iter().flat_map(Part::decode_rows).collect();
+        let rows = parts.iter().flat_map(|part| part.decode_rows().map(|row| (row, part.job.adapter_rows())));
+        let rows: Vec<_> = rows.collect();
         if rows.is_empty() {
             return;
         }

@@ -133,6 +133,11 @@ impl Job {
         }
     }
 
+    /// The adapter that computes its rows; absent: the base model.
+    pub fn adapter_rows(&self) -> Option<AdapterRows<'_>> {
+        self.serving.adapter.as_ref().map(|held| AdapterRows::from(&*held.adapter))
+    }
+
     /// Whether the prompt's rows are wanted for their log-probabilities.
     pub fn scores_prompt(&self) -> bool {
         self.flags.prompt_logprobs || self.flags.topk_prompt_logprobs > 0

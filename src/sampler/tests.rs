@@ -339,7 +339,7 @@ async fn alternatives_are_the_most_likely_tokens_of_each_prompt_position() {
     let sequence = BatchSequence { tokens: &request.prompt, kv_cache: None, adapter: None };
     let mut batch = Batch { sequences: vec![sequence] };
     let hidden = forward(model, &mut batch, None, &mut workspace, &team);
-    let rows: Vec<usize> = (0..269).collect();
+    let rows: Vec<_> = (0..269).map(|row| (row, None)).collect();
     let mut logits = Vec::new();
     head_logits(model, &hidden, &rows, &mut logits, &mut workspace, &team);
     for (row_v, found) in logits.chunks(model.config.vocab_size).zip(&alternatives[1..]) {

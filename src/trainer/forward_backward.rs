@@ -67,10 +67,7 @@ pub(super) fn run(
     data: &Payload,
     mode: Mode,
 ) -> Result<Outcome, Failure> {
-    let kind = match loss.skip_token_normalization {
-        true => GradientKind::Sum,
-        false => GradientKind::TokenMean,
-    };
+    let kind = GradientKind::of(loss);
     if mode == Mode::ForwardBackward {
         // All ranks hold the same state, so all refuse, and none waits for another.
         run.state.refuse_other_kind(kind)?;

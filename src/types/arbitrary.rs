@@ -78,7 +78,7 @@ pub(crate) fn any_adam() -> impl Strategy<Value = AdamParams> {
 }
 
 pub(crate) fn any_lora() -> impl Strategy<Value = LoraConfig> {
-    (any::<u32>(), any_f32(), any::<u64>(), prop::sample::subsequence(LoraTarget::ALL.to_vec(), 0..=7))
+    (any::<u32>(), any_f32(), any::<u64>(), prop::sample::subsequence(LoraTarget::ALL.to_vec(), 0..=8))
         .prop_map(|(rank, alpha, seed, targets)| LoraConfig { rank, alpha, seed, targets })
 }
 

@@ -1,8 +1,9 @@
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
 use super::InvalidInput;
 
-/// A linear layer of a decoder block that can carry an adapter, by its PEFT name.
+/// A linear layer that can carry an adapter, by its PEFT name: seven of each decoder block, and the
+/// head.
 ///
 /// The order of the variants is the order of the tensors in an adapter's flat layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -15,12 +16,26 @@ pub enum LoraTarget {
     GateProj,
     UpProj,
     DownProj,
+    /// The projection of the last hidden state onto the vocabulary, of which a model has one.
+    LmHead,
 }
 
 impl LoraTarget {
-    /// Every target, in order: what an adapter covers by default.
-    pub const ALL: [Self; 7] =
+    /// Those of a decoder block, in order: what an adapter covers by default.
+    pub const OF_BLOCK: [Self; 7] =
         [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// Every target, in order.
+    pub const ALL: [Self; 8] = [
+        Self::QProj,
+        Self::KProj,
+        Self::VProj,
+        Self::OProj,
+        Self::GateProj,
+        Self::UpProj,
+        Self::DownProj,
+        Self::LmHead,
+    ];
 
     /// The module's name in PEFT and on the wire: `q_proj`, ….
     pub fn name(self) -> &'static str {
@@ -32,14 +47,16 @@ impl LoraTarget {
             Self::GateProj => "gate_proj",
             Self::UpProj => "up_proj",
             Self::DownProj => "down_proj",
+            Self::LmHead => "lm_head",
         }
     }
 
-    /// The module of a decoder block that holds it: `self_attn` or `mlp`.
-    pub fn parent(self) -> &'static str {
+    /// The module of a decoder block that holds it, `self_attn` or `mlp`; none holds the head.
+    pub fn parent(self) -> Option<&'static str> {
         match self {
-            Self::QProj | Self::KProj | Self::VProj | Self::OProj => "self_attn",
-            Self::GateProj | Self::UpProj | Self::DownProj => "mlp",
+            Self::QProj | Self::KProj | Self::VProj | Self::OProj => Some("self_attn"),
+            Self::GateProj | Self::UpProj | Self::DownProj => Some("mlp"),
+            Self::LmHead => None,
         }
     }
 }
@@ -49,25 +66,58 @@ impl LoraTarget {
 /// An adapted layer computes `y = W x + (alpha / rank) · B (A x)`; A starts uniform in
 /// `±1/sqrt(in)`, B at zero, so a fresh adapter equals the base model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "LoraJson")]
 pub struct LoraConfig {
     /// Rows of A and columns of B; at least 1.
     pub rank: u32,
     /// Numerator of the scale; 32 by default.
-    #[serde(default = "default_alpha")]
     pub alpha: f32,
     /// Seed of A's initialisation; 0 by default.
-    #[serde(default)]
     pub seed: u64,
-    /// Which layers carry an adapter; sorted, no duplicates, not empty. All by default.
-    #[serde(default = "default_targets")]
+    /// Which layers carry an adapter; sorted, no duplicates, not empty. All of a block by default.
     pub targets: Vec<LoraTarget>,
+}
+
+/// The JSON of a [`LoraConfig`], and what must not be asked for in it.
+#[derive(Deserialize)]
+struct LoraJson {
+    rank: u32,
+    #[serde(default = "default_alpha")]
+    alpha: f32,
+    #[serde(default)]
+    seed: u64,
+    #[serde(default = "default_targets")]
+    targets: Vec<LoraTarget>,
+    #[serde(default, rename = "dropout", alias = "lora_dropout")]
+    _dropout: NoDropout,
+}
+
+impl From<LoraJson> for LoraConfig {
+    fn from(LoraJson { rank, alpha, seed, targets, _dropout }: LoraJson) -> Self {
+        Self { rank, alpha, seed, targets }
+    }
+}
+
+/// A dropout of 0, or none at all: any other is refused, because it would not be computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NoDropout;
+
+impl<'de> Deserialize<'de> for NoDropout {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Option::<f64>::deserialize(deserializer)? {
+            Some(dropout) if dropout != 0.0 => {
+                Err(D::Error::custom(format!("a dropout of {dropout} is not supported; it must be 0")))
+            }
+            _ => Ok(Self),
+        }
+    }
 }
 
 impl LoraConfig {
     /// Alpha when the caller names none.
     pub const DEFAULT_ALPHA: f32 = 32.0;
 
-    /// An adapter of `rank` on every target, with the default alpha.
+    /// An adapter of `rank` on the default targets, with the default alpha.
     pub fn new(rank: u32, seed: u64) -> Self {
         Self { rank, alpha: Self::DEFAULT_ALPHA, seed, targets: default_targets() }
     }
@@ -105,7 +155,7 @@ fn default_alpha() -> f32 {
 }
 
 fn default_targets() -> Vec<LoraTarget> {
-    LoraTarget::ALL.to_vec()
+    LoraTarget::OF_BLOCK.to_vec()
 }
 
 #[cfg(test)]
@@ -156,6 +206,17 @@ mod tests {
     fn absent_fields_take_their_defaults() {
         let config: LoraConfig = serde_json::from_str(r#"{"rank": 8}"#).unwrap();
         assert_eq!(config, LoraConfig::new(8, 0));
+    }
+
+    #[test]
+    fn refuses_a_dropout_by_its_name() {
+        for json in [r#"{"rank": 8, "dropout": 0.05}"#, r#"{"rank": 8, "lora_dropout": 0.05}"#] {
+            let error = serde_json::from_str::<LoraConfig>(json).unwrap_err().to_string();
+            assert!(error.starts_with("a dropout of 0.05 is not supported; it must be 0"), "{error}");
+        }
+        for json in [r#"{"rank": 8, "dropout": 0}"#, r#"{"rank": 8, "lora_dropout": null}"#] {
+            assert_eq!(serde_json::from_str::<LoraConfig>(json).unwrap(), LoraConfig::new(8, 0));
+        }
     }
 
     #[test]

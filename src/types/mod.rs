@@ -33,7 +33,7 @@ pub use error::{ErrorKind, InvalidInput, OperationError};
 pub use future::{ForwardBackwardFuture, OperationCompleter, OperationFuture, ResultTimeout};
 pub use ids::{CheckpointId, PolicyId, RunId, SessionId};
 pub use input::{Datum, EncodedTextChunk, ImageChunk, ImageFormat, ModelInput, ModelInputChunk};
-pub use lora::{LoraConfig, LoraTarget};
+pub use lora::{LoraConfig, LoraTarget, NoDropout};
 pub use loss::{CheckedDatum, CheckedTarget, DataLimits, LossFn, LossInputs, LossSetting, LossSpec};
 pub use output::{
     DatumOutput, ForwardBackwardOutput, InitTrainerServerResponse, LoadWeightsResponse, OptimStepResponse,

@@ -155,6 +155,13 @@ FAMILIES["llama_bf16"] = FAMILIES["llama_untied"] | {
 }
 FAMILIES["qwen3_moe_bf16"] = FAMILIES["qwen3_moe"] | {"dtype": "bf16", "tie_word_embeddings": True}
 
+# An adapter on the head, which is the embedding, too, or one of its own; alone, and beside all others.
+FAMILIES["llama_head"] = FAMILIES["llama_tied"] | {
+    "calls": FEW_CALLS,
+    "lora": {"rank": 4, "alpha": 8.0, "targets": "q k v o gate up down lm_head"},
+}
+FAMILIES["qwen2_head"] = FAMILIES["qwen2"] | {"lora": {"rank": 3, "alpha": 6.0, "targets": "lm_head"}}
+
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),

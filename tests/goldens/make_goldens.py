@@ -137,7 +137,8 @@ def make_tokenizer(characters):
 
 
 def projections(lora):
-    return [f"{target}_proj" for target in lora["targets"].split()]
+    targets = lora["targets"].split()
+    return [target if target == "lm_head" else f"{target}_proj" for target in targets]
 
 
 def make_adapter(base, lora, random):
@@ -164,7 +165,8 @@ def make_adapter(base, lora, random):
 
 
 def save_as_peft(model, directory, half):
-    model.save_pretrained(directory)
+    # Else it would save a head that carries an adapter as a whole, too.
+    model.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink()
     if half:
         path = directory / "adapter_model.safetensors"

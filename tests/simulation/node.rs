@@ -81,7 +81,7 @@ impl ModelNode {
                 tokenizer_size: 9,
                 footprint: lockstep::model::tiny::config()
                     .footprint(&lockstep::model::ComputeOptions::default()),
-                lora_rank_max: [64; 7],
+                lora_rank_max: [64; 8],
             }],
             numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
             address: format!("memory:{}", self.name),

@@ -56,7 +56,9 @@ fn logits_agree() {
         let (mut workspace, team) = (Workspace::default(), Team::solo());
         let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
         let mut logits = Vec::new();
-        let rows: Vec<usize> = (0..tokens.iter().map(Vec::len).sum()).collect();
+        let adapter = AdapterRows { layout: &state.layout, values: &state.weights };
+        let rows: usize = tokens.iter().map(Vec::len).sum();
+        let rows: Vec<_> = (0..rows).map(|row| (row, Some(adapter))).collect();
         head_logits(&golden.model, &hidden, &rows, &mut logits, &mut workspace, &team);
         let mut rest = logits.as_slice();
         for (i, tokens) in tokens.iter().enumerate() {
@@ -84,7 +86,14 @@ fn generation_agrees() {
                 BatchSequence { tokens: &rows, kv_cache: Some(&mut cache), adapter: Some(adapter) };
             let mut batch = Batch { sequences: vec![sequence] };
             let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
-            head_logits(&golden.model, &hidden, &[rows.len() - 1], &mut logits, &mut workspace, &team);
+            head_logits(
+                &golden.model,
+                &hidden,
+                &[(rows.len() - 1, Some(adapter))],
+                &mut logits,
+                &mut workspace,
+                &team,
+            );
             let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
             generated.push(best.unwrap().0 as u32);
             rows = generated[generated.len() - 1..].to_vec();
@@ -217,11 +226,7 @@ fn weights_after_optimiser_steps_agree() {
             for name in &step.calls {
                 let call = &golden.file.calls[name];
                 let (_, active, gradient) = golden.run(&state, call, 24, true);
-                let kind = match call.loss.skip_token_normalization {
-                    true => GradientKind::Sum,
-                    false => GradientKind::TokenMean,
-                };
-                state = state.accumulate(&gradient, active, kind).unwrap();
+                state = state.accumulate(&gradient, active, GradientKind::of(&call.loss)).unwrap();
             }
             let (next, response) = state.optim_step(&step.adam).unwrap();
             state = next;
@@ -260,7 +265,8 @@ fn adapters_survive_their_export() {
             let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
             let targets: Vec<(usize, u32)> = tokens[1..].iter().copied().enumerate().collect();
             let request = HeadRequest { targets: &targets, top_k: 0, entropy: false };
-            head_logprobs(&golden.model, &hidden, request, None, &mut workspace, &team).logprobs
+            head_logprobs(&golden.model, Some(adapter.into()), &hidden, request, None, &mut workspace, &team)
+                .logprobs
         };
         let family = Path::new(&golden.family).file_name().unwrap();
         let directory = root.join(family).join("adapter");
@@ -299,6 +305,9 @@ fn adapters_of_peft_are_imported() {
 fn merged_models_give_the_same_logits() {
     // Rounding the sum to bf16 is another rounding than that of the base alone.
     for golden in goldens().filter(|golden| golden.dtype == WeightDtype::F32) {
+        if golden.model.config.tie_word_embeddings && golden.initial_state().layout.head().is_some() {
+            continue;
+        }
         let directory = tempfile::tempdir().unwrap();
         let (adapter, merged) = (directory.path().join("adapter"), directory.path().join("merged"));
         std::fs::create_dir(&adapter).unwrap();
@@ -312,7 +321,7 @@ fn merged_models_give_the_same_logits() {
             let mut batch = Batch { sequences: vec![sequence] };
             let (mut workspace, team, mut logits) = (Workspace::default(), Team::solo(), Vec::new());
             let hidden = forward(&model, &mut batch, None, &mut workspace, &team);
-            let rows: Vec<usize> = (0..tokens.len()).collect();
+            let rows: Vec<_> = (0..tokens.len()).map(|row| (row, None)).collect();
             head_logits(&model, &hidden, &rows, &mut logits, &mut workspace, &team);
             // The merged weights are rounded once more to f32 than the sum of two products.
             golden.assert_near(&format!("logits.{i}"), &logits, LOGPROB_TOLERANCE);

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use crate::{
     model::RunMemory,
     protocol::{ModelOffer, NodeId},
-    types::{InvalidInput, LoraConfig},
+    types::{InvalidInput, LoraConfig, RunId},
 };
 
 use super::{State, membership::Node, run::Run};
@@ -45,7 +45,7 @@ impl State {
     /// The longest sequence that the run may have: as asked, or what fits. Refused with the
     /// figures if there is not memory for as many ranks as the run is to have.
     pub(super) fn fit(&self, asked: &Asked<'_>) -> Result<u32, InvalidInput> {
-        let shares: Vec<Share> = self.shares(asked.offer);
+        let shares: Vec<Share> = self.shares(asked.offer, None);
         if shares.is_empty() {
             // All that had trainers are away: nobody knows.
             return Ok(asked.max_seq_len.unwrap_or(asked.offer.context));
@@ -78,16 +78,34 @@ impl State {
         }
     }
 
-    /// The nodes that could hold ranks of a run on this model.
-    fn shares(&self, offer: &ModelOffer) -> Vec<Share> {
+    /// Whether a run that goes on with another adapter still fits; refused as a new run would be.
+    pub(super) fn fits_adapter(&self, run: &Run, lora: &LoraConfig) -> Result<(), InvalidInput> {
+        let create = &run.create;
+        let Some(offer) = self.models.get(&create.base_model) else { return Ok(()) };
+        let shares = self.shares(offer, Some(run.id));
+        let (Some(micro_batch_tokens), false) = (create.micro_batch_tokens, shares.is_empty()) else {
+            return Ok(());
+        };
+        let replicas = (run.roster().len() as u32).max(1);
+        let asked = Asked { offer, lora, replicas, micro_batch_tokens, max_seq_len: create.max_seq_len };
+        let tokens = create.max_seq_len.unwrap_or(micro_batch_tokens);
+        let need = asked.need(tokens);
+        if shares.iter().map(|share| share.seats(need, replicas, 4)).sum::<u32>() >= replicas {
+            return Ok(());
+        }
+        Err(asked.refusal("lora.rank", tokens, 0, &shares))
+    }
+
+    /// The nodes that could hold ranks of a run on this model, without what `but` takes of them.
+    fn shares(&self, offer: &ModelOffer, but: Option<RunId>) -> Vec<Share> {
         let offering = self
             .nodes
             .iter()
             .filter(|(_, node)| node.hello.trainers > 0 && node.offers(&offer.name, offer.digest));
-        offering.map(|(id, node)| self.share(*id, node, offer)).collect()
+        offering.map(|(id, node)| self.share(*id, node, offer, but)).collect()
     }
 
-    fn share(&self, id: NodeId, node: &Node, offer: &ModelOffer) -> Share {
+    fn share(&self, id: NodeId, node: &Node, offer: &ModelOffer, but: Option<RunId>) -> Share {
         let on_machine = self.nodes.values().filter(|other| other.hello.host == node.hello.host).count();
         let memory = node.hello.memory.map(|memory| {
             let caches = memory.cache_bytes.saturating_mul(u64::from(node.hello.samplers));
@@ -95,7 +113,7 @@ impl State {
         });
         let mut weights = BTreeMap::from([(&offer.name, offer.footprint.weights)]);
         let (mut states, mut work) = (0_u64, 0);
-        for run in self.runs.values() {
+        for run in self.runs.values().filter(|run| Some(run.id) != but) {
             let seats = run.roster().iter().filter(|seat| seat.node == id).count();
             let Some(of_run) = self.models.get(&run.create.base_model).filter(|_| seats > 0) else {
                 continue;

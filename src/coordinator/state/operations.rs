@@ -37,7 +37,12 @@ impl State {
         if let (Operation::Init { lora }, Some(offer)) = (&operation, self.models.get(&run.create.base_model))
         {
             admission::rank(lora, offer)?;
+            // It may take more memory than the adapter that the run was accepted with.
+            if let Some(run) = self.runs.get(&id) {
+                self.fits_adapter(run, lora)?;
+            }
         }
+        let Some(run) = self.runs.get_mut(&id) else { return Err(Refusal::UnknownRun(id)) };
         let body = Digest::of(&encode(&operation));
         if let Some(seq) = run.keys.get(&key) {
             return accept_again(run, *seq, waiter, body);

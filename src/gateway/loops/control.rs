@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     protocol::{CreateRun, RunInfo},
-    types::{InvalidInput, LoraConfig, SessionId},
+    types::{InvalidInput, LoraConfig, NoDropout, SessionId},
 };
 
 use super::{
@@ -56,6 +56,9 @@ struct CreateTrainer {
     name: Option<String>,
     path: Option<String>,
     base_checkpoint: Option<Value>,
+    /// Not in the dialect; whoever sends one must not believe that it is used.
+    #[serde(default, rename = "lora_dropout", alias = "dropout")]
+    _lora_dropout: NoDropout,
 }
 
 fn default_rank() -> u32 {

@@ -22,7 +22,8 @@ use crate::{
         MAX_INLINE_PAYLOAD, Operation, OperationStatus, Payload, RunInfo, SubmitOperation, encode_compressed,
     },
     types::{
-        AdamParams, DataLimits, Datum, InvalidInput, LoraConfig, LossFn, LossSpec, ModelInput, TensorData,
+        AdamParams, DataLimits, Datum, InvalidInput, LoraConfig, LossFn, LossSpec, ModelInput, NoDropout,
+        TensorData,
     },
 };
 
@@ -54,6 +55,9 @@ struct Init {
     run_id: Option<String>,
     lora_rank: u32,
     base_model: Option<String>,
+    /// As where a run is made.
+    #[serde(default, rename = "lora_dropout", alias = "dropout")]
+    _lora_dropout: NoDropout,
 }
 
 /// `POST {trainer}/init_trainer_server`: a fresh adapter.

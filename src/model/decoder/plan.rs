@@ -2,7 +2,7 @@ use std::{ops::Range, ptr};
 
 use crate::{
     kernels::{LowRank, Span},
-    model::{AdapterRows, Batch},
+    model::{AdapterRows, Batch, LoraEntry},
     types::LoraTarget,
 };
 
@@ -85,14 +85,22 @@ impl<'a> AdapterRows<'a> {
         self.layout.config.rank as usize
     }
 
+    /// The matrices of the head, if it is adapted.
+    pub(super) fn head_low_rank(&self) -> Option<LowRank<'a>> {
+        Some(self.low_rank_of(self.layout.head()?))
+    }
+
     /// The matrices of one linear layer, if it is adapted; `expert` is 0 where there is one.
     pub(super) fn low_rank(&self, layer: usize, target: LoraTarget, expert: usize) -> Option<LowRank<'a>> {
-        let entry = self.layout.entries_of(layer, target).get(expert)?;
-        Some(LowRank {
+        Some(self.low_rank_of(self.layout.entries_of(layer, target).get(expert)?))
+    }
+
+    fn low_rank_of(&self, entry: &LoraEntry) -> LowRank<'a> {
+        LowRank {
             a: &self.values[entry.a.clone()],
             b: &self.values[entry.b.clone()],
             rank: self.rank(),
             scale: self.layout.scale(),
-        })
+        }
     }
 }

@@ -96,6 +96,9 @@ pub(super) struct LayerGradients {
 pub(super) struct HeadBuffers {
     pub hidden_cd: Buffer,
     pub logits_cv: Buffer,
+    /// `scale · A x` of an adapted head, and its gradient.
+    pub low_cr: Buffer,
+    pub d_low_cr: Buffer,
     pub d_hidden_cd: Buffer,
 }
 
@@ -140,7 +143,13 @@ impl Workspace {
             v_rk,
         ];
         let own = [&self.normed_rd, &self.gated_ri, &self.change_rd, &self.next_rd, &self.slots_sd];
-        let head = [&self.head.hidden_cd, &self.head.logits_cv, &self.head.d_hidden_cd];
+        let head = [
+            &self.head.hidden_cd,
+            &self.head.logits_cv,
+            &self.head.d_hidden_cd,
+            &self.head.low_cr,
+            &self.head.d_low_cr,
+        ];
         let layers: usize = self.spare.iter().chain([&self.activations]).map(Activations::allocated).sum();
         let caches: usize = self.own_caches.iter().map(KvCache::allocated).sum();
         let buffers = own.into_iter().chain(gradients).chain(head).chain(low);

@@ -10,12 +10,12 @@ use super::AdapterError;
 /// Where each LoRA matrix stands in one flat vector of f32.
 ///
 /// Order: layer by layer, within a layer by [`LoraTarget`], within a target by expert where the
-/// layer has several, A (`[rank, in]`) before B (`[out, rank]`), row-major.
+/// layer has several, the head last; A (`[rank, in]`) before B (`[out, rank]`), row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraLayout {
     pub config: LoraConfig,
     pub entries: Vec<LoraEntry>,
-    /// Where the entries of each layer's targets begin, and the end of the last.
+    /// Where the entries of each block's targets begin, and the end of the last.
     starts: Vec<usize>,
     len: usize,
 }
@@ -23,6 +23,7 @@ pub struct LoraLayout {
 /// One adapted linear layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoraEntry {
+    /// Which block's; [`LoraEntry::HEAD`]: none's, the head's.
     pub layer: usize,
     pub target: LoraTarget,
     /// Which expert's, if the layer's MLP is a mixture of experts.
@@ -46,26 +47,32 @@ impl LoraLayout {
         }
         let rank = config.rank as usize;
         let mut layout = Self::empty(config);
+        let shape = |layer: usize, target: LoraTarget| {
+            let (in_features, out_features) = model.linear_shape(layer, target);
+            let bound = in_features.min(out_features);
+            if rank > bound {
+                let name = target.name();
+                let problem = format!(
+                    "must be at most {bound}, the smaller dimension of this model's `{name}`, got {rank}"
+                );
+                return Err(InvalidInput::new("rank", problem));
+            }
+            Ok((in_features, out_features))
+        };
         for layer in 0..model.num_layers {
-            for &target in &config.targets {
-                let (in_features, out_features) = model.linear_shape(layer, target);
-                let bound = in_features.min(out_features);
-                if rank > bound {
-                    return Err(InvalidInput::new(
-                        "rank",
-                        format!(
-                            "must be at most {bound}, the smaller dimension of this model's `{}`, got {rank}",
-                            target.name()
-                        ),
-                    ));
-                }
-                let experts = model.layer_experts(layer).filter(|_| target.parent() == "mlp");
+            for target in layout.of_block().to_vec() {
+                let (in_features, out_features) = shape(layer, target)?;
+                let experts = model.layer_experts(layer).filter(|_| target.parent() == Some("mlp"));
                 let experts = experts.map_or(vec![None], |experts| (0..experts.count).map(Some).collect());
                 for expert in experts {
                     layout.push(Module { layer, target, expert }, in_features, out_features);
                 }
                 layout.starts.push(layout.entries.len());
             }
+        }
+        if has(LoraTarget::LmHead) {
+            let (in_features, out_features) = shape(0, LoraTarget::LmHead)?;
+            layout.push(Module::HEAD, in_features, out_features);
         }
         Ok(layout)
     }
@@ -82,10 +89,15 @@ impl LoraLayout {
         let mut layer = 0;
         loop {
             let modules = |target| Module::held(layer, target, is_held);
-            if layer > 0 && config.targets.iter().all(|target| modules(*target).is_empty()) {
+            let targets = layout.of_block().to_vec();
+            let is_over = targets.iter().all(|target| modules(*target).is_empty());
+            if is_over && (layer > 0 || targets.is_empty()) {
+                if config.targets.contains(&LoraTarget::LmHead) {
+                    layout.push_shaped(Module::HEAD, &shape)?;
+                }
                 return Ok(layout);
             }
-            for &target in &config.targets {
+            for target in targets {
                 let held = modules(target);
                 if held.is_empty() {
                     let [name, _] = Module { layer, target, expert: None }.tensor_names();
@@ -152,11 +164,25 @@ impl LoraLayout {
         self.len == 0
     }
 
-    /// The entries of a layer's target, if it carries adapters: one, or one an expert.
+    /// Those of the targets that each block has: all but the head, which stands last.
+    fn of_block(&self) -> &[LoraTarget] {
+        match self.config.targets.split_last() {
+            Some((LoraTarget::LmHead, of_block)) => of_block,
+            _ => &self.config.targets,
+        }
+    }
+
+    /// The head's entry, if it carries an adapter.
+    pub fn head(&self) -> Option<&LoraEntry> {
+        self.entries.last().filter(|entry| entry.target == LoraTarget::LmHead)
+    }
+
+    /// The entries of a block's target, if it carries adapters: one, or one an expert.
     pub fn entries_of(&self, layer: usize, target: LoraTarget) -> &[LoraEntry] {
         // The targets are sorted.
-        let Ok(column) = self.config.targets.binary_search(&target) else { return &[] };
-        let place = layer * self.config.targets.len() + column;
+        let of_block = self.of_block();
+        let Ok(column) = of_block.binary_search(&target) else { return &[] };
+        let place = layer * of_block.len() + column;
         match self.starts.get(place..place + 2) {
             Some(bounds) => &self.entries[bounds[0]..bounds[1]],
             None => &[],
@@ -172,7 +198,7 @@ impl LoraLayout {
 impl ModelConfig {
     /// Largest rank that [`LoraLayout::new`] takes on each of [`LoraTarget::ALL`]: the smallest
     /// dimension of its linear layers.
-    pub fn lora_rank_max(&self) -> [u32; 7] {
+    pub fn lora_rank_max(&self) -> [u32; 8] {
         LoraTarget::ALL.map(|target| {
             let bounds = (0..self.num_layers).map(|layer| {
                 let (in_features, out_features) = self.linear_shape(layer, target);
@@ -182,7 +208,7 @@ impl ModelConfig {
         })
     }
 
-    /// `(in_features, out_features)` of a linear layer of a block, or of each of its experts'.
+    /// `(in_features, out_features)` of a linear layer of a block, or of each of its experts', or of the head.
     pub fn linear_shape(&self, layer: usize, target: LoraTarget) -> (usize, usize) {
         let queries = self.num_heads * self.head_dim;
         let keys = self.num_kv_heads * self.head_dim;
@@ -193,11 +219,15 @@ impl ModelConfig {
             LoraTarget::OProj => (queries, self.hidden_size),
             LoraTarget::GateProj | LoraTarget::UpProj => (self.hidden_size, wide),
             LoraTarget::DownProj => (wide, self.hidden_size),
+            LoraTarget::LmHead => (self.hidden_size, self.vocab_size),
         }
     }
 }
 
 impl LoraEntry {
+    /// In the place of the block's number: above all of them.
+    pub const HEAD: usize = usize::MAX;
+
     /// Name of the adapted linear layer in a Hugging Face model: `model.layers.3.self_attn.q_proj`
     /// or `model.layers.3.mlp.experts.17.up_proj`.
     pub fn module_name(&self) -> String {
@@ -223,6 +253,8 @@ pub(super) struct Module {
 }
 
 impl Module {
+    pub(super) const HEAD: Self = Self { layer: LoraEntry::HEAD, target: LoraTarget::LmHead, expert: None };
+
     /// The modules of a layer's target that a file holds: one, or one an expert.
     pub(super) fn held(layer: usize, target: LoraTarget, is_held: impl Fn(Self) -> bool) -> Vec<Self> {
         let dense = Self { layer, target, expert: None };
@@ -234,10 +266,11 @@ impl Module {
     }
 
     fn name(self) -> String {
-        let (layer, parent, name) = (self.layer, self.target.parent(), self.target.name());
-        match self.expert {
-            None => format!("model.layers.{layer}.{parent}.{name}"),
-            Some(expert) => format!("model.layers.{layer}.{parent}.experts.{expert}.{name}"),
+        let (layer, name) = (self.layer, self.target.name());
+        match (self.target.parent(), self.expert) {
+            (None, _) => name.to_owned(),
+            (Some(parent), None) => format!("model.layers.{layer}.{parent}.{name}"),
+            (Some(parent), Some(expert)) => format!("model.layers.{layer}.{parent}.experts.{expert}.{name}"),
         }
     }
 

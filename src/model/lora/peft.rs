@@ -16,16 +16,15 @@ use super::{
 };
 
 /// What is read of the configuration, and checked.
-const READ: [&str; 5] = ["peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights"];
+const READ: [&str; 6] = ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"];
 
 /// What does not change the mathematics of a trained adapter. Its targets are those that its
-/// file holds. A dropout was for its training, and is 0 here.
-const NOT_READ: [&str; 11] = [
+/// file holds.
+const NOT_READ: [&str; 10] = [
     "auto_mapping",
     "base_model_name_or_path",
     "exclude_modules",
     "inference_mode",
-    "lora_dropout",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -46,6 +45,7 @@ impl Adapter {
         let json: Map<String, Value> =
             serde_json::from_slice(config).map_err(|error| refused("", format!("can't be read: {error}")))?;
         let reader = Reader::new(tensors)?;
+        refuse_embeddings(&reader)?;
         let config = lora_config(&json, targets(&reader)?)?;
         let layout = LoraLayout::of_tensors(&config, |name| reader.shape(name))?;
         let rank = config.rank as usize;
@@ -62,6 +62,23 @@ impl Adapter {
         }
         reader.refuse_unknown(|name| names.contains(name))?;
         Ok(Self { layout: Arc::new(layout), values: values.into() })
+    }
+}
+
+/// Weights of the base model, which PEFT saves beside an adapter on the head unless it is told not to. They
+/// may have been changed; an adapter is on a model as it is.
+fn refuse_embeddings(reader: &Reader<'_>) -> Result<(), AdapterError> {
+    let embeddings = ["lm_head.base_layer", "lm_head", "model.embed_tokens.base_layer", "model.embed_tokens"];
+    let names = embeddings.map(|module| format!("base_model.model.{module}.weight"));
+    match names.into_iter().find(|name| reader.has(name)) {
+        None => Ok(()),
+        Some(name) => {
+            let problem = format!(
+                "is not false: the file holds `{name}`, a weight of the base model; save it again with \
+                 save_pretrained(…, save_embedding_layers=False)"
+            );
+            Err(refused("save_embedding_layers", problem))
+        }
     }
 }
 
@@ -88,6 +105,10 @@ fn lora_config(json: &Map<String, Value>, targets: Vec<LoraTarget>) -> Result<Lo
     let field = |name: &str| json.get(name).ok_or_else(|| refused(name, "is missing".to_owned()));
     if field("peft_type")? != "LORA" {
         return Err(refused("peft_type", format!("is {}; LORA is read", json["peft_type"])));
+    }
+    if let Some(dropout) = json.get("lora_dropout").filter(|dropout| dropout.as_f64() != Some(0.0)) {
+        let problem = format!("is {dropout}; Lockstep trains without dropout. To go on so, make it 0");
+        return Err(refused("lora_dropout", problem));
     }
     match json.get("init_lora_weights").unwrap_or(&Value::Null) {
         Value::Null | Value::Bool(_) => {}
@@ -138,7 +159,7 @@ mod tests {
         }
         json.insert("qalora_group_size".into(), 16.into());
         json.insert("layers_to_transform".into(), Value::Null);
-        json.insert("lora_dropout".into(), 0.05.into());
+        json.insert("lora_dropout".into(), 0.0.into());
         edit(&mut json);
         serde_json::to_vec(&json).unwrap()
     }
@@ -163,7 +184,8 @@ mod tests {
 
     #[test]
     fn refuses_another_computation_by_its_field() {
-        let cases: [(&str, Value); 9] = [
+        let cases: [(&str, Value); 10] = [
+            ("lora_dropout", 0.05.into()),
             ("use_dora", true.into()),
             ("bias", "all".into()),
             ("fan_in_fan_out", true.into()),
@@ -194,9 +216,25 @@ mod tests {
     fn refuses_tensors_that_have_no_place() {
         let values = [1.0; 4];
         let tensor = || super::super::bytes::Tensor { shape: vec![2, 2], values: &values };
-        let name = "base_model.model.lm_head.lora_A.weight";
+        let name = "base_model.model.model.norm.lora_A.weight";
         let bytes = safetensors::serialize([(name, tensor())], None).unwrap();
         let error = Adapter::from_peft(&config(|_| {}), &bytes).unwrap_err();
         assert!(matches!(error, AdapterError::UnknownTensor { name: found } if found == name));
+    }
+
+    #[test]
+    fn refuses_weights_of_the_base_model_beside_the_adapter() {
+        let values = [1.0; 4];
+        for name in
+            ["base_model.model.lm_head.base_layer.weight", "base_model.model.model.embed_tokens.weight"]
+        {
+            let tensor = super::super::bytes::Tensor { shape: vec![2, 2], values: &values };
+            let bytes = safetensors::serialize([(name, tensor)], None).unwrap();
+            let error = Adapter::from_peft(&config(|_| {}), &bytes).unwrap_err();
+            assert!(
+                matches!(&error, AdapterError::Peft { field, .. } if field == "save_embedding_layers"),
+                "{error}"
+            );
+        }
     }
 }

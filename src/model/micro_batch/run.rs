@@ -93,7 +93,7 @@ impl Scorer {
         model: &BaseModel,
         adapter: AdapterRows<'_>,
         packed: &Packed<'_>,
-        gradient: Option<&mut [f32]>,
+        mut gradient: Option<&mut [f32]>,
         workspace: &mut Workspace,
         team: &Team,
     ) -> Result<Scores, OperationError> {
@@ -109,7 +109,8 @@ impl Scorer {
         let hidden = forward(model, &mut batch, tape.as_mut(), workspace, team);
 
         let mut d_hidden = gradient.is_some().then(|| vec![0.0; rows * model.config.hidden_size]);
-        let scores = self.head(model, packed, &hidden, d_hidden.as_deref_mut(), workspace, team);
+        let onward = gradient.as_deref_mut().zip(d_hidden.as_deref_mut());
+        let scores = self.head(model, adapter, packed, &hidden, onward, workspace, team);
         refuse_infinite(packed, &scores)?;
         let is_flat = scores.losses.iter().flatten().all(|at| at.derivative as f32 == 0.0);
         if let (Some(gradient), Some(tape), Some(d_hidden), false) = (gradient, &mut tape, d_hidden, is_flat)
@@ -119,13 +120,16 @@ impl Scorer {
         Ok(scores)
     }
 
-    /// Log-probabilities and losses of the targets, and the gradient of the hidden state.
+    /// Log-probabilities and losses of the targets; `onward`, the gradients of the head's adapter and of the
+    /// hidden state.
+    #[allow(clippy::too_many_arguments)]
     fn head(
         &self,
         model: &BaseModel,
+        rows: AdapterRows<'_>,
         packed: &Packed<'_>,
         hidden: &[f32],
-        d_hidden: Option<&mut [f32]>,
+        onward: Option<(&mut [f32], &mut [f32])>,
         workspace: &mut Workspace,
         team: &Team,
     ) -> Scores {
@@ -137,20 +141,21 @@ impl Scorer {
                 packed.targets[i].1.loss.as_ref().map(|inputs| loss.at(logprob, inputs))
             };
             let mut factor = |i, logprob| at(i, logprob).map_or(0.0, |at| at.derivative as f32);
-            let onward = d_hidden.map(|d_hidden| HeadGradient { factor: &mut factor, d_hidden });
-            scores.head = head_logprobs(model, hidden, request, onward, workspace, team);
+            let onward =
+                onward.map(|(adapter, d_hidden)| HeadGradient { adapter, factor: &mut factor, d_hidden });
+            scores.head = head_logprobs(model, Some(rows), hidden, request, onward, workspace, team);
             scores.losses = (0..).zip(&scores.head.logprobs).map(|(i, logprob)| at(i, *logprob)).collect();
             return scores;
         }
         // No derivative is known before a whole sequence, or pair, is scored; keeping its logits
         // meanwhile would take more memory than all else, so they are computed a second time.
-        scores.head = head_logprobs(model, hidden, request, None, workspace, team);
+        scores.head = head_logprobs(model, Some(rows), hidden, request, None, workspace, team);
         self.coupled_losses(packed, &mut scores);
-        if let Some(d_hidden) = d_hidden {
+        if let Some((adapter, d_hidden)) = onward {
             let again = HeadRequest { targets: &targets, top_k: 0, entropy: false };
             let mut factor = |i: usize, _| scores.losses[i].map_or(0.0, |at| at.derivative as f32);
-            let onward = HeadGradient { factor: &mut factor, d_hidden };
-            head_logprobs(model, hidden, again, Some(onward), workspace, team);
+            let onward = HeadGradient { adapter, factor: &mut factor, d_hidden };
+            head_logprobs(model, Some(rows), hidden, again, Some(onward), workspace, team);
         }
         scores
     }

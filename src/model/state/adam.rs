@@ -24,7 +24,7 @@ impl TrainState {
     pub fn optim_step(&self, adam: &AdamParams) -> Result<(Self, OptimStepResponse), OperationError> {
         adam.validate().map_err(|error| error.within("adam_params"))?;
         let divisor = match self.kind {
-            Some(GradientKind::TokenMean) => self.tokens.max(1) as f64,
+            Some(GradientKind::TokenMean | GradientKind::PairMean) => self.tokens.max(1) as f64,
             Some(GradientKind::Sum) | None => 1.0,
         };
         let norm = self.gradient.as_deref().map_or(0.0, euclidean_norm) / divisor;

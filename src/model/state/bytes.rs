@@ -119,8 +119,8 @@ impl TrainState {
         if gradient.is_some() != header.kind.is_some() {
             return Err(AdapterError::Inconsistent("a gradient and its kind go together"));
         }
-        if header.tokens > 0 && header.kind != Some(GradientKind::TokenMean) {
-            return Err(AdapterError::Inconsistent("only gradients for a token mean count tokens"));
+        if header.tokens > 0 && matches!(header.kind, Some(GradientKind::Sum) | None) {
+            return Err(AdapterError::Inconsistent("only gradients for a mean count tokens or pairs"));
         }
         if header.moment_steps > header.step {
             return Err(AdapterError::Inconsistent("the moments have seen more steps than the weights"));

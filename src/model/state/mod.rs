@@ -9,19 +9,40 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Digest, ErrorKind, OperationError};
+use crate::types::{Digest, ErrorKind, LossFn, LossSpec, OperationError};
 
 use super::{Adapter, LoraLayout, ParamVector};
 
-/// Whether accumulated gradients are divided by the token count at `optim_step`; the two
-/// never meet in one step.
+/// What accumulated gradients are divided by at `optim_step`; two kinds never meet in one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GradientKind {
     /// Divided by the number of active tokens.
     TokenMean,
+    /// Divided by the number of active pairs: of `dpo`, whose losses are those of pairs.
+    PairMean,
     /// Taken as the sum (`skip_token_normalization`).
     Sum,
+}
+
+impl GradientKind {
+    /// How the gradient of a call with this loss is counted.
+    pub fn of(loss: &LossSpec) -> Self {
+        match loss.loss_fn {
+            _ if loss.skip_token_normalization => Self::Sum,
+            LossFn::Dpo => Self::PairMean,
+            _ => Self::TokenMean,
+        }
+    }
+
+    /// For messages.
+    fn counted(self) -> &'static str {
+        match self {
+            Self::TokenMean => "divided by tokens",
+            Self::PairMean => "divided by pairs (`dpo`)",
+            Self::Sum => "summed (`skip_token_normalization`)",
+        }
+    }
 }
 
 /// A run's state: everything that replay must bring back. All vectors have `layout.len()`
@@ -39,7 +60,7 @@ pub struct TrainState {
     pub moment_steps: u64,
     /// Sum of gradients since the last `optim_step`; absent: zero.
     pub gradient: Option<ParamVector>,
-    /// Active tokens counted since the last `optim_step`.
+    /// Active tokens, or pairs, counted since the last `optim_step`.
     pub tokens: u64,
     pub kind: Option<GradientKind>,
     pub step: u64,
@@ -72,8 +93,12 @@ impl TrainState {
         match self.kind {
             Some(accumulated) if accumulated != kind => Err(OperationError::new(
                 ErrorKind::InvalidInput,
-                "gradients with and without `skip_token_normalization` can't meet in one optimiser step; \
-                 call optim_step between them",
+                format!(
+                    "a gradient that is to be {} can't meet one that is to be {} in one optimiser step; call \
+                     optim_step between them",
+                    kind.counted(),
+                    accumulated.counted()
+                ),
             )),
             _ => Ok(()),
         }
@@ -104,7 +129,7 @@ impl TrainState {
             ));
         }
         let counted = match kind {
-            GradientKind::TokenMean => tokens,
+            GradientKind::TokenMean | GradientKind::PairMean => tokens,
             GradientKind::Sum => 0,
         };
         Ok(Self {
@@ -170,6 +195,17 @@ mod tests {
     }
 
     #[test]
+    fn a_call_is_counted_as_its_loss_says() {
+        let mut loss = LossSpec::new(LossFn::Dpo);
+        assert_eq!(GradientKind::of(&loss), GradientKind::PairMean);
+        loss.skip_token_normalization = true;
+        assert_eq!(GradientKind::of(&loss), GradientKind::Sum);
+        for loss_fn in LossFn::ALL.into_iter().filter(|loss_fn| *loss_fn != LossFn::Dpo) {
+            assert_eq!(GradientKind::of(&LossSpec::new(loss_fn)), GradientKind::TokenMean);
+        }
+    }
+
+    #[test]
     fn accumulate_does_not_count_the_tokens_of_sums() {
         let state = fresh();
         let after = state.accumulate(&gradient(&state, 1), 3, GradientKind::Sum).unwrap();
@@ -180,12 +216,14 @@ mod tests {
     fn accumulate_refuses_to_mix_kinds() {
         let state = fresh();
         let values = gradient(&state, 1);
-        for (first, second) in
-            [(GradientKind::TokenMean, GradientKind::Sum), (GradientKind::Sum, GradientKind::TokenMean)]
-        {
+        use GradientKind::*;
+        let pairs =
+            [TokenMean, PairMean, Sum].map(|first| [TokenMean, PairMean, Sum].map(|second| (first, second)));
+        for (first, second) in pairs.into_iter().flatten().filter(|(first, second)| first != second) {
             let after = state.accumulate(&values, 1, first).unwrap();
             let error = after.accumulate(&values, 1, second).unwrap_err();
             assert_eq!(error.kind, ErrorKind::InvalidInput);
+            assert!(error.message.contains(first.counted()) && error.message.contains(second.counted()));
             after.accumulate(&values, 1, first).unwrap();
         }
     }

@@ -294,7 +294,7 @@ impl Desk {
 fn footprint() -> Footprint {
     Footprint {
         weights: 1000,
-        adapter_values: [1; 7],
+        adapter_values: [1; 8],
         row: 10,
         row_of_rank: 0,
         workspace: 0,
@@ -318,7 +318,7 @@ pub fn hello(name: &str, trainers: u32, samplers: u32) -> NodeHello {
             tokenizer: Digest::of(b"tokenizer"),
             tokenizer_size: 9,
             footprint: footprint(),
-            lora_rank_max: [512, 128, 128, 512, 512, 512, 512],
+            lora_rank_max: [512, 128, 128, 512, 512, 512, 512, 512],
         }],
         numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
         address: format!("memory:{name}"),

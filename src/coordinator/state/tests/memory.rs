@@ -1,7 +1,8 @@
 use crate::{
     coordinator::state::Event,
     model::Footprint,
-    protocol::{ClientRequest, ClientResponse, CreateRun, NodeHello, NodeId, NodeMemory},
+    protocol::{ClientRequest, ClientResponse, CreateRun, NodeHello, NodeId, NodeMemory, Operation},
+    types::LoraConfig,
 };
 
 use super::desk::*;
@@ -17,7 +18,7 @@ fn node(name: &str, trainers: u32, samplers: u32, machine_bytes: u64) -> NodeHel
     let mut hello = hello(name, trainers, samplers);
     hello.models[0].footprint = Footprint {
         weights: 2 * GIB,
-        adapter_values: [1 << 20; 7],
+        adapter_values: [1 << 20; 8],
         row: GIB / 4,
         row_of_rank: 0,
         workspace: 0,
@@ -145,4 +146,17 @@ fn a_run_that_is_held_takes_its_state() {
     desk.submit(1, init());
     // The state of the first, 0.875 GiB, is three and a half tokens of the second.
     assert_eq!(most(&mut desk, 1), "at most 16 tokens fit");
+}
+
+#[test]
+fn a_larger_adapter_is_reckoned_with_before_it_takes_the_place_of_the_first() {
+    let mut desk = desk(&[node("a", 1, 0, 11 * GIB)]);
+    assert_eq!(granted(create_with(&mut desk, |create| create.max_seq_len = Some(16))), 16);
+    desk.submit(1, init());
+    let with_rank = |rank| Operation::Init { lora: LoraConfig::new(rank, 1) };
+    // 2 GiB of weights, 4 of tokens, and 0.492 for each unit of the rank.
+    let error = refused(desk.submit(2, with_rank(11)));
+    assert!(error.starts_with("`lora.rank`: 16 tokens need 11.414 GiB"), "{error}");
+    assert!(error.ends_with("choose a smaller rank, fewer targets or smaller micro-batches"), "{error}");
+    assert!(matches!(desk.submit(3, with_rank(10)), ClientResponse::Accepted { .. }));
 }

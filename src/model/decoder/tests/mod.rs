@@ -80,7 +80,7 @@ fn adapter(model: &BaseModel, seed: u64, targets: &[LoraTarget]) -> Adapter {
     Adapter { layout, values: values.into() }
 }
 
-const ALL: [LoraTarget; 7] = [
+const ALL: [LoraTarget; 8] = [
     LoraTarget::QProj,
     LoraTarget::KProj,
     LoraTarget::VProj,
@@ -88,6 +88,7 @@ const ALL: [LoraTarget; 7] = [
     LoraTarget::GateProj,
     LoraTarget::UpProj,
     LoraTarget::DownProj,
+    LoraTarget::LmHead,
 ];
 
 /// A number in ±1 that looks random (the finaliser of splitmix64).
@@ -148,9 +149,11 @@ fn train(
     let (targets, factors) = targets(sequences);
     let mut d_hidden = vec![0.0; hidden.len()];
     let request = HeadRequest { targets: &targets, top_k: 0, entropy: false };
-    let onward = HeadGradient { factor: &mut |i, _| factors[i], d_hidden: &mut d_hidden };
-    let logprobs = head_logprobs(model, &hidden, request, Some(onward), workspace, team).logprobs;
     let mut gradient = vec![0.0; adapter.layout.len()];
+    let onward =
+        HeadGradient { adapter: &mut gradient, factor: &mut |i, _| factors[i], d_hidden: &mut d_hidden };
+    let rows = Some(adapter.into());
+    let logprobs = head_logprobs(model, rows, &hidden, request, Some(onward), workspace, team).logprobs;
     backward(model, adapter.into(), &mut tape, &d_hidden, &mut gradient, workspace, team);
     Trained { gradient, logprobs }
 }
@@ -196,7 +199,9 @@ fn gradients_are_right_when_some_layers_have_no_adapter() {
     for model in models() {
         // An expert's gate and up go together.
         let gate = if model.config.experts.is_some() { &ALL[4..6] } else { &ALL[4..5] };
-        for targets in [&ALL[..1], &ALL[1..3], &ALL[3..4], gate, &ALL[6..], &[ALL[2], ALL[6]]] {
+        for targets in
+            [&ALL[..1], &ALL[1..3], &ALL[3..4], gate, &ALL[6..7], &ALL[7..], &[ALL[2], ALL[6], ALL[7]]]
+        {
             assert_close(model, &adapter(model, 2, targets), &sequences()[1..2]);
         }
     }
@@ -340,7 +345,7 @@ fn activation_checkpointing_changes_no_bit() {
     let options = ComputeOptions { activation_checkpointing: true, ..ComputeOptions::default() };
     for model in models() {
         let mut workspace = Workspace::new(options);
-        for (seed, targets) in [(3, &ALL[..]), (4, &ALL[4..]), (5, &ALL[..2])] {
+        for (seed, targets) in [(3, &ALL[..]), (4, &ALL[4..]), (5, &ALL[..2]), (6, &ALL[7..])] {
             let adapter = adapter(model, seed, targets);
             let kept = train(model, &sequences(), &adapter, &mut Workspace::default(), &Team::solo());
             train(model, &sequences()[..2], &adapter, &mut workspace, &Team::solo());
@@ -410,11 +415,11 @@ fn head_gives_the_same_numbers_by_row_and_by_target() {
     let (targets, _) = targets(&sequences);
     let mut workspace = Workspace::default();
     let request = HeadRequest { targets: &targets, top_k: 4, entropy: false };
-    let scores = head_logprobs(model(), &hidden, request, None, &mut workspace, &Team::solo());
+    let scores = head_logprobs(model(), None, &hidden, request, None, &mut workspace, &Team::solo());
     let scores = scores.logprobs.into_iter().zip(scores.alternatives);
     for (&(row, token), (logprob, alternatives)) in targets.iter().zip(scores) {
         let mut logits = Vec::new();
-        head_logits(model(), &hidden, &[row], &mut logits, &mut workspace, &Team::solo());
+        head_logits(model(), &hidden, &[(row, None)], &mut logits, &mut workspace, &Team::solo());
         let max = logits.iter().copied().fold(f32::MIN, f32::max);
         let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
         let lse = f64::from(max) + sum.ln();

@@ -130,8 +130,8 @@ impl<'a> Reference<'a> {
 
     pub(super) fn train(&self, sequences: &[Vec<u32>]) -> (Vec<f64>, Vec<f64>) {
         let hidden: Vec<Tensor> = sequences.iter().map(|tokens| self.hidden(tokens)).collect();
-        let logits = Tensor::cat(&hidden, 0).unwrap();
-        let logits = logits.matmul(&dense(&self.model.weights.head).t().unwrap()).unwrap();
+        let hidden = Tensor::cat(&hidden, 0).unwrap();
+        let logits = self.linear(&hidden, &self.model.weights.head, LoraEntry::HEAD, LoraTarget::LmHead);
         let lse = logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap();
         let all = logits.broadcast_sub(&lse).unwrap();
         let (targets, factors) = targets(sequences);
