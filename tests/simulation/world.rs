@@ -271,6 +271,7 @@ impl World {
                 self.at(after_ms, Action::Generate { life, link, node: index, attempt, generate });
             }
             Effect::CancelGenerate { .. } => {}
+            Effect::Recall { .. } => unreachable!("nobody here looks into the past"),
             Effect::Stop => {
                 assert!(self.journal.queue.is_empty() || self.dice.accidents, "stopped with facts to write");
                 self.stopped = true;

@@ -1,11 +1,12 @@
 //! What reaches the state machine and what it wants done.
 
 use crate::{
-    journal::{JournalError, Record},
+    journal::{Goal, JournalError, Record, Way},
     protocol::{
         Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
         NodeMessage, RequestId,
     },
+    types::RunId,
 };
 
 /// A request whose answer somebody waits for; numbered by whoever feeds the state machine.
@@ -35,6 +36,8 @@ pub enum Event {
     Appended { append: AppendId, result: Result<(), JournalError> },
     /// The answer to one [`Effect::Generate`]; `Err`: the stream broke.
     Generated { request: RequestId, attempt: u32, reply: Result<GenerateReply, String> },
+    /// The answer to one [`Effect::Recall`].
+    Recalled { waiter: WaiterId, way: Result<Way, JournalError> },
     /// Every [`TICK_MS`](super::TICK_MS): deadlines are looked at here only.
     Tick,
     /// Shut down: finish what executes, take snapshots, let the nodes go.
@@ -57,6 +60,8 @@ pub enum Effect {
     Generate { node: NodeId, attempt: u32, generate: Generate },
     /// Drop the stream of a request that is being generated; no answer is wanted.
     CancelGenerate { request: RequestId },
+    /// Look up how a run came to a step, after the appends before → [`Event::Recalled`].
+    Recall { waiter: WaiterId, run: RunId, goal: Goal },
     /// Everything is durable and told: close the journal and end. The last effect ever.
     Stop,
 }

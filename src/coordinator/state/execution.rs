@@ -25,6 +25,10 @@ impl State {
         if !matches!(run.work, Work::Idle) {
             return;
         }
+        if let (Some(error), Some(_)) = (&run.broken, &run.replaying) {
+            let difference = error.message.clone();
+            return self.end_replay(id, Some(difference));
+        }
         if let Some(error) = &run.broken {
             if let (Some(seq), None) = (run.head(), &self.drain) {
                 let outcome = Outcome::Failed { error: error.clone() };
@@ -45,6 +49,9 @@ impl State {
 
     /// The ranks hold the run's state as it is after its last outcome.
     fn advance_formed(&mut self, id: RunId) {
+        if self.runs.get(&id).is_some_and(|run| run.replaying.is_some()) {
+            return self.end_replay(id, None);
+        }
         if !self.begin_snapshot_if_due(id) {
             return;
         }

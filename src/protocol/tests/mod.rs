@@ -172,6 +172,10 @@ fn client_requests() -> Vec<ClientRequest> {
         ClientRequest::SessionOwner { session: SessionId(1) },
         ClientRequest::DeleteCheckpoint { checkpoint: CheckpointId(1) },
         ClientRequest::DeleteRun { run: RunId(1) },
+        ClientRequest::ForkRun { run: RunId(1), step: 2, name: Some("b".into()) },
+        ClientRequest::ReplayRun { run: RunId(1), step: 2 },
+        ClientRequest::BackUp,
+        ClientRequest::DrainNode { name: "node".into(), drain: true },
     ]
 }
 
@@ -189,7 +193,14 @@ fn client_responses() -> Vec<ClientResponse> {
         max_context_length: Some(8192),
         devices: vec!["cpu".into()],
     };
-    let node = NodeStatus { name: "n".into(), pid: 1, trainers: 2, samplers: 3, numerics: "avx2".into() };
+    let node = NodeStatus {
+        name: "n".into(),
+        pid: 1,
+        trainers: 2,
+        samplers: 3,
+        numerics: "avx2".into(),
+        drain: Some(NodeDrain { runs: 1, samples: 2 }),
+    };
     let checkpoint = Checkpoint {
         id: CheckpointId(1),
         run_id: RunId(2),
@@ -228,6 +239,12 @@ fn client_responses() -> Vec<ClientResponse> {
         ClientResponse::Error(error()),
         ClientResponse::SessionOwner(Some("ada".into())),
         ClientResponse::Deleted,
+        ClientResponse::Replayed(Replayed {
+            from_step: 8,
+            to_step: 12,
+            operations: 8,
+            difference: Some("operation 9".into()),
+        }),
     ]
 }
 
