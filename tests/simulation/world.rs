@@ -370,6 +370,11 @@ impl World {
                 self.blobs.stall(stalled_ms);
                 self.tally.stalls += 1;
             }
+            7 => {
+                let node = self.dice.below(self.nodes.len() as u64) as usize;
+                self.nodes[node].cut_off ^= true;
+                self.tally.cut_off += 1;
+            }
             _ => {}
         }
     }
@@ -414,6 +419,7 @@ impl World {
     pub fn calm(&mut self) {
         self.dice.accidents = false;
         for node in 0..self.nodes.len() {
+            self.nodes[node].cut_off = false;
             if self.nodes[node].hung {
                 self.nodes[node].hung = false;
                 self.lose_node(node);

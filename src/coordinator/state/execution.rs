@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     journal::Outcome,
-    protocol::{CoordinatorMessage, LoadSource, NodeId, OpToken, Operation, OperationSeq, RankIndex},
+    protocol::{Blame, CoordinatorMessage, LoadSource, NodeId, OpToken, Operation, OperationSeq, RankIndex},
     types::{CheckpointTarget, ErrorKind, OperationError, RunId},
 };
 
@@ -169,7 +169,7 @@ impl State {
     }
 
     /// A rank could not do it though the operation may be sound: the rank set is given up.
-    pub(super) fn rank_failed(&mut self, node: NodeId, token: OpToken, error: OperationError) {
+    pub(super) fn rank_failed(&mut self, node: NodeId, token: OpToken, error: OperationError, blame: Blame) {
         let Some(run) = self.runs.get(&token.run) else { return };
         let concerned = matches!(&run.work, Work::Execute(execution) if execution.token == token)
             && run.rank_nodes().contains(&node);
@@ -182,6 +182,7 @@ impl State {
                 _ => ErrorKind::Unavailable,
             };
             let message = format!("node {} says: {error} (ranks: {seats})", self.node_name(node));
+            self.note_blame(token.run, node, blame);
             self.lose_ranks(token.run, OperationError::new(kind, message));
         }
     }

@@ -34,6 +34,7 @@ mod recovery;
 mod requests;
 mod run;
 mod sampling;
+mod severed;
 mod snapshots;
 mod unpublished;
 mod versions;
@@ -53,7 +54,7 @@ use crate::{
 
 use self::{
     checkpoints::Checkpoints, drain::Drain, membership::Node, recall::Recall, run::Run, sampling::Sample,
-    versions::Policies,
+    severed::Severed, versions::Policies,
 };
 use super::{Limits, error::Refusal};
 
@@ -118,6 +119,8 @@ pub struct State {
     recalls: BTreeMap<WaiterId, Recall>,
     /// Names of the nodes that get nothing new.
     evacuated: BTreeSet<String>,
+    /// Pairs of nodes that can't reach each other.
+    severed: Severed,
     next_tending_ms: u64,
     effects: Vec<Effect>,
 }
@@ -236,6 +239,7 @@ impl State {
             self.rest_if_idle(run);
             self.advance(run);
         }
+        self.expire_severed();
         self.expire_stages();
         self.expire_samples();
         self.tend_history();

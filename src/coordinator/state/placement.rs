@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     journal::Outcome,
-    protocol::{CoordinatorMessage, Generation, NodeId, Numerics, OperationSeq, RankIndex, RankSeat},
+    protocol::{Blame, CoordinatorMessage, Generation, NodeId, Numerics, OperationSeq, RankIndex, RankSeat},
     types::{Digest, ErrorKind, OperationError, RunId},
 };
 
@@ -32,8 +32,8 @@ const RUNS_PER_SLOT: usize = 60;
 const IDLE_MS: u64 = 30 * 60_000;
 
 /// A slot that could take a rank.
-struct Slot {
-    node: NodeId,
+pub(super) struct Slot {
+    pub node: NodeId,
     index: u32,
     /// Ranks of other runs on it.
     held: usize,
@@ -106,8 +106,8 @@ impl State {
             }
         }
         // Of equal groups the first, so that the choice does not hang on chance.
-        let largest = groups.into_iter().rev().max_by_key(|(_, slots)| slots.len());
-        largest.map(|(_, slots)| slots).unwrap_or_default()
+        let groups = groups.into_iter().map(|(_, slots)| self.without_severed(slots));
+        groups.rev().max_by_key(Vec::len).unwrap_or_default()
     }
 
     /// Gives ranks 0.. the best slots one by one.
@@ -155,12 +155,13 @@ impl State {
         node: NodeId,
         id: RunId,
         generation: Generation,
-        error: OperationError,
+        (error, blame): (OperationError, Blame),
     ) {
         let Some(run) = self.runs.get(&id) else { return };
         if run.generation != generation || !run.rank_nodes().contains(&node) {
             return;
         }
+        self.note_blame(id, node, blame);
         let message = format!("node {} can't hold a rank of {id}: {error}", self.node_name(node));
         self.lose_ranks(id, OperationError::new(error.kind, message));
     }

@@ -64,6 +64,7 @@ impl State {
             drain: None,
             recalls: BTreeMap::new(),
             evacuated: BTreeSet::new(),
+            severed: Default::default(),
             next_tending_ms: now_ms,
             effects: Vec::new(),
         };

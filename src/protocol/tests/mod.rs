@@ -343,7 +343,7 @@ fn node_messages() -> Vec<NodeMessage> {
     let file = SavedFile { name: STATE_FILE.into(), blob: blob() };
     vec![
         NodeMessage::RanksReady { run, generation },
-        NodeMessage::RanksFailed { run, generation, error: error() },
+        NodeMessage::RanksFailed { run, generation, error: error(), blame: Blame::Peer(RankIndex(1)) },
         NodeMessage::Prepared {
             token: token(),
             rank,
@@ -422,7 +422,7 @@ fn every_variant_of_every_message_comes_back_and_nothing_else_does() {
     every_variant(&node_messages());
     every_variant(&rank_parts());
     every_variant(&[GenerateReply::Done(sample()), GenerateReply::Failed(error())]);
-    every_variant(&[Blame::Operation, Blame::Environment]);
+    every_variant(&[Blame::Operation, Blame::Environment, Blame::Peer(RankIndex(2))]);
     every_variant(&operations());
     every_variant(&results());
     every_variant(&payloads());

@@ -13,3 +13,4 @@ mod recovery;
 mod replicas;
 mod runs;
 mod samplers;
+mod severed;
