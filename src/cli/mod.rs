@@ -1,8 +1,10 @@
 //! The command line: one file a family of subcommands, each parsing into the configuration
 //! of the room that does the work.
 
+mod backup;
 mod bench;
 mod checkpoints;
+mod cluster;
 mod compute;
 mod doctor;
 mod http;
@@ -11,6 +13,7 @@ mod look;
 mod model;
 mod parts;
 mod quickstart;
+mod runs;
 mod token;
 mod trace;
 mod up;
@@ -61,12 +64,14 @@ enum Command {
     /// Fetch and list models.
     #[command(subcommand)]
     Model(model::Model),
-    /// List the runs of a service.
-    Runs(look::Look),
+    /// List the runs of a service, compute a part of one again, or begin another where one stood.
+    Runs(runs::Runs),
     /// List, export, verify, import and merge checkpoints.
     Checkpoints(checkpoints::Checkpoints),
-    /// Show the nodes of a service and what they do.
-    Cluster(look::Look),
+    /// Show the nodes of a service and what they do, or drain one.
+    Cluster(cluster::Cluster),
+    /// Copy what a running coordinator keeps.
+    Backup(backup::Backup),
     /// Say what this machine has and what Lockstep makes of it.
     Doctor(doctor::Doctor),
     #[command(subcommand)]
@@ -101,9 +106,10 @@ impl Cli {
             Command::Node(node) => node.run(),
             Command::Token(token) => token.run(),
             Command::Model(model) => model.run(),
-            Command::Runs(look) => look.runs(),
+            Command::Runs(runs) => runs.run(),
             Command::Checkpoints(checkpoints) => checkpoints.run(),
-            Command::Cluster(look) => look.cluster(),
+            Command::Cluster(cluster) => cluster.run(),
+            Command::Backup(backup) => backup.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::Bench(bench) => bench.run(),
         }

@@ -5,7 +5,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     protocol::{
-        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, RunInfo,
+        BlobRef, Call, ClientRequest, ClientResponse, ClusterStatus, CreateRun, Figures, Replayed, RunInfo,
         SampleTarget,
     },
     types::{
@@ -326,6 +326,47 @@ impl ServiceClient {
     pub(crate) async fn figures(&self) -> Result<Figures, ClientError> {
         let link = self.shared.link.clone();
         self.shared.runtime.run(async move { link.figures().await }).await
+    }
+
+    /// Gives a node nothing new, so that it can stop once it has nothing left
+    /// ([`NodeStatus::drain`](crate::protocol::NodeStatus)); or, without `drain`, work again.
+    pub async fn drain_node(&self, name: &str, drain: bool) -> Result<ClusterStatus, ClientError> {
+        match self.request(ClientRequest::DrainNode { name: name.into(), drain }).await? {
+            ClientResponse::Cluster(status) => Ok(status),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A new run that stands where `run` stood after `step`: weights, moments and counts. Refused
+    /// beyond the history that the service keeps, with the steps that it reaches.
+    pub async fn fork_run(
+        &self,
+        run: RunId,
+        step: u64,
+        name: Option<String>,
+    ) -> Result<RunInfo, ClientError> {
+        let call = Call { key: Some(fresh_key()?), ..Call::default() };
+        match self.call(call, ClientRequest::ForkRun { run, step, name }).await? {
+            ClientResponse::Run(forked) => Ok(forked),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Computes again what led `run` to `step`, from the nearest earlier snapshot, and compares the
+    /// state after each operation with the journal. Takes as long as training did.
+    pub async fn replay_run(&self, run: RunId, step: u64) -> Result<Replayed, ClientError> {
+        match self.request(ClientRequest::ReplayRun { run, step }).await? {
+            ClientResponse::Replayed(found) => Ok(found),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A copy of the journal as it is now. It, and the blobs that it names, are there for a while.
+    pub(crate) async fn back_up_journal(&self) -> Result<BlobRef, ClientError> {
+        match self.request(ClientRequest::BackUp).await? {
+            ClientResponse::Blob(copy) => Ok(copy),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// A message of the protocol as it is, for the gateway; one that may be repeated. While the

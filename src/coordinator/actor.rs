@@ -205,6 +205,14 @@ impl Coordinator {
                 }
             }
             Effect::Ended(ended) => self.tally.ended(&ended),
+            Effect::Recall { waiter, run, goal } => {
+                let actor = ctx.address();
+                let runtime = tokio::runtime::Handle::current();
+                self.journal.way_to(run, goal, move |way| {
+                    // Fails only when the actor is gone, and with it whoever waits.
+                    runtime.spawn(async move { actor.send(Happened(Event::Recalled { waiter, way })).await });
+                });
+            }
             Effect::Stop => self.stop(Ok(()), ctx),
         }
         None

@@ -52,6 +52,10 @@ pub enum Refusal {
     UnknownSession(SessionId),
     #[error("{0} does not exist")]
     UnknownRun(RunId),
+    #[error("`step`: history doesn't lead {run} to step {step}; {}", reach_of(.reach))]
+    BeyondHistory { run: RunId, step: u64, reach: Option<(u64, u64)> },
+    #[error("`name`: no node is called {name:?}; there: {there}")]
+    UnknownNode { name: String, there: String },
     #[error("no run is called {0:?}")]
     NoRunNamed(String),
     #[error("{run} has no operation {seq}, or its result is no longer kept")]
@@ -114,7 +118,9 @@ impl Refusal {
             Self::Invalid(_) | Self::UnknownSession(_) | Self::TooManyReplicas { .. } => {
                 ErrorKind::InvalidInput
             }
-            Self::UnknownRun(_)
+            Self::BeyondHistory { .. } => ErrorKind::InvalidInput,
+            Self::UnknownNode { .. }
+            | Self::UnknownRun(_)
             | Self::NoRunNamed(_)
             | Self::UnknownOperation { .. }
             | Self::UnknownModel { .. }
@@ -133,6 +139,16 @@ impl Refusal {
             Self::VersionBehind { .. } | Self::GenerateDeadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Broken { .. } | Self::Fault(_) => ErrorKind::Internal,
         }
+    }
+}
+
+/// How far history goes, and how it goes further.
+fn reach_of(reach: &Option<(u64, u64)>) -> String {
+    match reach {
+        None => "there is none yet".to_owned(),
+        Some((oldest, newest)) => format!(
+            "the oldest step that it reaches is {oldest}, the newest {newest} (`--history` keeps more snapshots)"
+        ),
     }
 }
 

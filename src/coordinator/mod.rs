@@ -4,6 +4,7 @@ mod error;
 pub mod state;
 
 mod actor;
+mod backup;
 mod blobs;
 mod serve;
 mod sweep;

@@ -28,6 +28,7 @@ use crate::{
 use super::{
     CoordinatorConfig, CoordinatorError,
     actor::{Ask, Clock, Coordinator, Count, Gone, Happened, Join, Link, Stopped},
+    backup::Backup,
     blobs::Blobs,
     state::{Event, State, WaiterId},
     sweep::sweep,
@@ -76,9 +77,11 @@ pub async fn serve(
     let generate_deadline = config.limits.generate_deadline;
     let state = State::recover(config.limits, recovered, clock.now_ms());
     let (actor, mut stopped) = Coordinator::launch(state, clock, journal.clone(), generate_deadline);
-    let sweeping = tokio::spawn(sweep(store.clone(), journal.clone(), actor.clone()));
+    let alone = Arc::default();
+    let sweeping = tokio::spawn(sweep(store.clone(), journal.clone(), actor.clone(), Arc::clone(&alone)));
     let server = Arc::new(Server {
         actor,
+        backup: Backup::new(&config.data_dir, journal.clone(), store.clone(), alone),
         blobs: Blobs::new(store),
         answer_deadline: generate_deadline + ANSWER_SLACK,
         next_waiter: AtomicU64::new(1),
@@ -141,6 +144,7 @@ async fn accept(server: Arc<Server>, endpoint: &Endpoint) -> CoordinatorError {
 /// What the tasks of all streams share.
 struct Server {
     actor: Addr<Coordinator>,
+    backup: Backup,
     blobs: Blobs,
     answer_deadline: Duration,
     next_waiter: AtomicU64,
@@ -235,6 +239,7 @@ impl Server {
         let presigned = matches!(request, ClientRequest::CheckpointFiles { presigned: true, .. });
         let mut response = match self.missing_blob(&request).await {
             Some(error) => ClientResponse::Error(error),
+            None if request == ClientRequest::BackUp => self.back_up(&connection).await,
             None => match self.answer(connection, call, request, recv).await {
                 Some(response) => response,
                 None => return,
@@ -250,6 +255,15 @@ impl Server {
                 encode(&ClientResponse::Error(OperationError::new(ErrorKind::ResourceExhausted, problem)));
         }
         send_last(&mut send, &frame).await;
+    }
+
+    /// Everything of everyone: for whoever has the data directory's own certificate.
+    async fn back_up(&self, connection: &Connection) -> ClientResponse {
+        if connection.peer().role != Role::Client {
+            let problem = "a backup is given to clients of the data directory alone";
+            return ClientResponse::Error(OperationError::new(ErrorKind::PermissionDenied, problem));
+        }
+        self.backup.take().await.map_or_else(ClientResponse::Error, ClientResponse::Blob)
     }
 
     /// Asks the actor; `None` when nobody waits any more.

@@ -9,9 +9,10 @@
 //! The order matters. A blob is put, or renewed, before the row that names it is written; so one
 //! that is old and unnamed can become needed only by being renewed, which the store sees last.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use actix::Addr;
+use tokio::sync::Mutex;
 
 use crate::{journal::Journal, store::BlobStore, types::Digest};
 
@@ -36,17 +37,24 @@ const YOUNG: Duration = Duration::from_secs(900);
 /// Blobs that are asked about at once.
 const PIECE: usize = 1_024;
 
-/// Sweeps for as long as it is polled.
-pub(super) async fn sweep(store: BlobStore, journal: Journal, actor: Addr<Coordinator>) {
+/// Sweeps for as long as it is polled, while it holds `sweeping`.
+pub(super) async fn sweep(
+    store: BlobStore,
+    journal: Journal,
+    actor: Addr<Coordinator>,
+    sweeping: Arc<Mutex<()>>,
+) {
     let every = if store.is_bucket() { EVERY_IN_BUCKET } else { EVERY };
     tokio::time::sleep(FIRST_AFTER).await;
     loop {
+        let alone = sweeping.lock().await;
         match sweep_once(&store, &journal, &actor, YOUNG).await {
             Ok(0) => {}
             Ok(swept) => tracing::info!("{swept} blobs that nothing needs were removed"),
             Err(problem) => tracing::warn!("blobs that nothing needs stay for now: {problem}"),
         }
         store.forget_renewals(YOUNG);
+        drop(alone);
         tokio::time::sleep(every).await;
     }
 }

@@ -6,16 +6,19 @@ use std::{
 
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 
-use crate::{protocol::Epoch, types::Digest};
+use crate::{
+    protocol::Epoch,
+    types::{Digest, RunId},
+};
 
 use super::{
-    Record, Recovered,
+    Goal, Record, Recovered, Way, copy,
     error::{Fault, JournalError},
-    recover, rows,
+    recover, rows, way,
 };
 
 /// Name of the journal in the data directory.
-const FILE: &str = "journal.sqlite";
+pub const FILE: &str = "journal.sqlite";
 
 /// Version of schema.sql and of the payloads in it.
 const SCHEMA_VERSION: i64 = 3;
@@ -77,6 +80,17 @@ impl Database {
     pub(super) fn unnamed(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, JournalError> {
         recover::unnamed(&self.connection, digests)
             .map_err(|fault| fault.while_writing(&self.path, || "looking blobs up".into()))
+    }
+
+    /// The operations that lead a run to a step.
+    pub(super) fn way_to(&self, run: RunId, goal: Goal) -> Result<Way, JournalError> {
+        way::way_to(&self.connection, run, goal)
+            .map_err(|fault| fault.while_writing(&self.path, || format!("reading the history of {run}")))
+    }
+
+    /// Writes all of it into a new file.
+    pub(super) fn copy(&self, to: &Path) -> Result<(), JournalError> {
+        copy::copy(&self.connection, to).map_err(|fault| fault.while_copying(to))
     }
 
     fn write_transaction<'a>(

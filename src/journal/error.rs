@@ -100,6 +100,16 @@ impl Fault {
         }
     }
 
+    /// The error of writing a copy, which leaves the journal itself as it was.
+    pub(super) fn while_copying(self, to: &Path) -> JournalError {
+        match self.while_opening(to) {
+            JournalError::Held { path } => {
+                JournalError::Open { path, reason: "the journal is busy; try again".into() }
+            }
+            error => error,
+        }
+    }
+
     /// The error of writing a record into `path`. [`JournalError::Refused`] concerns this record
     /// alone, every other one the whole transaction.
     pub(super) fn while_writing(self, path: &Path, record: impl FnOnce() -> String) -> JournalError {

@@ -34,9 +34,11 @@ mod error;
 mod record;
 
 mod blobs;
+mod copy;
 mod database;
 mod recover;
 mod rows;
+mod way;
 mod writer;
 
 #[cfg(test)]
@@ -52,16 +54,19 @@ use std::{
 };
 
 pub use blobs::{blobs_of_operation, blobs_of_result};
+pub use copy::named_blobs;
+pub use database::FILE;
 pub use error::JournalError;
 pub use record::{
     Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot, SavedCheckpoint,
     Standing,
 };
+pub use way::{Goal, Way};
 
-use crate::types::Digest;
+use crate::types::{Digest, RunId};
 
 use database::Database;
-use writer::{Append, Command, Look};
+use writer::{Append, Command, Question};
 
 /// Appends that may wait for the disk. At the 8 ms of a commit they are gone in a few groups;
 /// with payloads of 64 KiB they are 256 MiB.
@@ -121,9 +126,34 @@ impl Journal {
         digests: Vec<Digest>,
         done: impl FnOnce(Result<Vec<Digest>, JournalError>) + Send + 'static,
     ) {
-        let look = Command::Look(Look { digests, done: Box::new(done) });
-        if let Err(TrySendError::Full(Command::Look(look))) = self.0.queue.try_send(look) {
-            (look.done)(Err(JournalError::Full { limit: QUEUE_APPENDS }));
+        self.ask(|database| database.unnamed(digests), done);
+    }
+
+    /// Asks for the operations that lead a run to a step; otherwise as [`unnamed`](Self::unnamed).
+    pub fn way_to(
+        &self,
+        run: RunId,
+        goal: Goal,
+        done: impl FnOnce(Result<Way, JournalError>) + Send + 'static,
+    ) {
+        self.ask(move |database| database.way_to(run, goal), done);
+    }
+
+    /// Writes a whole journal with what is durable now into a new file; otherwise as
+    /// [`unnamed`](Self::unnamed). Appends wait meanwhile: a second for some 100 MB.
+    pub fn copy(&self, to: &Path, done: impl FnOnce(Result<(), JournalError>) + Send + 'static) {
+        let to = to.to_owned();
+        self.ask(move |database| database.copy(&to), done);
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Database) -> Result<T, JournalError> + Send + 'static,
+        done: impl FnOnce(Result<T, JournalError>) + Send + 'static,
+    ) {
+        let question = Command::Ask(Question::new(question, done));
+        if let Err(TrySendError::Full(Command::Ask(question))) = self.0.queue.try_send(question) {
+            question.answer(Err(JournalError::Full { limit: QUEUE_APPENDS }));
         }
     }
 

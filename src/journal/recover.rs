@@ -69,7 +69,7 @@ fn read_run(db: &Connection, row: &Row) -> Result<RecoveredRun, Fault> {
     })
 }
 
-fn read_snapshots(db: &Connection, run: i64) -> Result<Vec<RecoveredSnapshot>, Fault> {
+pub(super) fn read_snapshots(db: &Connection, run: i64) -> Result<Vec<RecoveredSnapshot>, Fault> {
     let mut snapshots = all(
         db,
         "SELECT seq, digest, size, incarnation, step, lora FROM snapshot WHERE run = ? ORDER BY seq",
@@ -103,7 +103,7 @@ fn read_snapshots(db: &Connection, run: i64) -> Result<Vec<RecoveredSnapshot>, F
     Ok(snapshots)
 }
 
-fn read_operation(row: &Row) -> Result<RecoveredOperation, Fault> {
+pub(super) fn read_operation(row: &Row) -> Result<RecoveredOperation, Fault> {
     let seq = unsigned(row.get(0)?)?;
     let digest = Digest(row.get(4)?);
     let payload = row.get_ref(3)?.as_blob_or_null().map_err(rusqlite::Error::from)?;

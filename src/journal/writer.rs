@@ -1,7 +1,5 @@
 use std::sync::mpsc::{Receiver, TryRecvError};
 
-use crate::types::Digest;
-
 use super::{Record, database::Database, error::JournalError};
 
 /// Most appends in one transaction: what waits longest waits for one commit of this many.
@@ -13,21 +11,33 @@ pub(super) type Done = Box<dyn FnOnce(Result<(), JournalError>) + Send>;
 /// What the writer thread is asked to do.
 pub(super) enum Command {
     Append(Append),
-    Look(Look),
+    Ask(Question),
     /// Finish what came before and close the file.
     Close,
 }
 
-/// Asks which blobs no row names.
-pub(super) struct Look {
-    pub(super) digests: Vec<Digest>,
-    pub(super) done: Box<dyn FnOnce(Result<Vec<Digest>, JournalError>) + Send>,
+/// Looks something up between two commits.
+pub(super) struct Question(Box<Ask>);
+
+type Ask = dyn FnOnce(Result<&Database, JournalError>) + Send;
+
+impl Question {
+    pub(super) fn new<T>(
+        question: impl FnOnce(&Database) -> Result<T, JournalError> + Send + 'static,
+        done: impl FnOnce(Result<T, JournalError>) + Send + 'static,
+    ) -> Self {
+        Self(Box::new(move |database| done(database.and_then(question))))
+    }
+
+    pub(super) fn answer(self, database: Result<&Database, JournalError>) {
+        (self.0)(database);
+    }
 }
 
 /// What ends a group of appends.
 enum Then {
     GoOn,
-    Look(Look),
+    Ask(Question),
     Close,
 }
 
@@ -80,8 +90,8 @@ pub(super) fn run(mut database: Database, queue: Receiver<Command>) {
         }
         match then {
             Then::GoOn => {}
-            Then::Look(Look { digests, done }) => done(match &broken {
-                None => database.unnamed(digests),
+            Then::Ask(question) => question.answer(match &broken {
+                None => Ok(&database),
                 Some(error) => Err(error.clone()),
             }),
             Then::Close => break,
@@ -96,7 +106,7 @@ fn gather(first: Command, queue: &Receiver<Command>) -> (Vec<Append>, Then) {
     loop {
         match next {
             Ok(Command::Append(append)) => group.push(append),
-            Ok(Command::Look(look)) => return (group, Then::Look(look)),
+            Ok(Command::Ask(question)) => return (group, Then::Ask(question)),
             Ok(Command::Close) | Err(TryRecvError::Disconnected) => return (group, Then::Close),
             Err(TryRecvError::Empty) => return (group, Then::GoOn),
         }

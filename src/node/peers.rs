@@ -9,8 +9,8 @@ use tokio::runtime::Handle;
 
 use crate::{
     collective::{self, CollectiveInbox, JoinError, RankSet, StreamKey},
-    protocol::{MAX_MESSAGE, StreamOpen, decode},
-    trainer::Join,
+    protocol::{Blame, MAX_MESSAGE, StreamOpen, decode},
+    trainer::{Failure, Join},
     transport::{Connection, Endpoint, Role, Stream},
     types::{ErrorKind, OperationError},
 };
@@ -52,10 +52,14 @@ impl Peers {
                     JoinError::Deadline { .. } | JoinError::Lost { .. } => ErrorKind::Unavailable,
                     JoinError::System { .. } => ErrorKind::ResourceExhausted,
                 };
-                OperationError::new(
-                    kind,
-                    format!("the ranks of {} did not meet: {error}", formation.spec.run),
-                )
+                let blame = match &error {
+                    JoinError::Deadline { missing } | JoinError::Lost { missing, .. } => {
+                        Blame::Peer(*missing)
+                    }
+                    JoinError::Roster { .. } | JoinError::System { .. } => Blame::Environment,
+                };
+                let problem = format!("the ranks of {} did not meet: {error}", formation.spec.run);
+                Failure { error: OperationError::new(kind, problem), blame }
             })
         })
     }

@@ -10,7 +10,7 @@ use crate::{
         Blame, BlobRef, CoordinatorMessage, Epoch, Generation, NodeId, NodeMessage, OpToken, RankIndex,
         RankSeat, RunSpec,
     },
-    trainer::{Event as RankEvent, Formation, RankReport},
+    trainer::{Event as RankEvent, Failure, Formation, RankReport},
     types::{ErrorKind, OperationError, PolicyId, RunId},
 };
 
@@ -269,7 +269,8 @@ impl NodeState {
         };
         if let Some(problem) = problem {
             let error = OperationError::new(ErrorKind::Internal, problem);
-            return vec![Effect::Tell(NodeMessage::RanksFailed { run, generation, error })];
+            let blame = Blame::Environment;
+            return vec![Effect::Tell(NodeMessage::RanksFailed { run, generation, error, blame })];
         }
         let mut effects = Vec::new();
         let rank_zero = mine.iter().find(|(_, rank)| *rank == RankIndex(0)).map(|(slot, _)| *slot);
@@ -288,12 +289,7 @@ impl NodeState {
         effects
     }
 
-    fn formed(
-        &mut self,
-        run: RunId,
-        generation: Generation,
-        result: Result<(), OperationError>,
-    ) -> Vec<Effect> {
+    fn formed(&mut self, run: RunId, generation: Generation, result: Result<(), Failure>) -> Vec<Effect> {
         let Some(seated) = self.runs.get_mut(&run) else { return Vec::new() };
         if seated.generation != generation || seated.unformed == 0 {
             return Vec::new();
@@ -307,9 +303,9 @@ impl NodeState {
                 NodeMessage::RanksReady { run, generation }
             }
             // The first failure is the node's answer; the slots that did form wait for a release.
-            Err(error) => {
+            Err(Failure { error, blame }) => {
                 seated.unformed = 0;
-                NodeMessage::RanksFailed { run, generation, error }
+                NodeMessage::RanksFailed { run, generation, error, blame }
             }
         };
         vec![Effect::Tell(message)]

@@ -12,7 +12,7 @@ pub struct Call {
     pub quota: Quota,
     /// Where the request came from, for the log.
     pub trace: Option<Trace>,
-    /// A `CreateRun` of one session under a key that was seen before is the run that it made then.
+    /// A `CreateRun` or `ForkRun` of one session under a key that was seen before is the run that it made then.
     pub key: Option<OperationKey>,
 }
 

@@ -47,6 +47,14 @@ pub enum ClientRequest {
     DeleteCheckpoint { checkpoint: CheckpointId },
     /// → `Deleted`, once that is durable: the run, its operations and its checkpoints. What waits for it fails.
     DeleteRun { run: RunId },
+    /// → `Run`: a new one that stands where `run` stood after `step`, as far back as history reaches.
+    ForkRun { run: RunId, step: u64, name: Option<String> },
+    /// → `Replayed`, once what led `run` to `step` has been repeated.
+    ReplayRun { run: RunId, step: u64 },
+    /// → `Blob`: a copy of the journal. It, and all blobs that it names, are there for a quarter of an hour.
+    BackUp,
+    /// → `Cluster`: no rank and no replica of the node is given anything new; or it is again.
+    DrainNode { name: String, drain: bool },
 }
 
 /// A run to create.
@@ -132,6 +140,20 @@ pub enum ClientResponse {
     SessionOwner(Option<String>),
     /// It is not listed any more.
     Deleted,
+    /// What a replay found.
+    Replayed(Replayed),
+}
+
+/// A part of a run's history, computed again and compared with the journal.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Replayed {
+    /// Of the snapshot from which it began; 0 also from the beginning.
+    pub from_step: u64,
+    pub to_step: u64,
+    /// Operations that changed the state.
+    pub operations: u32,
+    /// The first that came out otherwise, in a sentence; absent: all are equal.
+    pub difference: Option<String>,
 }
 
 /// State of a submitted operation.
@@ -192,4 +214,22 @@ pub struct NodeStatus {
     pub trainers: u32,
     pub samplers: u32,
     pub numerics: String,
+    /// Absent: it takes work.
+    pub drain: Option<NodeDrain>,
+}
+
+/// What a node that is drained still has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct NodeDrain {
+    /// Runs with a rank on it.
+    pub runs: u32,
+    /// Sample requests on its replicas.
+    pub samples: u32,
+}
+
+impl NodeDrain {
+    /// Whether it can stop and nobody notices.
+    pub fn is_over(&self) -> bool {
+        self.runs == 0 && self.samples == 0
+    }
 }

@@ -31,8 +31,8 @@ mod stream;
 
 pub use call::{Call, Quota, Trace};
 pub use client::{
-    ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeStatus, OperationStatus, RunInfo,
-    SampleRequest, SampleTarget, SubmitOperation,
+    ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeDrain, NodeStatus, OperationStatus,
+    Replayed, RunInfo, SampleRequest, SampleTarget, SubmitOperation,
 };
 pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
 pub use figures::{EndedOperations, Figures};

@@ -143,7 +143,7 @@ pub enum NodeMessage {
     /// The node's ranks of the run hold the state that `FormRanks` asked for.
     RanksReady { run: RunId, generation: Generation },
     /// They don't, and hold nothing of this generation.
-    RanksFailed { run: RunId, generation: Generation, error: OperationError },
+    RanksFailed { run: RunId, generation: Generation, error: OperationError, blame: Blame },
     /// One rank has computed the operation.
     Prepared {
         token: OpToken,
@@ -187,6 +187,8 @@ pub enum Blame {
     Operation,
     /// A lost peer, a deadline, no memory: another rank set might do it.
     Environment,
+    /// This rank of the set did not answer, or could not be met.
+    Peer(RankIndex),
 }
 
 /// What one rank adds to a `Forward` or `ForwardBackward`: gathered by all ranks of the run, so

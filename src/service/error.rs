@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use crate::{
     client::ClientError, coordinator::CoordinatorError, gateway::GatewayError, join::JoinError,
-    node::NodeError, transport::TransportError,
+    journal::JournalError, node::NodeError, store::StoreError, transport::TransportError,
 };
 
 /// Why a service, or a part of it, can't start or has stopped.
@@ -32,6 +32,12 @@ pub enum ServiceError {
     Gateway(#[from] GatewayError),
     #[error(transparent)]
     Join(#[from] JoinError),
+    /// Of a backup.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Of a backup.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 impl ServiceError {

@@ -10,6 +10,7 @@
 //! One code path: `Cluster::local` runs the same [`coordinator::serve`](crate::coordinator::serve)
 //! and [`node::serve`](crate::node::serve) over the in-memory twin of the transport.
 
+mod backup;
 mod error;
 mod layout;
 mod local;
@@ -21,6 +22,7 @@ mod watchdog;
 
 mod up;
 
+pub use backup::{BackedUp, back_up};
 pub use error::ServiceError;
 pub use layout::DataDirectory;
 pub use local::{Cluster, ClusterConfig};

@@ -168,7 +168,7 @@ impl Compute {
         }
     }
 
-    fn form(&mut self, formation: Formation, abort: Arc<AbortSwitch>) -> Result<(), OperationError> {
+    fn form(&mut self, formation: Formation, abort: Arc<AbortSwitch>) -> Result<(), Failure> {
         let config = &self.tools.config;
         let spec = &formation.spec;
         let model = config.library.load(&spec.base_model).map_err(|e| {
@@ -182,7 +182,9 @@ impl Compute {
             Some(blob) => TrainState::from_bytes(&model.config, &config.blobs.get(blob)?).map_err(|e| {
                 OperationError::new(ErrorKind::Internal, format!("restoring {}: {e}", spec.run))
             })?,
-            None => TrainState::fresh(Arc::new(LoraLayout::new(&model.config, &spec.lora)?)),
+            None => TrainState::fresh(Arc::new(
+                LoraLayout::new(&model.config, &spec.lora).map_err(OperationError::from)?,
+            )),
         };
         let collective = self.join(&formation, &abort)?;
         abort.install(collective.abort_handle());
@@ -204,11 +206,7 @@ impl Compute {
 
     /// Meets the run's other ranks. A peer that died meanwhile would be waited for to the
     /// deadline: so the meeting is left to a thread of its own, and a release goes on without it.
-    fn join(
-        &self,
-        formation: &Formation,
-        abort: &AbortSwitch,
-    ) -> Result<Box<dyn Collective>, OperationError> {
+    fn join(&self, formation: &Formation, abort: &AbortSwitch) -> Result<Box<dyn Collective>, Failure> {
         let config = &self.tools.config;
         if formation.roster.len() == 1 {
             return (config.join)(formation);
@@ -219,7 +217,7 @@ impl Compute {
         abort.install(Box::new(move || {
             let problem = format!("the ranks of {run} were called off while they met");
             // Nobody listens once the ranks have met.
-            let _ = called_off.send(Err(OperationError::new(ErrorKind::Unavailable, problem)));
+            let _ = called_off.send(Err(Failure::environment(ErrorKind::Unavailable, problem)));
         }));
         let (join, formation) = (config.join.clone(), formation.clone());
         spawn_guarded(format!("rank-{}-join", config.slot), config.on_death.clone(), move || {
@@ -229,7 +227,7 @@ impl Compute {
         .map_err(|e| OperationError::new(ErrorKind::ResourceExhausted, format!("joining {run}: {e}")))?;
         meeting.recv().unwrap_or_else(|_| {
             let problem = format!("the ranks of {run} could not meet: the joining thread died");
-            Err(OperationError::new(ErrorKind::Internal, problem))
+            Err(Failure::environment(ErrorKind::Internal, problem))
         })
     }
 

@@ -232,6 +232,7 @@ impl From<CollectiveError> for Failure {
             CollectiveError::Deadline { .. } => ErrorKind::DeadlineExceeded,
             _ => ErrorKind::Unavailable,
         };
-        Self::environment(kind, error.to_string())
+        let blame = error.missing().map_or(Blame::Environment, Blame::Peer);
+        Self { error: OperationError::new(kind, error.to_string()), blame }
     }
 }

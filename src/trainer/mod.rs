@@ -61,14 +61,14 @@ pub trait Blobs: Send + Sync {
 
 /// Makes a rank's side of its run's collectives. Called on the compute thread; may block, within
 /// a bound of its own.
-pub type Join = Arc<dyn Fn(&Formation) -> Result<Box<dyn Collective>, OperationError> + Send + Sync>;
+pub type Join = Arc<dyn Fn(&Formation) -> Result<Box<dyn Collective>, Failure> + Send + Sync>;
 
 /// What a rank tells its node.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RankReport {
     /// This slot's rank of the run stands, or why it does not. The node answers the coordinator
     /// once all of its slots have.
-    Formed { run: RunId, generation: Generation, result: Result<(), OperationError> },
+    Formed { run: RunId, generation: Generation, result: Result<(), Failure> },
     /// For the coordinator, as it is.
     Message(NodeMessage),
 }
@@ -84,7 +84,7 @@ pub struct Prepared {
     pub step: u64,
 }
 
-/// Why an operation did not get prepared.
+/// Why an operation did not get prepared, or a rank not formed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{error}")]
 pub struct Failure {

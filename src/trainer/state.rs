@@ -86,7 +86,7 @@ pub enum Done {
         run: RunId,
         epoch: Epoch,
         generation: Generation,
-        result: Result<(), OperationError>,
+        result: Result<(), Failure>,
     },
     Executed {
         token: OpToken,
@@ -198,7 +198,7 @@ impl RankState {
         if self.runs.len() >= MAX_RUNS {
             let full = format!("a rank slot holds at most {MAX_RUNS} runs; release one first");
             let error = OperationError::new(ErrorKind::ResourceExhausted, full);
-            effects.push(Effect::Report(RankReport::Formed { run, generation, result: Err(error) }));
+            effects.push(Effect::Report(RankReport::Formed { run, generation, result: Err(error.into()) }));
             return effects;
         }
         self.runs.insert(
@@ -335,7 +335,7 @@ impl RankState {
         run: RunId,
         epoch: Epoch,
         generation: Generation,
-        result: Result<(), OperationError>,
+        result: Result<(), Failure>,
     ) -> Vec<Effect> {
         let Some(held) = self.runs.get_mut(&run) else { return Vec::new() };
         if (held.epoch, held.generation) != (epoch, generation) {

@@ -261,7 +261,7 @@ fn join_by(endpoint: Endpoint) -> Join {
             me: formation.rank,
         };
         collective::join(set, &endpoint, &inbox, runtime.clone(), Instant::now() + JOIN_PATIENCE)
-            .map_err(|e| OperationError::new(ErrorKind::Unavailable, e.to_string()))
+            .map_err(|e| OperationError::new(ErrorKind::Unavailable, e.to_string()).into())
     })
 }
 

@@ -25,6 +25,8 @@ pub struct ModelNode {
     pub id: Option<NodeId>,
     /// Reads nothing and says nothing.
     pub hung: bool,
+    /// Reaches the coordinator and no other node.
+    pub cut_off: bool,
     ranks: BTreeMap<(RunId, RankIndex), ModelRank>,
     fences: BTreeMap<RunId, (Epoch, Generation)>,
     staged: BTreeSet<PolicyId>,
@@ -33,6 +35,8 @@ pub struct ModelNode {
 
 struct ModelRank {
     generation: Generation,
+    /// A rank of its set on another node.
+    other: Option<RankIndex>,
     seq: OperationSeq,
     state: Weights,
     pending: Option<Pending>,
@@ -52,6 +56,7 @@ impl ModelNode {
             samplers,
             id: None,
             hung: false,
+            cut_off: false,
             ranks: BTreeMap::new(),
             fences: BTreeMap::new(),
             staged: BTreeSet::new(),
@@ -109,14 +114,22 @@ impl ModelNode {
                 assert!(fence < Some((epoch, generation)), "{run}: generation {} again", generation.0);
                 self.ranks.retain(|(other, _), _| *other != run);
                 if dice.fails(2) {
-                    return vec![NodeMessage::RanksFailed { run, generation, error: unavailable() }];
+                    let (error, blame) = (unavailable(), Blame::Environment);
+                    return vec![NodeMessage::RanksFailed { run, generation, error, blame }];
                 }
                 let state = restore.map_or_else(Weights::fresh, |blob| blobs.get(blob).clone());
                 let mine = roster.iter().filter(|seat| Some(seat.node) == self.id);
+                let elsewhere = roster.iter().find(|seat| Some(seat.node) != self.id);
+                let other = elsewhere.map(|seat| seat.rank);
                 for seat in mine {
                     assert!(seat.slot < self.trainers, "{run}: a seat that this node doesn't have");
-                    let rank =
-                        ModelRank { generation, seq: OperationSeq(0), state: state.clone(), pending: None };
+                    let rank = ModelRank {
+                        generation,
+                        other,
+                        seq: OperationSeq(0),
+                        state: state.clone(),
+                        pending: None,
+                    };
                     self.ranks.insert((run, seat.rank), rank);
                 }
                 vec![NodeMessage::RanksReady { run, generation }]
@@ -198,8 +211,9 @@ impl ModelNode {
             assert!(rank.pending.is_none(), "{token} while another is pending");
             rank.seq = token.seq;
             let rank_index = *index;
-            if dice.fails(1) {
-                let (error, blame) = (unavailable(), Blame::Environment);
+            let missed = rank.other.filter(|_| self.cut_off).map(Blame::Peer);
+            if let Some(blame) = missed.or_else(|| dice.fails(1).then_some(Blame::Environment)) {
+                let error = unavailable();
                 answers.push(NodeMessage::OperationFailed { token, rank: rank_index, error, blame });
                 continue;
             }

@@ -4,6 +4,8 @@ pub struct Tally {
     pub crashes: u64,
     pub nodes_lost: u64,
     pub stalls: u64,
+    /// Nodes that the others could not reach any more, or again.
+    pub cut_off: u64,
     pub appends_refused: u64,
     /// Operations executed again that have an outcome.
     pub replayed: u64,
@@ -23,6 +25,7 @@ impl Tally {
         self.crashes += other.crashes;
         self.nodes_lost += other.nodes_lost;
         self.stalls += other.stalls;
+        self.cut_off += other.cut_off;
         self.appends_refused += other.appends_refused;
         self.replayed += other.replayed;
         self.restored += other.restored;

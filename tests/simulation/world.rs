@@ -271,6 +271,7 @@ impl World {
                 self.at(after_ms, Action::Generate { life, link, node: index, attempt, generate });
             }
             Effect::CancelGenerate { .. } | Effect::Ended(_) => {}
+            Effect::Recall { .. } => unreachable!("nobody here looks into the past"),
             Effect::Stop => {
                 assert!(self.journal.queue.is_empty() || self.dice.accidents, "stopped with facts to write");
                 self.stopped = true;
@@ -369,6 +370,11 @@ impl World {
                 self.blobs.stall(stalled_ms);
                 self.tally.stalls += 1;
             }
+            7 => {
+                let node = self.dice.below(self.nodes.len() as u64) as usize;
+                self.nodes[node].cut_off ^= true;
+                self.tally.cut_off += 1;
+            }
             _ => {}
         }
     }
@@ -413,6 +419,7 @@ impl World {
     pub fn calm(&mut self) {
         self.dice.accidents = false;
         for node in 0..self.nodes.len() {
+            self.nodes[node].cut_off = false;
             if self.nodes[node].hung {
                 self.nodes[node].hung = false;
                 self.lose_node(node);

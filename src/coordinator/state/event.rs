@@ -1,7 +1,7 @@
 //! What reaches the state machine and what it wants done.
 
 use crate::{
-    journal::{JournalError, Record},
+    journal::{Goal, JournalError, Record, Way},
     protocol::{
         Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
         NodeMessage, OperationSeq, RequestId, Trace,
@@ -36,6 +36,8 @@ pub enum Event {
     Appended { append: AppendId, result: Result<(), JournalError> },
     /// The answer to one [`Effect::Generate`]; `Err`: the stream broke.
     Generated { request: RequestId, attempt: u32, reply: Result<GenerateReply, String> },
+    /// The answer to one [`Effect::Recall`].
+    Recalled { waiter: WaiterId, way: Result<Way, JournalError> },
     /// Every [`TICK_MS`](super::TICK_MS): deadlines are looked at here only.
     Tick,
     /// Shut down: finish what executes, take snapshots, let the nodes go.
@@ -76,6 +78,8 @@ pub enum Effect {
     CancelGenerate { request: RequestId },
     /// An operation has its durable outcome: count it, and tell the log.
     Ended(Ended),
+    /// Look up how a run came to a step, after the appends before → [`Event::Recalled`].
+    Recall { waiter: WaiterId, run: RunId, goal: Goal },
     /// Everything is durable and told: close the journal and end. The last effect ever.
     Stop,
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     journal::Outcome,
-    protocol::{CoordinatorMessage, LoadSource, NodeId, OpToken, Operation, OperationSeq, RankIndex},
+    protocol::{Blame, CoordinatorMessage, LoadSource, NodeId, OpToken, Operation, OperationSeq, RankIndex},
     types::{CheckpointTarget, ErrorKind, OperationError, RunId},
 };
 
@@ -24,6 +24,10 @@ impl State {
         let Some(run) = self.runs.get(&id) else { return };
         if !matches!(run.work, Work::Idle) {
             return;
+        }
+        if let (Some(error), Some(_)) = (&run.broken, &run.replaying) {
+            let difference = error.message.clone();
+            return self.end_replay(id, Some(difference));
         }
         if let Some(error) = &run.broken {
             if let (Some(seq), None) = (run.head(), &self.drain) {
@@ -45,6 +49,9 @@ impl State {
 
     /// The ranks hold the run's state as it is after its last outcome.
     fn advance_formed(&mut self, id: RunId) {
+        if self.runs.get(&id).is_some_and(|run| run.replaying.is_some()) {
+            return self.end_replay(id, None);
+        }
         if !self.begin_snapshot_if_due(id) {
             return;
         }
@@ -162,7 +169,7 @@ impl State {
     }
 
     /// A rank could not do it though the operation may be sound: the rank set is given up.
-    pub(super) fn rank_failed(&mut self, node: NodeId, token: OpToken, error: OperationError) {
+    pub(super) fn rank_failed(&mut self, node: NodeId, token: OpToken, error: OperationError, blame: Blame) {
         let Some(run) = self.runs.get(&token.run) else { return };
         let concerned = matches!(&run.work, Work::Execute(execution) if execution.token == token)
             && run.rank_nodes().contains(&node);
@@ -175,6 +182,7 @@ impl State {
                 _ => ErrorKind::Unavailable,
             };
             let message = format!("node {} says: {error} (ranks: {seats})", self.node_name(node));
+            self.note_blame(token.run, node, blame);
             self.lose_ranks(token.run, OperationError::new(kind, message));
         }
     }

@@ -21,6 +21,7 @@ use crate::{
 
 use super::{
     Appending, Refusal, State, WaiterId,
+    recall::blobs_of,
     run::{Answer, Entry, Run, Work, after},
 };
 
@@ -46,7 +47,8 @@ impl State {
         }
         self.next_tending_ms = self.now_ms + TENDING_MS;
         let crowded = self.run_with_too_much_history();
-        for id in self.runs.keys().copied().collect::<Vec<_>>() {
+        let journaled = self.runs.values().filter(|run| run.replaying.is_none());
+        for id in journaled.map(|run| run.id).collect::<Vec<_>>() {
             self.prune(id, crowded == Some(id));
             self.drop_publishes(id);
         }
@@ -198,6 +200,11 @@ impl State {
         let mut needed: HashSet<Digest> = self.models.values().map(|offer| offer.tokenizer).collect();
         needed.extend(self.checkpoints.blobs().map(|blob| blob.digest));
         needed.extend(self.policies.adapters().map(|blob| blob.digest));
+        let forks = self.appends.values().filter_map(|appending| match appending {
+            Appending::Fork { run, .. } => Some(run),
+            _ => None,
+        });
+        needed.extend(forks.flat_map(|run| blobs_of(run)).map(|blob| blob.digest));
         needed.extend(self.runs.values().flat_map(Run::needed_blobs).map(|blob| blob.digest));
         needed
     }

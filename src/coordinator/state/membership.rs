@@ -112,6 +112,7 @@ impl State {
         let name = node.hello.name;
         tracing::warn!(node = %name, id = id.0, "lost: {reason}");
         self.membership_changed_ms = self.now_ms;
+        self.severed.forget(id);
         if node.hello.samplers > 0 {
             let seen = node.hello.models.into_iter().map(|offer| (offer.name, self.now_ms));
             self.samplers_seen_ms.extend(seen);
@@ -141,8 +142,8 @@ impl State {
             NodeMessage::Pong { .. } => {}
             NodeMessage::Progress { token, rank, .. } => self.rank_progressed(id, token, rank),
             NodeMessage::RanksReady { run, generation } => self.ranks_ready(id, run, generation),
-            NodeMessage::RanksFailed { run, generation, error } => {
-                self.ranks_failed(id, run, generation, error);
+            NodeMessage::RanksFailed { run, generation, error, blame } => {
+                self.ranks_failed(id, run, generation, (error, blame));
             }
             NodeMessage::Prepared { token, rank, state, result, saved, step } => {
                 self.rank_answered(id, token, rank, Answer::Prepared { state, result, saved, step });
@@ -150,8 +151,8 @@ impl State {
             NodeMessage::OperationFailed { token, rank, error, blame: Blame::Operation } => {
                 self.rank_answered(id, token, rank, Answer::Failed(error));
             }
-            NodeMessage::OperationFailed { token, error, blame: Blame::Environment, .. } => {
-                self.rank_failed(id, token, error);
+            NodeMessage::OperationFailed { token, error, blame, .. } => {
+                self.rank_failed(id, token, error, blame);
             }
             NodeMessage::SnapshotTaken { token, snapshot } => self.snapshot_taken(id, token, snapshot),
             NodeMessage::SnapshotFailed { token, error } => self.snapshot_failed(id, token, &error),

@@ -18,6 +18,7 @@ mod admission;
 mod checkpoints;
 mod deletion;
 mod drain;
+mod evacuation;
 mod event;
 mod execution;
 mod history;
@@ -28,10 +29,12 @@ mod operations;
 mod outcome;
 mod placement;
 mod quota;
+mod recall;
 mod recovery;
 mod requests;
 mod run;
 mod sampling;
+mod severed;
 mod snapshots;
 mod unpublished;
 mod versions;
@@ -41,7 +44,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub use event::{AppendId, Effect, Ended, Event, WaiterId};
 
 use crate::{
-    journal::{JournalError, Record},
+    journal::{JournalError, Record, RecoveredRun},
     protocol::{
         BlobRef, Call, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, ModelOffer,
         NodeId, OperationSeq, RequestId,
@@ -50,7 +53,8 @@ use crate::{
 };
 
 use self::{
-    checkpoints::Checkpoints, drain::Drain, membership::Node, run::Run, sampling::Sample, versions::Policies,
+    checkpoints::Checkpoints, drain::Drain, membership::Node, recall::Recall, run::Run, sampling::Sample,
+    severed::Severed, versions::Policies,
 };
 use super::{Limits, error::Refusal};
 
@@ -111,6 +115,12 @@ pub struct State {
     appends: BTreeMap<AppendId, Appending>,
     next_append: u64,
     drain: Option<Drain>,
+    /// Looks into a run's past that are under way.
+    recalls: BTreeMap<WaiterId, Recall>,
+    /// Names of the nodes that get nothing new.
+    evacuated: BTreeSet<String>,
+    /// Pairs of nodes that can't reach each other.
+    severed: Severed,
     next_tending_ms: u64,
     effects: Vec<Effect>,
 }
@@ -163,6 +173,10 @@ enum Appending {
         run: RunId,
         waiter: WaiterId,
     },
+    Fork {
+        run: Box<RecoveredRun>,
+        waiter: WaiterId,
+    },
     PublishFailed {
         run: RunId,
         seq: OperationSeq,
@@ -186,12 +200,16 @@ impl State {
         self.now_ms = self.now_ms.max(fair_ms);
         match event {
             Event::Request { waiter, call, request, entropy } => self.request(waiter, call, request, entropy),
-            Event::RequestGone { waiter } => self.cancel_sample(waiter),
+            Event::RequestGone { waiter } => {
+                self.cancel_sample(waiter);
+                self.cancel_recall(waiter);
+            }
             Event::NodeJoined { node, hello } => self.node_joined(node, hello),
             Event::NodeMessage { node, message } => self.node_message(node, message),
             Event::NodeLost { node, reason } => self.lose_node(node, &reason),
             Event::Appended { append, result } => self.appended(append, result),
             Event::Generated { request, attempt, reply } => self.generated(request, attempt, reply),
+            Event::Recalled { waiter, way } => self.recalled(waiter, way),
             Event::Tick => self.tick(),
             Event::Drain => self.begin_drain(),
         }
@@ -221,6 +239,7 @@ impl State {
             self.rest_if_idle(run);
             self.advance(run);
         }
+        self.expire_severed();
         self.expire_stages();
         self.expire_samples();
         self.tend_history();
@@ -239,6 +258,7 @@ impl State {
             Appending::Snapshot { run, seq, snapshot } => self.snapshot_durable(run, seq, snapshot, result),
             Appending::Prune { run, base, upto } => self.pruned(run, base, upto, result),
             Appending::Drop { checkpoints, waiter } => self.dropped(checkpoints, waiter, result),
+            Appending::Fork { run, waiter } => self.fork_durable(*run, waiter, result),
             Appending::DropRun { run, waiter } => self.run_dropped(run, waiter, result),
             Appending::PublishFailed { run, seq, error } => self.publish_failed(run, seq, error, result),
         }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use crate::{
     journal::Outcome,
-    protocol::{CoordinatorMessage, Generation, NodeId, Numerics, OperationSeq, RankIndex, RankSeat},
+    protocol::{Blame, CoordinatorMessage, Generation, NodeId, Numerics, OperationSeq, RankIndex, RankSeat},
     types::{Digest, ErrorKind, OperationError, RunId},
 };
 
@@ -32,8 +32,8 @@ const RUNS_PER_SLOT: usize = 60;
 const IDLE_MS: u64 = 30 * 60_000;
 
 /// A slot that could take a rank.
-struct Slot {
-    node: NodeId,
+pub(super) struct Slot {
+    pub node: NodeId,
     index: u32,
     /// Ranks of other runs on it.
     held: usize,
@@ -91,7 +91,7 @@ impl State {
     fn best_slots(&self, model: &str, digest: Digest, but: Option<RunId>) -> Vec<Slot> {
         let mut groups: Vec<(&Numerics, Vec<Slot>)> = Vec::new();
         for (id, node) in &self.nodes {
-            if !node.offers(model, digest) {
+            if !node.offers(model, digest) || self.is_evacuated(*id) {
                 continue;
             }
             let slots = (0..node.hello.trainers).map(|index| {
@@ -106,8 +106,8 @@ impl State {
             }
         }
         // Of equal groups the first, so that the choice does not hang on chance.
-        let largest = groups.into_iter().rev().max_by_key(|(_, slots)| slots.len());
-        largest.map(|(_, slots)| slots).unwrap_or_default()
+        let groups = groups.into_iter().map(|(_, slots)| self.without_severed(slots));
+        groups.rev().max_by_key(Vec::len).unwrap_or_default()
     }
 
     /// Gives ranks 0.. the best slots one by one.
@@ -155,12 +155,13 @@ impl State {
         node: NodeId,
         id: RunId,
         generation: Generation,
-        error: OperationError,
+        (error, blame): (OperationError, Blame),
     ) {
         let Some(run) = self.runs.get(&id) else { return };
         if run.generation != generation || !run.rank_nodes().contains(&node) {
             return;
         }
+        self.note_blame(id, node, blame);
         let message = format!("node {} can't hold a rank of {id}: {error}", self.node_name(node));
         self.lose_ranks(id, OperationError::new(error.kind, message));
     }
@@ -218,6 +219,12 @@ impl State {
                 self.send(node, CoordinatorMessage::ReleaseRanks { run: id, generation });
             }
         }
+        if let Some(run) = self.runs.get(&id).filter(|run| run.replaying.is_some() && run.broken.is_none())
+            && hopeless
+        {
+            let error = run.replay_lost(&cause);
+            return self.give_up_replay(id, error);
+        }
         let Some(seq) = given_up else { return self.advance(id) };
         let message = format!(
             "operation {} of {id} was given up after {setbacks} rank sets; of the last: {}",
@@ -227,15 +234,17 @@ impl State {
         self.conclude(id, seq, Outcome::Failed { error }, None, None, None);
     }
 
-    /// Moves a run that has fewer ranks than it asked for to a larger rank set; says whether it
-    /// will. The snapshot was taken before, so that the newcomers have little to repeat.
+    /// Moves a run that has fewer ranks than it asked for to a larger rank set, or off a node that is
+    /// drained; says whether it will. The snapshot was taken before, so that the newcomers have little to repeat.
     pub(super) fn move_if_better(&mut self, id: RunId) -> bool {
         let Some(run) = self.runs.get(&id) else { return false };
         if !run.refill {
             return false;
         }
         let slots = self.best_slots(&run.create.base_model, run.model_digest, Some(id)).len();
-        let better = run.ranks_on(slots) > run.roster().len();
+        // Off a node that is drained also to fewer, or to wait for others.
+        let must = run.rank_nodes().into_iter().any(|node| self.is_evacuated(node));
+        let better = must || run.ranks_on(slots) > run.roster().len();
         if better {
             self.release(id);
             self.place(id);

@@ -62,6 +62,9 @@ impl State {
             appends: BTreeMap::new(),
             next_append: 0,
             drain: None,
+            recalls: BTreeMap::new(),
+            evacuated: BTreeSet::new(),
+            severed: Default::default(),
             next_tending_ms: now_ms,
             effects: Vec::new(),
         };
@@ -71,7 +74,7 @@ impl State {
         state
     }
 
-    fn recover_run(&mut self, recovered: RecoveredRun) {
+    pub(super) fn recover_run(&mut self, recovered: RecoveredRun) {
         let RecoveredRun { run: id, create, model_digest, key, snapshots, operations, slots, .. } = recovered;
         // Accepted once, so there were that many.
         let most = self.most_slots.entry(create.base_model.clone()).or_default();

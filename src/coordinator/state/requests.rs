@@ -55,7 +55,11 @@ impl State {
             | ClientRequest::CreateSessionFor { .. }
             | ClientRequest::SessionOwner { .. }
             | ClientRequest::DeleteCheckpoint { .. }
-            | ClientRequest::DeleteRun { .. } => false,
+            | ClientRequest::DeleteRun { .. }
+            | ClientRequest::ForkRun { .. }
+            | ClientRequest::ReplayRun { .. }
+            | ClientRequest::BackUp
+            | ClientRequest::DrainNode { .. } => false,
         }
     }
 
@@ -88,6 +92,11 @@ impl State {
             ClientRequest::Tokenizer { base_model } => self.tokenizer(&base_model).map(Some),
             ClientRequest::ClusterStatus => Ok(Some(ClientResponse::Cluster(self.cluster_status()))),
             ClientRequest::FindRun { name } => self.find_run(name).map(Some),
+            ClientRequest::ForkRun { run, step, name } => self.fork_run(waiter, call.key, (run, step, name)),
+            ClientRequest::ReplayRun { run, step } => self.replay_run(waiter, run, step),
+            // Seen to where the journal and the store are.
+            ClientRequest::BackUp => Err(Refusal::Fault("a backup was asked of the state machine".into())),
+            ClientRequest::DrainNode { name, drain } => self.drain_node(&name, drain).map(Some),
         };
         match answered {
             Ok(Some(response)) => self.respond(waiter, response),
@@ -146,9 +155,7 @@ impl State {
         {
             return known;
         }
-        if self.runs.len() >= RUNS_MAX {
-            return Err(Refusal::Overloaded { what: "runs", bound: RUNS_MAX });
-        }
+        self.refuse_more_runs()?;
         self.admit_run(create.session, &call.quota)?;
         let offer = self.offer(&create.base_model)?.clone();
         admission::lora(&create.lora)?;
@@ -272,7 +279,7 @@ impl State {
         Ok(ClientResponse::Run(self.described(run)))
     }
 
-    fn described(&self, run: &Run) -> RunInfo {
+    pub(super) fn described(&self, run: &Run) -> RunInfo {
         let vocab_size = self.models.get(&run.create.base_model).map(|offer| offer.vocab);
         let owner = self.sessions.get(&run.create.session).cloned().flatten();
         let all = self.slots_for(&run.create.base_model, run.model_digest).max(1);
@@ -304,18 +311,26 @@ impl State {
         Ok(ClientResponse::Blob(BlobRef { digest: offer.tokenizer, size: offer.tokenizer_size }))
     }
 
-    fn cluster_status(&self) -> ClusterStatus {
-        let nodes = self.nodes.values().map(|node| NodeStatus {
+    pub(super) fn cluster_status(&self) -> ClusterStatus {
+        let nodes = self.nodes.iter().map(|(id, node)| NodeStatus {
             name: node.hello.name.clone(),
             pid: node.hello.pid,
             trainers: node.hello.trainers,
             samplers: node.hello.samplers,
             numerics: node.numerics(),
+            drain: self.drain_of(*id),
         });
         ClusterStatus {
             nodes: nodes.collect(),
             runs: self.runs.values().map(|run| self.described(run)).collect(),
         }
+    }
+
+    pub(super) fn refuse_more_runs(&self) -> Result<(), Refusal> {
+        if self.runs.len() < RUNS_MAX {
+            return Ok(());
+        }
+        Err(Refusal::Overloaded { what: "runs", bound: RUNS_MAX })
     }
 
     pub(super) fn refuse_while_draining(&self) -> Result<(), Refusal> {

@@ -11,7 +11,7 @@ use crate::{
     types::{Digest, ErrorKind, LoraConfig, OperationError, PolicyId, RunId},
 };
 
-use super::{WaiterId, history::Kept};
+use super::{WaiterId, history::Kept, recall::Replaying};
 
 /// The phase of a run whose ranks have no place.
 pub(super) const WAITING: &str = "waiting for nodes";
@@ -62,6 +62,8 @@ pub(super) struct Run {
     pub retry_ms: u64,
     /// It is on its way out of the journal.
     pub deleting: bool,
+    /// It is in no journal and only repeats what another run did.
+    pub replaying: Option<Replaying>,
     /// Why no operation is executed any more.
     pub broken: Option<OperationError>,
 
@@ -229,6 +231,7 @@ impl Run {
             setbacks: 0,
             retry_ms: 0,
             deleting: false,
+            replaying: None,
             broken: None,
             live: None,
             live_since_ms: 0,

@@ -198,6 +198,7 @@ impl State {
         let digest = self.models.get(&generate.base_model)?.digest;
         let able = self.nodes.iter().filter(|(id, node)| {
             node.hello.samplers > 0
+                && !self.is_evacuated(**id)
                 && node.offers(&generate.base_model, digest)
                 && generate.policy.is_none_or(|policy| self.policies.is_active(&policy, **id))
         });

@@ -4,7 +4,7 @@
 
 use crate::{
     journal::{JournalError, Outcome, Record},
-    protocol::OperationSeq,
+    protocol::{NodeId, OperationSeq},
     types::{ErrorKind, OperationError, PolicyId, RunId},
 };
 
@@ -29,8 +29,10 @@ impl State {
     /// Looks for a node with a sampler for the model that a run trains.
     pub(super) fn samplers_for(&self, run: &Run) -> Samplers {
         let model = &run.create.base_model;
-        let serves = |node: &super::Node| node.hello.samplers > 0 && node.offers(model, run.model_digest);
-        if self.nodes.values().any(serves) {
+        let serves = |(id, node): (&NodeId, &super::Node)| {
+            node.hello.samplers > 0 && node.offers(model, run.model_digest) && !self.is_evacuated(*id)
+        };
+        if self.nodes.iter().any(serves) {
             return Samplers::There;
         }
         let seen_ms = self.samplers_seen_ms.get(model).copied().unwrap_or(self.started_ms);

@@ -125,7 +125,7 @@ impl State {
             .nodes
             .iter()
             .filter(|(_, node)| node.hello.samplers > 0 && node.offers(&known.base_model, digest));
-        let nodes: Vec<NodeId> = nodes.map(|(id, _)| *id).collect();
+        let nodes: Vec<NodeId> = nodes.map(|(id, _)| *id).filter(|node| !self.is_evacuated(*node)).collect();
         for node in nodes {
             if !self.policies.served[&policy].standing.contains_key(&node) {
                 self.stage(policy, node);
@@ -243,11 +243,16 @@ impl State {
     /// A node is gone, with all that it held.
     pub(super) fn unstage_node(&mut self, node: NodeId) {
         for policy in self.policies.served.keys().copied().collect::<Vec<_>>() {
-            if let Some(served) = self.policies.served.get_mut(&policy) {
-                served.standing.remove(&node);
-            }
-            self.continue_publish(policy);
+            self.leave_roster(policy, node);
         }
+    }
+
+    /// From now on no publish waits for the node, and no request for the policy goes to it.
+    pub(super) fn leave_roster(&mut self, policy: PolicyId, node: NodeId) {
+        if let Some(served) = self.policies.served.get_mut(&policy) {
+            served.standing.remove(&node);
+        }
+        self.continue_publish(policy);
     }
 
     /// Deadlines of staging, and another try for nodes that fell behind.

@@ -4,6 +4,7 @@ mod opening;
 mod queue;
 mod recovery;
 mod refusals;
+mod way;
 
 use std::{collections::BTreeMap, path::Path, sync::mpsc};
 

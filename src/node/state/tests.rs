@@ -45,7 +45,11 @@ fn formation(rank: u32, slot: u32, generation: u32, roster: &[RankSeat]) -> Effe
 }
 
 fn formed(generation: u32, result: Result<(), OperationError>) -> Event {
-    Event::Rank(RankReport::Formed { run: RUN, generation: Generation(generation), result })
+    Event::Rank(RankReport::Formed {
+        run: RUN,
+        generation: Generation(generation),
+        result: result.map_err(Into::into),
+    })
 }
 
 fn token() -> OpToken {
@@ -120,7 +124,12 @@ fn a_node_answers_once_when_all_of_its_ranks_stand() {
 fn the_first_rank_that_fails_answers_for_all() {
     let mut state = connected(2, 0);
     say(&mut state, form(1, &[seat(0, NODE, 0), seat(1, NODE, 1)]));
-    let failed = NodeMessage::RanksFailed { run: RUN, generation: Generation(1), error: error("no model") };
+    let failed = NodeMessage::RanksFailed {
+        run: RUN,
+        generation: Generation(1),
+        error: error("no model"),
+        blame: Blame::Environment,
+    };
     assert_eq!(state.handle(formed(1, Err(error("no model")))), vec![Effect::Tell(failed)]);
     assert_eq!(state.handle(formed(1, Ok(()))), vec![]);
 }

@@ -173,6 +173,10 @@ fn client_requests() -> Vec<ClientRequest> {
         ClientRequest::SessionOwner { session: SessionId(1) },
         ClientRequest::DeleteCheckpoint { checkpoint: CheckpointId(1) },
         ClientRequest::DeleteRun { run: RunId(1) },
+        ClientRequest::ForkRun { run: RunId(1), step: 2, name: Some("b".into()) },
+        ClientRequest::ReplayRun { run: RunId(1), step: 2 },
+        ClientRequest::BackUp,
+        ClientRequest::DrainNode { name: "node".into(), drain: true },
     ]
 }
 
@@ -190,7 +194,14 @@ fn client_responses() -> Vec<ClientResponse> {
         max_context_length: Some(8192),
         devices: vec!["cpu".into()],
     };
-    let node = NodeStatus { name: "n".into(), pid: 1, trainers: 2, samplers: 3, numerics: "avx2".into() };
+    let node = NodeStatus {
+        name: "n".into(),
+        pid: 1,
+        trainers: 2,
+        samplers: 3,
+        numerics: "avx2".into(),
+        drain: Some(NodeDrain { runs: 1, samples: 2 }),
+    };
     let checkpoint = Checkpoint {
         id: CheckpointId(1),
         run_id: RunId(2),
@@ -229,6 +240,12 @@ fn client_responses() -> Vec<ClientResponse> {
         ClientResponse::Error(error()),
         ClientResponse::SessionOwner(Some("ada".into())),
         ClientResponse::Deleted,
+        ClientResponse::Replayed(Replayed {
+            from_step: 8,
+            to_step: 12,
+            operations: 8,
+            difference: Some("operation 9".into()),
+        }),
     ]
 }
 
@@ -329,7 +346,7 @@ fn node_messages() -> Vec<NodeMessage> {
     let file = SavedFile { name: STATE_FILE.into(), blob: blob() };
     vec![
         NodeMessage::RanksReady { run, generation },
-        NodeMessage::RanksFailed { run, generation, error: error() },
+        NodeMessage::RanksFailed { run, generation, error: error(), blame: Blame::Peer(RankIndex(1)) },
         NodeMessage::Prepared {
             token: token(),
             rank,
@@ -408,7 +425,7 @@ fn every_variant_of_every_message_comes_back_and_nothing_else_does() {
     every_variant(&node_messages());
     every_variant(&rank_parts());
     every_variant(&[GenerateReply::Done(sample()), GenerateReply::Failed(error())]);
-    every_variant(&[Blame::Operation, Blame::Environment]);
+    every_variant(&[Blame::Operation, Blame::Environment, Blame::Peer(RankIndex(2))]);
     every_variant(&operations());
     every_variant(&results());
     every_variant(&payloads());

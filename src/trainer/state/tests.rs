@@ -67,7 +67,11 @@ fn executed(token: OpToken, step: u64) -> Event {
 }
 
 fn report_formed(generation: u32, result: Result<(), OperationError>) -> Effect {
-    Effect::Report(RankReport::Formed { run: RUN, generation: Generation(generation), result })
+    Effect::Report(RankReport::Formed {
+        run: RUN,
+        generation: Generation(generation),
+        result: result.map_err(Into::into),
+    })
 }
 
 fn stale_effect(what: &'static str, token: OpToken) -> Vec<Effect> {
@@ -325,7 +329,12 @@ fn a_failed_formation_is_reported_and_forgotten() {
     let (epoch, generation) = (Epoch(1), Generation(1));
     let result = Err(error("no such model"));
     assert_eq!(
-        state.handle(Event::Done(Done::Formed { run: RUN, epoch, generation, result: result.clone() })),
+        state.handle(Event::Done(Done::Formed {
+            run: RUN,
+            epoch,
+            generation,
+            result: result.clone().map_err(Into::into)
+        })),
         vec![
             Effect::Abort { run: RUN, generation },
             report_formed(1, result),
@@ -418,7 +427,7 @@ fn a_slot_holds_a_bounded_number_of_runs() {
     assert!(matches!(
         &state.handle(Event::Form(formation(RunId(999), 1, 1)))[..],
         [Effect::Report(RankReport::Formed { result: Err(error), .. })]
-            if error.kind == ErrorKind::ResourceExhausted
+            if error.error.kind == ErrorKind::ResourceExhausted
     ));
 }
 

@@ -152,12 +152,18 @@ fn a_configuration_that_no_rank_can_hold_fails_what_is_asked_with_the_reason_and
     desk.answering = false;
     desk.create(None);
     let error = OperationError::new(ErrorKind::InvalidInput, "`rank`: must be at most 16, got 512");
-    desk.say(NodeId(1), NodeMessage::RanksFailed { run: RUN, generation: Generation(1), error });
+    desk.say(
+        NodeId(1),
+        NodeMessage::RanksFailed { run: RUN, generation: Generation(1), error, blame: Blame::Environment },
+    );
     desk.pass(10_000);
     assert_eq!(desk.count(|m| matches!(m, CoordinatorMessage::FormRanks { .. })), 1, "nobody asks for it");
     let waiter = desk.run(1, init());
     let error = OperationError::new(ErrorKind::InvalidInput, "`rank`: must be at most 16, got 512");
-    desk.say(NodeId(1), NodeMessage::RanksFailed { run: RUN, generation: Generation(2), error });
+    desk.say(
+        NodeId(1),
+        NodeMessage::RanksFailed { run: RUN, generation: Generation(2), error, blame: Blame::Environment },
+    );
     let error = desk.failed(waiter);
     assert!(error.kind == ErrorKind::InvalidInput && error.message.contains("must be at most 16"), "{error}");
     desk.answering = true;
