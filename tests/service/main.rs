@@ -5,6 +5,8 @@ mod checkpoints;
 mod hosts;
 mod join;
 mod lifecycle;
+mod network;
 mod s3_server;
 mod store;
 mod up;
+mod weather;
