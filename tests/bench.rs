@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use lockstep::model::tiny;
 use serde_json::Value;
 
 /// The one line of JSON that a benchmark prints.
@@ -52,12 +53,58 @@ fn allreduce_measures_real_processes_over_both_carriers() {
     assert!(said["machine"]["cores"].as_u64() > Some(0), "{said}");
 }
 
+/// A model of a few kilobytes, and the arguments that name it.
+fn tiny_model() -> (tempfile::TempDir, String) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    tiny::write(directory.path(), &tiny::config(), 7).expect("a model directory");
+    let model = format!("--model={}", directory.path().display());
+    (directory, model)
+}
+
+#[test]
+fn the_engine_is_measured_under_the_peers_keys() {
+    let (_directory, model) = tiny_model();
+    let common = [model.as_str(), "--threads=1", "--repeats=2", "--json"];
+    let run = |own: &[&str]| bench(&[own, &common].concat());
+
+    let said = run(&["train", "--batch", "3", "--seq", "16", "--rank", "2", "--dtype", "bf16"]);
+    let keys = ["fwd_tokens_per_s", "fwdbwd_tokens_per_s", "step_tokens_per_s", "peak_rss_mib"];
+    assert!(keys.iter().all(|key| positive(&said[*key])), "{said}");
+    assert_eq!((&said["dtype"], &said["rank"]), (&"bf16".into(), &2.into()));
+
+    let said = run(&["decode", "--batch", "2", "--prompt", "8", "--new", "4"]);
+    let keys = ["prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_mib"];
+    assert!(keys.iter().all(|key| positive(&said[*key])), "{said}");
+
+    let said = run(&["prefill", "--batch", "2", "--prompt", "8"]);
+    assert!(positive(&said["prefill_tokens_per_s"]) && said.get("decode_tokens_per_s").is_none(), "{said}");
+
+    let said = run(&["parity", "--batch", "2", "--prompt", "8", "--new", "8", "--rank", "2"]);
+    assert!(said["tokens"].as_u64() > Some(2) && said["policy_version"] == 3, "{said}");
+    // What README promises.
+    assert!(said["gap_max_abs"].as_f64() < Some(1e-4), "{said}");
+}
+
+#[test]
+fn the_gateway_is_measured_with_its_processes() {
+    let said = bench(&["gateway", "--connections", "1,2", "--requests", "5", "--json"]);
+    let results = said["results"].as_array().expect("rows");
+    assert_eq!(results.len(), 4, "{said}");
+    for row in results {
+        assert!(positive(&row["median_ms"]) && positive(&row["requests_per_s"]), "{row}");
+        assert_eq!(row["requests"].as_u64(), row["connections"].as_u64().map(|n| n * 5));
+    }
+}
+
 #[test]
 fn what_cannot_be_measured_is_refused_by_its_flag() {
     for (arguments, flag) in [
         (["allreduce", "--processes", "1"], "--processes"),
         (["allreduce", "--mb", "0"], "--mb"),
         (["allreduce", "--repeats", "0"], "--repeats"),
+        (["publish", "--rank", "100000"], "--rank"),
+        (["gateway", "--connections", "0"], "--connections"),
+        (["train", "--model", "/nowhere"], "--model"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_lockstep"))
             .arg("bench")

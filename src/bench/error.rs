@@ -1,6 +1,6 @@
 use std::io;
 
-use crate::transport::TransportError;
+use crate::{client::ClientError, service::ServiceError, transport::TransportError, types::OperationError};
 
 /// Why something could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,12 @@ pub enum BenchError {
     Peer { script: &'static str, problem: String },
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error(transparent)]
+    Operation(#[from] OperationError),
     #[error("{what}: {source}")]
     File { what: String, source: io::Error },
 }

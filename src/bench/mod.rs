@@ -4,6 +4,10 @@
 //!   machine, limits   what the figures stand beside: CPU, memory, load; memcpy, quinn's bulk transfer
 //!   worker            processes of this program that do the work, and how they are told
 //!   allreduce         the collective, with real processes, over shared memory and QUIC
+//!   publish, gateway  a local cluster's processes: from a step to served by all; what a request costs
+//!   local             a cluster inside this process, and through a client of it:
+//!   train, generate, parity
+//!   peer, compare     the peers' scripts; Lockstep and them in turns
 //! ```
 //!
 //! Every figure is the median of repeats after one that is not counted, and a report says the machine
@@ -18,9 +22,26 @@ mod limits;
 mod peer;
 
 mod allreduce;
+mod gateway;
+mod publish;
+
+mod local;
+
+mod generate;
+mod parity;
+mod train;
+
+mod compare;
 
 pub use allreduce::{AllReduceConfig, AllReduceReport, AllReduceResult, Carrier, all_reduce};
+pub use compare::{CompareConfig, CompareReport, CompareRow, compare, draw};
 pub use error::BenchError;
+pub use gateway::{GatewayConfig, GatewayReport, GatewayResult, gateway};
+pub use generate::{GenerateConfig, GenerateReport, generate};
 pub use limits::{Bulk, Memcpy};
+pub use local::Subject;
 pub use machine::Machine;
+pub use parity::{ParityConfig, ParityReport, parity};
+pub use publish::{PublishConfig, PublishReport, PublishResult, adapter_mb, publish};
+pub use train::{TrainConfig, TrainReport, train};
 pub use worker::{WorkerKind, run_worker};

@@ -15,9 +15,47 @@ use super::BenchError;
 pub(super) struct Script {
     pub name: &'static str,
     text: &'static str,
+    /// What it imports.
+    packages: &'static str,
 }
 
-pub(super) const GLOO: Script = Script { name: "gloo.py", text: include_str!("../../benches/peers/gloo.py") };
+pub(super) const GLOO: Script =
+    Script { name: "gloo.py", text: include_str!("../../benches/peers/gloo.py"), packages: "torch" };
+
+pub(super) const TRAIN: Script = Script {
+    name: "train.py",
+    text: include_str!("../../benches/peers/train.py"),
+    packages: "torch, transformers, peft",
+};
+
+pub(super) const GENERATE: Script = Script {
+    name: "generate.py",
+    text: include_str!("../../benches/peers/generate.py"),
+    packages: "torch, transformers",
+};
+
+pub(super) const LLAMA_CPP: Script = Script {
+    name: "llama_cpp.py",
+    text: include_str!("../../benches/peers/llama_cpp.py"),
+    packages: "llama_cpp",
+};
+
+impl Script {
+    /// Why it can't run, if a package that it takes is not there.
+    pub fn missing(&self, python: &Path) -> Option<String> {
+        let imported = Command::new(python)
+            .args(["-c", &format!("import {}", self.packages)])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        match imported {
+            Ok(status) if status.success() => None,
+            Ok(_) => Some(format!("{}: {} has not all of {}", self.name, python.display(), self.packages)),
+            Err(e) => Some(format!("{}: {}: {e}", self.name, python.display())),
+        }
+    }
+}
 
 /// Runs a script to its end and reads the last line that it prints.
 pub(super) fn run<T: DeserializeOwned>(

@@ -15,7 +15,7 @@ use crate::up::{MODEL, PATIENCE, connect, lockstep, model_of, sample, send_signa
 /// A coordinator process; killed with the test.
 pub struct Coordinator {
     process: Child,
-    address: String,
+    pub address: String,
     doorway: String,
 }
 

@@ -6,6 +6,8 @@ mod history;
 mod hosts;
 mod join;
 mod lifecycle;
+mod network;
 mod s3_server;
 mod store;
 mod up;
+mod weather;

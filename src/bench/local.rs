@@ -1,0 +1,114 @@
+//! A cluster inside this process, and what is measured through a client of it: every figure holds the
+//! coordinator, the journal and the messages, and the process's memory is that of all of it.
+
+use std::path::{Path, PathBuf};
+
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+
+use super::BenchError;
+use crate::{
+    client::ServiceClient,
+    model::{ComputeOptions, ModelSource},
+    service::{Cluster, ClusterConfig},
+    types::ModelInput,
+};
+
+/// The model that is measured, and with what.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// A Hugging Face directory or a GGUF file.
+    pub model: PathBuf,
+    pub threads: usize,
+    pub compute: ComputeOptions,
+    /// Of each figure, after one that is not counted.
+    pub repeats: u32,
+}
+
+/// A running cluster; its data goes with it.
+pub(super) struct Local {
+    pub service: ServiceClient,
+    /// The name under which it serves the model.
+    pub model: String,
+    pub vocabulary: u32,
+    // In this order: the cluster ends before its folder does.
+    _cluster: Cluster,
+    _data: Folder,
+}
+
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Local {
+    /// Starts `trainers` ranks and `samplers` replicas on one node.
+    pub fn start(subject: &Subject, trainers: u32, samplers: u32) -> Result<Self, BenchError> {
+        if subject.repeats == 0 {
+            return Err(BenchError::Refused {
+                flag: "--repeats",
+                problem: "a median takes at least one".into(),
+            });
+        }
+        let source = source(&subject.model)?;
+        let config =
+            source.check().map_err(|e| BenchError::Refused { flag: "--model", problem: e.to_string() })?;
+        let data_dir = std::env::temp_dir().join(format!("lockstep-bench-{}-data", std::process::id()));
+        let data = Folder(data_dir.clone());
+        let model = source.name.clone();
+        let cluster = Cluster::local(ClusterConfig {
+            data_dir,
+            models: vec![source],
+            nodes: 1,
+            trainers,
+            samplers,
+            threads: subject.threads,
+            compute: subject.compute,
+        })?;
+        let service = ServiceClient::connect_blocking(cluster.connector())?;
+        Ok(Self { service, model, vocabulary: config.vocab_size as u32, _cluster: cluster, _data: data })
+    }
+
+    /// Random ordinary tokens: speed is measured, not learning. The first hundred ids are left to what
+    /// models keep for themselves.
+    pub fn tokens(&self, seed: u64, length: usize) -> ModelInput {
+        ModelInput::from_ints(self.token_ids(seed, length))
+    }
+
+    /// The same as ids.
+    pub fn token_ids(&self, seed: u64, length: usize) -> Vec<u32> {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let first = 100.min(self.vocabulary / 2);
+        let token = |_| first + random.next_u32() % (self.vocabulary - first);
+        (0..length).map(token).collect()
+    }
+}
+
+/// A model's source by its path, under a name that the path gives.
+pub(super) fn source(path: &Path) -> Result<ModelSource, BenchError> {
+    let refused = |problem: String| BenchError::Refused { flag: "--model", problem };
+    if !path.exists() {
+        return Err(refused(format!("there is nothing at {}", path.display())));
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let plain: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' }).collect();
+    Ok(ModelSource::new(&format!("bench/{plain}"), path))
+}
+
+/// Most memory that this process has had, in MiB.
+pub(super) fn peak_rss_mib() -> u64 {
+    // SAFETY: all zeros is a valid value of this plain structure, and the call only writes it.
+    let usage = unsafe {
+        let mut usage = std::mem::zeroed::<libc::rusage>();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    // Linux counts in KiB.
+    usage.ru_maxrss as u64 / 1024
+}
