@@ -145,6 +145,7 @@ async fn with_cluster(
         compute: ComputeOptions::default(),
         models: vec![ModelSource::new(MODEL, model)],
         logs_to_files: true,
+        log_format: "text".into(),
     })
     .await?;
     let measured = async {
