@@ -42,6 +42,8 @@ fn ranks_leave_a_node_between_operations_with_their_state_written_down() {
     let waiter = desk.run(1, init());
     desk.done(waiter);
     desk.sent.clear();
+    let at_first = drain(&mut desk, "node1", true);
+    assert_eq!(at_first, [Some(NodeDrain { runs: 1, samples: 0 }), None], "its state is being written down");
     assert_eq!(drain(&mut desk, "node1", true), [Some(OVER), None]);
     assert_eq!(seats(&desk), [2]);
     let snapshot = desk.sent.iter().position(|(_, m)| matches!(m, CoordinatorMessage::TakeSnapshot { .. }));
