@@ -9,6 +9,7 @@ from up import MODEL, TIMEOUT, Up
 tinker = pytest.importorskip("tinker")
 
 WANTED = list(range(60, 90))
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ async def reinforce(url, steps):
         drawn = await sampling.sample_async(
             prompt=tinker.ModelInput.from_ints(prompt),
             num_samples=24,
-            sampling_params=tinker.SamplingParams(max_tokens=4, temperature=1.0),
+            sampling_params=tinker.SamplingParams(max_tokens=4, temperature=1.0, seed=step),
         )
         rewards = [sum(t in WANTED for t in s.tokens) / len(s.tokens) for s in drawn.sequences]
         mean = sum(rewards) / len(rewards)
@@ -62,8 +63,8 @@ async def reinforce(url, steps):
 
 
 def test_a_reinforcement_loop_raises_its_reward(up):
-    seen = asyncio.run(reinforce(up.url, 12))
-    assert [version for _, version in seen] == list(range(12))
+    seen = asyncio.run(reinforce(up.url, STEPS))
+    assert [version for _, version in seen] == list(range(STEPS))
     first, last = (sum(reward for reward, _ in part) / 3 for part in (seen[:3], seen[-3:]))
     # 30 of 259 tokens are wanted, so chance is about 0.12.
     assert last > first + 0.2, seen
