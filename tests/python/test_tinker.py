@@ -9,7 +9,7 @@ from up import MODEL, TIMEOUT, Up
 tinker = pytest.importorskip("tinker")
 
 WANTED = list(range(60, 90))
-STEPS = 24
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,15 @@ async def reinforce(url, steps):
         sampling = await training.save_weights_and_get_sampling_client_async(f"step-{step}")
         drawn = await sampling.sample_async(
             prompt=tinker.ModelInput.from_ints(prompt),
-            num_samples=24,
-            sampling_params=tinker.SamplingParams(max_tokens=4, temperature=1.0, seed=step),
+            num_samples=96,
+            sampling_params=tinker.SamplingParams(max_tokens=4, temperature=1.0, seed=1000 * step),
         )
         rewards = [sum(t in WANTED for t in s.tokens) / len(s.tokens) for s in drawn.sequences]
         mean = sum(rewards) / len(rewards)
         seen.append((mean, drawn.policy_version))
         data = [datum(prompt, s, r - mean) for s, r in zip(drawn.sequences, rewards)]
         passed = await training.forward_backward_async(data, "importance_sampling")
-        stepped = await training.optim_step_async(tinker.AdamParams(learning_rate=2e-2))
+        stepped = await training.optim_step_async(tinker.AdamParams(learning_rate=3e-2))
         await passed.result_async(timeout=TIMEOUT)
         await stepped.result_async(timeout=TIMEOUT)
     saved = training.save_state("end").result(timeout=TIMEOUT)
