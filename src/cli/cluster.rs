@@ -17,7 +17,7 @@ pub struct Cluster {
 #[derive(Subcommand)]
 enum Action {
     /// Give a node nothing new: its ranks move before their runs' next operations, its replicas finish what they
-    /// have. `lockstep cluster` says when it can stop. A coordinator that restarts has forgotten it.
+    /// have. `lockstep cluster` says when it can stop. It stays so until it is undone.
     Drain {
         /// As `lockstep cluster` shows it.
         node: String,
@@ -51,6 +51,9 @@ fn show(status: &ClusterStatus) {
             node.numerics,
             drain(node)
         );
+    }
+    for name in &status.drained_away {
+        println!("{name}  drained, and not there");
     }
     for run in &status.runs {
         println!("{}", line(run));

@@ -20,6 +20,10 @@ impl Record {
             | Self::DropRun { .. }
             | Self::DropSlots { .. }
             | Self::PublishFailed { .. }
+            | Self::Drained { .. }
+            | Self::Certificate(_)
+            | Self::ForgetCertificate { .. }
+            | Self::Revoked { .. }
             | Self::Prune { .. } => Vec::new(),
         }
     }

@@ -21,12 +21,22 @@ use super::{
 pub const FILE: &str = "journal.sqlite";
 
 /// Version of schema.sql and of the payloads in it.
-const SCHEMA_VERSION: i64 = 3;
+const SCHEMA_VERSION: i64 = 4;
 
 /// From the version of its place to the next; the first is version 2.
-const MIGRATIONS: [&str; 1] = ["ALTER TABLE run ADD COLUMN key BLOB;
+const MIGRATIONS: [&str; 2] = [
+    "ALTER TABLE run ADD COLUMN key BLOB;
     CREATE UNIQUE INDEX run_key ON run (session, key);
-    ALTER TABLE leader ADD COLUMN last_deleted_run INTEGER NOT NULL DEFAULT 0;"];
+    ALTER TABLE leader ADD COLUMN last_deleted_run INTEGER NOT NULL DEFAULT 0;",
+    "CREATE TABLE drained (node TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+    CREATE TABLE certificate (
+        role TEXT NOT NULL, name TEXT NOT NULL, ca BLOB NOT NULL,
+        issued_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, PRIMARY KEY (role, name)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE revocation (
+        role TEXT NOT NULL, name TEXT NOT NULL, upto INTEGER NOT NULL, PRIMARY KEY (role, name)
+    ) STRICT, WITHOUT ROWID;",
+];
 
 /// The oldest version that can be brought to ours.
 const OLDEST_VERSION: i64 = SCHEMA_VERSION - MIGRATIONS.len() as i64;

@@ -25,6 +25,9 @@
 //! | `snapshot` | this blob is the run's state after that operation | `Prune` |
 //! | `checkpoint` | this name means these files; one row, so replacing it is atomic | a later save of the name; `DropCheckpoint` |
 //! | `slot` | this policy is the run's live one, or that of version 0 | a later publish; `DropSlots` |
+//! | `drained` | a node of this name gets nothing new | being given work again |
+//! | `certificate` | a process has this certificate | a later one of its name; its end |
+//! | `revocation` | what was issued to this name up to then is refused | a later one of the name |
 //! | `blob_ref` | this row needs that blob | with its row; an operation's when replay can't reach it |
 //!
 //! A row names a blob only after the blob is durable in `store/`; a crash between the two leaves
@@ -58,8 +61,8 @@ pub use copy::named_blobs;
 pub use database::FILE;
 pub use error::JournalError;
 pub use record::{
-    Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot, SavedCheckpoint,
-    Standing,
+    KnownCertificate, Outcome, Record, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot,
+    SavedCheckpoint, Standing,
 };
 pub use way::{Goal, Way};
 

@@ -1,9 +1,13 @@
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use crate::{
     protocol::{
         BlobRef, CreateRun, Epoch, Operation, OperationKey, OperationResult, OperationSeq, SavedFile,
     },
+    transport::Role,
     types::{Checkpoint, CheckpointId, Digest, LoraConfig, OperationError, PolicyId, RunId, SessionId},
 };
 
@@ -44,6 +48,26 @@ pub enum Record {
     DropRun { run: RunId },
     /// Both slots of a run are empty: it begins anew.
     DropSlots { run: RunId },
+    /// A node of this name gets nothing new, or is given work again.
+    Drained { node: String, drained: bool },
+    /// A process has shown this certificate, or is known to have it; it replaces what is known of its name.
+    Certificate(KnownCertificate),
+    /// What the CA has said of a name is forgotten, as it is over. A revocation stays.
+    ForgetCertificate { role: Role, name: String },
+    /// What was issued to this name up to then (seconds since the Unix epoch) is refused. A later one
+    /// replaces the earlier.
+    Revoked { role: Role, name: String, upto: u64 },
+}
+
+/// A certificate by what is remembered of it. Times are in seconds since the Unix epoch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownCertificate {
+    pub role: Role,
+    pub name: String,
+    /// Of the certificate of the CA that signed it.
+    pub ca: Digest,
+    pub issued_at: u64,
+    pub expires_at: u64,
 }
 
 /// Where a run stands after an operation: what a snapshot's tensors don't say, so that operations
@@ -135,6 +159,12 @@ pub struct Recovered {
     pub last_run: u64,
     /// By id, that is in the order of saving.
     pub checkpoints: Vec<SavedCheckpoint>,
+    /// Names of nodes.
+    pub drained: BTreeSet<String>,
+    /// The newest of each process that has one.
+    pub certificates: Vec<KnownCertificate>,
+    /// Up to when what was issued to a name is refused.
+    pub revoked: BTreeMap<(Role, String), u64>,
 }
 
 /// As it is named in an error.
@@ -154,6 +184,14 @@ impl fmt::Display for Record {
             }
             Self::DropRun { run } => write!(f, "dropping {run}"),
             Self::DropSlots { run } => write!(f, "dropping the slots of {run}"),
+            Self::Drained { node, .. } => write!(f, "whether node {node} is drained"),
+            Self::Certificate(KnownCertificate { role, name, .. }) => {
+                write!(f, "the certificate of {role} {name}")
+            }
+            Self::ForgetCertificate { role, name } => {
+                write!(f, "forgetting the certificate of {role} {name}")
+            }
+            Self::Revoked { role, name, .. } => write!(f, "the revocation of {role} {name}"),
             Self::Prune { run, base, upto } => {
                 write!(f, "pruning {run} up to the snapshot after {} and operation {}", base.0, upto.0)
             }

@@ -2,11 +2,13 @@ use rusqlite::{Connection, Params, Row};
 
 use crate::{
     protocol::{BlobRef, Epoch, MAX_MESSAGE, OperationKey, OperationSeq, decode},
+    transport::Role,
     types::{Digest, RunId, SessionId},
 };
 
 use super::{
-    Outcome, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot, SavedCheckpoint, Standing,
+    KnownCertificate, Outcome, Recovered, RecoveredOperation, RecoveredRun, RecoveredSnapshot,
+    SavedCheckpoint, Standing,
     error::Fault,
     rows::{signed, unsigned},
 };
@@ -27,7 +29,30 @@ pub(super) fn read(db: &Connection, epoch: Epoch) -> Result<Recovered, Fault> {
         all(db, "SELECT payload, files, policy, published FROM checkpoint ORDER BY id", [], read_checkpoint)?;
     let deleted = all(db, "SELECT last_deleted_run FROM leader", [], |row| unsigned(row.get(0)?))?;
     let last_run = runs.iter().map(|run: &RecoveredRun| run.run.0).chain(deleted).max().unwrap_or(0);
-    Ok(Recovered { epoch, sessions, owners, runs, last_run, checkpoints })
+    let drained = all(db, "SELECT node FROM drained", [], |row| Ok(row.get(0)?))?.into_iter().collect();
+    let certificates =
+        all(db, "SELECT role, name, ca, issued_at, expires_at FROM certificate", [], read_certificate)?;
+    let revoked = all(db, "SELECT role, name, upto FROM revocation", [], |row| {
+        Ok(((role(row)?, row.get(1)?), unsigned(row.get(2)?)?))
+    })?;
+    let revoked = revoked.into_iter().collect();
+    Ok(Recovered { epoch, sessions, owners, runs, last_run, checkpoints, drained, certificates, revoked })
+}
+
+fn read_certificate(row: &Row) -> Result<KnownCertificate, Fault> {
+    Ok(KnownCertificate {
+        role: role(row)?,
+        name: row.get(1)?,
+        ca: Digest(row.get(2)?),
+        issued_at: unsigned(row.get(3)?)?,
+        expires_at: unsigned(row.get(4)?)?,
+    })
+}
+
+/// From the first column.
+fn role(row: &Row) -> Result<Role, Fault> {
+    let name: String = row.get(0)?;
+    Role::parse(&name).ok_or_else(|| Fault::Corrupt(format!("no role is called {name:?}")))
 }
 
 fn read_checkpoint(row: &Row) -> Result<SavedCheckpoint, Fault> {

@@ -66,6 +66,31 @@ pub(super) fn write(db: &Connection, record: &Record) -> Result<(), Fault> {
             insert(db, "DELETE FROM blob_ref WHERE run = ? AND owner = 'slot'", params![run])
         }
         Record::DropRun { run } => drop_run(db, signed(run.0)?),
+        Record::Drained { node, drained: true } => {
+            insert(db, "INSERT OR IGNORE INTO drained (node) VALUES (?)", params![node])
+        }
+        Record::Drained { node, drained: false } => {
+            insert(db, "DELETE FROM drained WHERE node = ?", params![node])
+        }
+        Record::Certificate(known) => insert(
+            db,
+            "INSERT OR REPLACE INTO certificate (role, name, ca, issued_at, expires_at) VALUES (?, ?, ?, ?, ?)",
+            params![
+                known.role.as_str(),
+                known.name,
+                known.ca.0,
+                signed(known.issued_at)?,
+                signed(known.expires_at)?
+            ],
+        ),
+        Record::ForgetCertificate { role, name } => {
+            insert(db, "DELETE FROM certificate WHERE role = ? AND name = ?", params![role.as_str(), name])
+        }
+        Record::Revoked { role, name, upto } => insert(
+            db,
+            "INSERT OR REPLACE INTO revocation (role, name, upto) VALUES (?, ?, ?)",
+            params![role.as_str(), name, signed(*upto)?],
+        ),
         Record::Prune { run, base, upto } => prune(db, signed(run.0)?, signed(base.0)?, signed(upto.0)?),
     }
 }

@@ -94,3 +94,26 @@ CREATE TABLE blob_ref (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX blob_ref_digest ON blob_ref (digest);
+
+-- Nodes that get nothing new.
+CREATE TABLE drained (
+    node TEXT PRIMARY KEY
+) STRICT, WITHOUT ROWID;
+
+-- The newest certificate that a process has shown; times in seconds since the Unix epoch.
+CREATE TABLE certificate (
+    role       TEXT NOT NULL,
+    name       TEXT NOT NULL,
+    ca         BLOB NOT NULL, -- SHA-256 of the CA's certificate that signed it
+    issued_at  INTEGER NOT NULL,
+    expires_at INTEGER NOT NULL,
+    PRIMARY KEY (role, name)
+) STRICT, WITHOUT ROWID;
+
+-- What was issued to a name up to then is refused.
+CREATE TABLE revocation (
+    role TEXT NOT NULL,
+    name TEXT NOT NULL,
+    upto INTEGER NOT NULL,
+    PRIMARY KEY (role, name)
+) STRICT, WITHOUT ROWID;

@@ -53,7 +53,8 @@ pub enum ClientRequest {
     ReplayRun { run: RunId, step: u64 },
     /// → `Blob`: a copy of the journal. It, and all blobs that it names, are there for a quarter of an hour.
     BackUp,
-    /// → `Cluster`: no rank and no replica of the node is given anything new; or it is again.
+    /// → `Cluster`, once it is durable: no rank and no replica of the node is given anything new; or it is
+    /// again.
     DrainNode { name: String, drain: bool },
 }
 
@@ -203,6 +204,8 @@ pub struct RunInfo {
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub struct ClusterStatus {
     pub nodes: Vec<NodeStatus>,
+    /// Nodes that are drained and not there.
+    pub drained_away: Vec<String>,
     pub runs: Vec<RunInfo>,
 }
 

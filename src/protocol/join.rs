@@ -1,7 +1,7 @@
 use bincode::{Decode, Encode};
 
 /// ALPN name of the doorway, where processes without a certificate come in.
-pub const JOIN_ALPN: &[u8] = b"lockstep-join/1";
+pub const JOIN_ALPN: &[u8] = b"lockstep-join/2";
 
 /// Largest message at the doorway: names, a key, two certificates.
 pub const MAX_JOIN_MESSAGE: usize = 8 << 10;

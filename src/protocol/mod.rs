@@ -49,10 +49,10 @@ pub use operation::{
 pub use stream::{BlobReply, StreamOpen};
 
 /// Version of these messages: part of the ALPN name and of every hello.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// ALPN name under which endpoints speak this protocol.
-pub const ALPN: &[u8] = b"lockstep/1";
+pub const ALPN: &[u8] = b"lockstep/2";
 
 /// Largest control message. The largest legitimate one is a `Generate` with a prompt of
 /// 128 Ki tokens (512 KiB) or its reply with 20 alternatives for each of 32 Ki positions.

@@ -7,7 +7,7 @@ use std::fmt;
 use super::TransportError;
 
 /// What a process is, proved by its certificate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     Coordinator,
     Node,
@@ -30,7 +30,8 @@ impl Role {
         Self::ALL.into_iter().find(|role| role.as_str() == name)
     }
 
-    pub(super) fn as_str(self) -> &'static str {
+    /// Its name: `node`, ….
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Coordinator => "coordinator",
             Self::Node => "node",

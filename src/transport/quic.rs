@@ -40,6 +40,10 @@ use super::{
 /// 30 s outlives a machine that swaps or a switch that restarts.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The same between nodes: their ranks wait for one another, and a node that its peers don't hear for as long as
+/// this is left out, as is one that the coordinator does not hear.
+const PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+
 /// Also how soon the loss of a peer that was killed and is back is noticed: it disowns the first
 /// packet that it gets.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
@@ -78,7 +82,9 @@ const PIECES: usize = 32;
 /// A bound socket.
 pub(super) struct Socket {
     endpoint: quinn::Endpoint,
-    client: quinn::ClientConfig,
+    /// Towards nodes, and towards all others.
+    to_node: quinn::ClientConfig,
+    to_others: quinn::ClientConfig,
     cluster: String,
     accepted: Mutex<mpsc::Receiver<Connection>>,
     acceptor: AbortHandle,
@@ -87,9 +93,11 @@ pub(super) struct Socket {
 
 impl Socket {
     pub(super) fn bind(bind: SocketAddr, identity: Identity, alpn: &[u8]) -> Result<Self, TransportError> {
-        let transport = Arc::new(transport_config());
-        let mut client = quinn::ClientConfig::new(Arc::new(tls::client_config(&identity, alpn)?));
-        client.transport_config(transport.clone());
+        let transport = Arc::new(transport_config(IDLE_TIMEOUT));
+        let mut to_others = quinn::ClientConfig::new(Arc::new(tls::client_config(&identity, alpn)?));
+        to_others.transport_config(transport.clone());
+        let mut to_node = to_others.clone();
+        to_node.transport_config(Arc::new(transport_config(PEER_IDLE_TIMEOUT)));
         let server = match identity.role() {
             Role::Client => None,
             Role::Coordinator | Role::Node | Role::Gateway => {
@@ -110,7 +118,7 @@ impl Socket {
         let (ready, accepted) = mpsc::channel(ACCEPT_QUEUE);
         let cluster = identity.cluster().to_owned();
         let acceptor = tokio::spawn(accept_all(endpoint.clone(), cluster.clone(), ready)).abort_handle();
-        Ok(Self { endpoint, client, cluster, accepted: Mutex::new(accepted), acceptor, local })
+        Ok(Self { endpoint, to_node, to_others, cluster, accepted: Mutex::new(accepted), acceptor, local })
     }
 
     pub(super) fn local_address(&self) -> String {
@@ -123,9 +131,10 @@ impl Socket {
 
     pub(super) async fn connect(&self, address: &str, role: Role) -> Result<Connection, TransportError> {
         let to = resolve(address, self.local).await?;
+        let config = if role == Role::Node { &self.to_node } else { &self.to_others };
         let connecting = self
             .endpoint
-            .connect_with(self.client.clone(), to, &name::role_dns_name(role, &self.cluster))
+            .connect_with(config.clone(), to, &name::role_dns_name(role, &self.cluster))
             .map_err(|e| match e {
                 quinn::ConnectError::EndpointStopping => TransportError::EndpointClosed,
                 other => {
@@ -192,7 +201,8 @@ fn endpoint_config(identity: &Identity) -> EndpointConfig {
     config
 }
 
-fn transport_config() -> TransportConfig {
+/// Of the two ends' idle timeouts the shorter one counts.
+fn transport_config(idle_timeout: Duration) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(MAX_STREAMS.into())
@@ -204,7 +214,7 @@ fn transport_config() -> TransportConfig {
         .datagram_receive_buffer_size(None)
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(
-            IdleTimeout::try_from(IDLE_TIMEOUT).expect("30 s fit a variable-length integer"),
+            IdleTimeout::try_from(idle_timeout).expect("seconds fit a variable-length integer"),
         ));
     config
 }
@@ -379,6 +389,15 @@ impl Reader {
     }
 }
 
+/// Said to whoever speaks under a name that the other end does not know.
+const OTHER_VERSION: &str =
+    "it speaks another version of Lockstep's protocol; give all processes of a cluster the same build";
+
+/// TLS alert 120, no_application_protocol.
+fn no_common_protocol() -> TransportErrorCode {
+    TransportErrorCode::crypto(120)
+}
+
 /// Why a connection attempt failed. TLS alerts are QUIC errors 0x100 to 0x1ff (RFC 9001, 4.8).
 pub(super) fn connect_error(address: &str, role: Role, error: ConnectionError) -> TransportError {
     let is_tls = |code: TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
@@ -386,6 +405,10 @@ pub(super) fn connect_error(address: &str, role: Role, error: ConnectionError) -
     match error {
         ConnectionError::TransportError(e) if is_tls(e.code) => {
             TransportError::Untrusted { address, role: role.as_str(), reason: e.reason }
+        }
+        // Whichever end noticed: the names under which both speak hold their versions.
+        ConnectionError::ConnectionClosed(e) if e.error_code == no_common_protocol() => {
+            TransportError::Refused { address, reason: OTHER_VERSION.into() }
         }
         ConnectionError::ConnectionClosed(e) if is_tls(e.error_code) => {
             TransportError::Refused { address, reason: e.to_string() }
@@ -397,7 +420,10 @@ pub(super) fn connect_error(address: &str, role: Role, error: ConnectionError) -
             TransportError::Refused { address, reason: "it speaks another version of QUIC".into() }
         }
         // quinn's own limit for a handshake is the idle timeout.
-        ConnectionError::TimedOut => TransportError::ConnectTimeout { address, deadline: IDLE_TIMEOUT },
+        ConnectionError::TimedOut => {
+            let deadline = if role == Role::Node { PEER_IDLE_TIMEOUT } else { IDLE_TIMEOUT };
+            TransportError::ConnectTimeout { address, deadline }
+        }
         other => stream_error(other),
     }
 }

@@ -127,6 +127,23 @@ fn a_drained_node_stops_and_nothing_fails() {
         status.runs[0].phase.clone()
     };
     assert_eq!(on(), "ready on 2 ranks");
+    // A coordinator that starts again knows it.
+    for coordinator in processes_of(directory, Some("coordinator")) {
+        send_signal("-KILL", coordinator);
+    }
+    let until = Instant::now() + PATIENCE;
+    loop {
+        // The nodes come back one by one.
+        match on().as_str() {
+            "ready on 2 ranks" => break,
+            "ready on 3 ranks" => panic!("it is drained no more"),
+            _ => assert!(Instant::now() < until, "{}", on()),
+        }
+    }
+    while !cli(directory, &["cluster"]).expect("shown").contains("drained: it can stop") {
+        assert!(Instant::now() < until, "{}", cli(directory, &["cluster"]).expect("shown"));
+        thread::sleep(std::time::Duration::from_millis(50));
+    }
     // The operations that follow don't notice its end: no rank set is lost, and none is formed.
     let node = block_on(service.cluster_status()).expect("status").nodes;
     let node = node.iter().find(|node| node.name == "node-1").expect("it is shown");

@@ -31,6 +31,9 @@ const CUT_AT: u64 = 5;
 /// Less than that was not felt: what is in flight waits until the node counts as lost.
 const FELT: Duration = Duration::from_secs(5);
 
+/// Three rank sets at 15 s, should each report name the wrong one of a pair first, and a busy machine.
+const LEFT_OUT: Duration = Duration::from_secs(75);
+
 /// For a run of some seconds, on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -114,6 +117,12 @@ impl Hosts {
         self.to_node[node].cut(cut);
         // What it opened towards others comes from where it listens.
         self.to_node.iter().for_each(|proxy| proxy.cut_client(self.listens[node], cut));
+    }
+
+    /// The other nodes don't hear of this one any more, nor it of them; the coordinator does.
+    fn cut_from_peers(&self, node: usize) {
+        self.to_node[node].cut(true);
+        self.to_node.iter().for_each(|proxy| proxy.cut_client(self.listens[node], true));
     }
 
     fn counts(&self) -> [u64; 3] {
@@ -202,4 +211,42 @@ fn a_partition_delays_and_harms_nothing() {
     eprintln!("{STEPS} steps on 3 hosts, one cut off for {PARTITION:?}: {took:.1?}");
     // The node that was away is one of the cluster again.
     wait_for_nodes(&service, 3);
+}
+
+/// Both while its ranks compute and while they are formed, silence between two nodes is noticed in the time in
+/// which the coordinator would notice it, and not at the deadline of forming (300 s) or of an operation (600 s).
+#[test]
+fn a_node_that_its_peers_do_not_hear_is_left_out_in_the_time_of_a_heartbeat() {
+    if own_host().is_none() {
+        eprintln!("skipped: a `/dev/shm` of its own needs root and `unshare`");
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let (calm, cut) = (directory.path().join("calm"), directory.path().join("cut"));
+    let expected = undisturbed(&calm, STEPS);
+
+    let hosts = Hosts::start(&cut, CALM);
+    let service = connect(&cut);
+    wait_for_nodes(&service, 3);
+    let training = train(&service);
+    (0..CUT_AT).for_each(|_| step(&training));
+    let begun = Instant::now();
+    hosts.cut_from_peers(1);
+    step(&training);
+    let computing = begun.elapsed();
+    (CUT_AT + 1..STEPS).for_each(|_| step(&training));
+    assert_eq!(last(&training, STEPS), expected, "other weights than without a cut");
+    assert!((FELT..LEFT_OUT).contains(&computing), "a step took {computing:?}");
+
+    // Its peers are kept from it, and those two from each other now: one node after the other is left.
+    let begun = Instant::now();
+    hosts.cut_from_peers(0);
+    let second = train(&service);
+    step(&second);
+    let forming = begun.elapsed();
+    assert!((FELT..LEFT_OUT).contains(&forming), "ranks took {forming:?}");
+    wait_for_nodes(&service, 3);
+    eprintln!(
+        "cut off from its peers: {computing:.1?} in an operation, {forming:.1?} while ranks are formed"
+    );
 }

@@ -1,6 +1,6 @@
 //! The journal as a value: what is durable, and appends on their way there.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use lockstep::{
     coordinator::state::AppendId,
@@ -24,6 +24,7 @@ pub struct ModelJournal {
     sessions: Vec<SessionId>,
     runs: BTreeMap<RunId, ModelRun>,
     checkpoints: BTreeMap<(RunId, CheckpointTarget, String), SavedCheckpoint>,
+    drained: BTreeSet<String>,
 }
 
 pub struct ModelRun {
@@ -167,6 +168,16 @@ impl ModelJournal {
                 run.replaced.clear();
                 run.published = None;
             }
+            Record::Drained { node, drained } => {
+                if drained {
+                    self.drained.insert(node)
+                } else {
+                    self.drained.remove(&node)
+                };
+            }
+            Record::Certificate(_) | Record::ForgetCertificate { .. } | Record::Revoked { .. } => {
+                unreachable!("nobody has a certificate in here")
+            }
             Record::Prune { run, base, upto } => {
                 let run = self.runs.get_mut(&run).expect("a run of its own");
                 assert!(run.snapshots.contains_key(&base) && upto <= base, "nothing to go on from");
@@ -257,6 +268,9 @@ impl ModelJournal {
             runs: runs.collect(),
             last_run: self.runs.keys().last().map_or(0, |run| run.0),
             checkpoints,
+            drained: self.drained.clone(),
+            certificates: Vec::new(),
+            revoked: BTreeMap::new(),
         }
     }
 }

@@ -113,6 +113,11 @@ impl ModelNode {
                 let fence = self.fences.insert(run, (epoch, generation));
                 assert!(fence < Some((epoch, generation)), "{run}: generation {} again", generation.0);
                 self.ranks.retain(|(other, _), _| *other != run);
+                let missed = roster.iter().find(|seat| self.cut_off && Some(seat.node) != self.id);
+                if let Some(missed) = missed {
+                    let (error, blame) = (unavailable(), Blame::Peer(missed.rank));
+                    return vec![NodeMessage::RanksFailed { run, generation, error, blame }];
+                }
                 if dice.fails(2) {
                     let (error, blame) = (unavailable(), Blame::Environment);
                     return vec![NodeMessage::RanksFailed { run, generation, error, blame }];

@@ -10,7 +10,11 @@
 //! A rank sends to all and receives from all at the same time, so none waits for one that waits
 //! for it.
 
-use std::{cell::RefCell, collections::BTreeSet, time::Instant};
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use futures::future::{Future, join_all, try_join, try_join_all};
 use tokio::{runtime::Handle, sync::watch, time::timeout_at};
@@ -26,6 +30,10 @@ use crate::{
 };
 
 mod reduce;
+
+/// How long another rank's node may take to take a connection: as long as it may be silent towards the
+/// coordinator. It takes them as soon as it runs, whatever its ranks are still loading.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
 
 /// One rank's side.
 pub(super) struct Quic {
@@ -139,7 +147,7 @@ async fn open(
     key: StreamKey,
     deadline: Instant,
 ) -> Result<(Stream, Option<Connection>), TransportError> {
-    let patience = deadline.saturating_duration_since(Instant::now());
+    let patience = deadline.saturating_duration_since(Instant::now()).min(CONNECT_DEADLINE);
     let connection = endpoint.connect(&seat.address, Role::Node, patience).await?;
     let mut stream = connection.open_stream().await?;
     stream.send.send_frame(&encode(&key.stream_open())).await?;

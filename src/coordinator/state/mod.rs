@@ -182,6 +182,11 @@ enum Appending {
         seq: OperationSeq,
         error: OperationError,
     },
+    Drained {
+        node: String,
+        drained: bool,
+        waiter: WaiterId,
+    },
 }
 
 impl State {
@@ -260,6 +265,9 @@ impl State {
             Appending::Drop { checkpoints, waiter } => self.dropped(checkpoints, waiter, result),
             Appending::Fork { run, waiter } => self.fork_durable(*run, waiter, result),
             Appending::DropRun { run, waiter } => self.run_dropped(run, waiter, result),
+            Appending::Drained { node, drained, waiter } => {
+                self.drained_durable(node, drained, waiter, result);
+            }
             Appending::PublishFailed { run, seq, error } => self.publish_failed(run, seq, error, result),
         }
     }

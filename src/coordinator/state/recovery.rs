@@ -63,7 +63,7 @@ impl State {
             next_append: 0,
             drain: None,
             recalls: BTreeMap::new(),
-            evacuated: BTreeSet::new(),
+            evacuated: recovered.drained,
             severed: Default::default(),
             next_tending_ms: now_ms,
             effects: Vec::new(),

@@ -96,7 +96,7 @@ impl State {
             ClientRequest::ReplayRun { run, step } => self.replay_run(waiter, run, step),
             // Seen to where the journal and the store are.
             ClientRequest::BackUp => Err(Refusal::Fault("a backup was asked of the state machine".into())),
-            ClientRequest::DrainNode { name, drain } => self.drain_node(&name, drain).map(Some),
+            ClientRequest::DrainNode { name, drain } => self.drain_node(waiter, name, drain),
         };
         match answered {
             Ok(Some(response)) => self.respond(waiter, response),
@@ -320,8 +320,11 @@ impl State {
             numerics: node.numerics(),
             drain: self.drain_of(*id),
         });
+        let there = |name: &&String| self.nodes.values().any(|node| node.hello.name == **name);
+        let drained_away = self.evacuated.iter().filter(|name| !there(name)).cloned().collect();
         ClusterStatus {
             nodes: nodes.collect(),
+            drained_away,
             runs: self.runs.values().map(|run| self.described(run)).collect(),
         }
     }

@@ -1,7 +1,8 @@
 //! Nodes that live and can't reach each other: no rank set holds both of such a pair, so that a node which
 //! is cut off from the others, but not from here, costs a run a few tries and not its operation.
 //!
-//! A rank that misses another says so. Whose fault it was is not known of one pair: with three nodes the
+//! A rank that misses another says so, as soon as it has not heard it for as long as a node may be silent
+//! towards the coordinator. Whose fault it was is not known of one pair: with three nodes the
 //! first set leaves out one of the two, and if that was the wrong one, the next miss tells. Pairs are tried
 //! again after a while, each time after a longer one, as a try that fails costs the run a rank set.
 

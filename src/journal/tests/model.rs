@@ -17,6 +17,7 @@ struct Model {
     /// By run, and whether it is not of version 0.
     slots: BTreeMap<(u64, bool), (PolicyId, BlobRef)>,
     last_deleted: u64,
+    drained: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -129,6 +130,17 @@ impl Model {
                 self.slots.retain(|(r, _), _| *r != run.0);
                 true
             }
+            Record::Drained { node, drained } => {
+                if drained {
+                    self.drained.insert(node)
+                } else {
+                    self.drained.remove(&node)
+                };
+                true
+            }
+            Record::Certificate(_) | Record::ForgetCertificate { .. } | Record::Revoked { .. } => {
+                unreachable!("never drawn; see `recovery`")
+            }
             Record::Prune { run, base, upto } => {
                 self.operations.retain(|(r, seq), _| *r != run.0 || *seq > upto.0);
                 for (_, operation) in self.operations.range_mut((run.0, 0)..=(run.0, base.0)) {
@@ -173,6 +185,9 @@ impl Model {
             runs: self.runs.iter().map(run).collect(),
             last_run: self.runs.iter().copied().max().unwrap_or(0).max(self.last_deleted),
             checkpoints,
+            drained: self.drained.clone(),
+            certificates: Vec::new(),
+            revoked: Default::default(),
         }
     }
 

@@ -40,8 +40,8 @@ fn another_version_is_refused_with_both_numbers_and_not_changed() {
     drop(set);
     let before = std::fs::read(file(directory.path())).unwrap();
     let error = refused(directory.path());
-    assert!(matches!(error, JournalError::Version { found: 7, ours: 3, .. }), "{error}");
-    assert!(error.to_string().contains("version 7") && error.to_string().contains("reads 3"), "{error}");
+    assert!(matches!(error, JournalError::Version { found: 7, ours: 4, .. }), "{error}");
+    assert!(error.to_string().contains("version 7") && error.to_string().contains("reads 4"), "{error}");
     assert_eq!(std::fs::read(file(directory.path())).unwrap(), before);
 }
 
@@ -109,7 +109,8 @@ fn a_journal_of_version_2_is_brought_to_ours_with_all_that_is_in_it() {
     let directory = written();
     let old = Connection::open(file(directory.path())).unwrap();
     old.execute_batch(
-        "DROP INDEX run_key; ALTER TABLE run DROP COLUMN key;
+        "DROP TABLE drained; DROP TABLE certificate; DROP TABLE revocation;
+         DROP INDEX run_key; ALTER TABLE run DROP COLUMN key;
          ALTER TABLE leader DROP COLUMN last_deleted_run; PRAGMA user_version = 2;",
     )
     .unwrap();
@@ -126,4 +127,31 @@ fn a_journal_of_version_2_is_brought_to_ours_with_all_that_is_in_it() {
     write(&journal, vec![keyed]).unwrap();
     journal.close();
     assert_eq!(recover(directory.path()).runs[1].key, Some(OperationKey([4; 16])));
+}
+
+/// A column's name, type, whether it may be null, and its place in the key.
+type Column = (String, String, bool, i64);
+
+#[test]
+fn a_journal_of_version_3_gets_the_tables_that_a_new_one_has() {
+    let tables = |directory: &Path| -> Vec<(String, Vec<Column>)> {
+        let db = Connection::open(file(directory)).unwrap();
+        let mut names =
+            db.prepare("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name").unwrap();
+        let names: Vec<String> = names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+        let columns = |name: &String| {
+            let mut columns = db.prepare(&format!("PRAGMA table_info({name})")).unwrap();
+            let read = |row: &rusqlite::Row<'_>| Ok((row.get(1)?, row.get(2)?, row.get(3)?, row.get(5)?));
+            columns.query_map([], read).unwrap().map(Result::unwrap).collect()
+        };
+        names.iter().map(|name| (name.clone(), columns(name))).collect()
+    };
+    let (directory, new) = (written(), written());
+    let old = Connection::open(file(directory.path())).unwrap();
+    let without =
+        "DROP TABLE drained; DROP TABLE certificate; DROP TABLE revocation; PRAGMA user_version = 3;";
+    old.execute_batch(without).unwrap();
+    drop(old);
+    assert_eq!(recover(directory.path()).runs.len(), 1);
+    assert_eq!(tables(directory.path()), tables(new.path()));
 }

@@ -1,3 +1,7 @@
+use std::collections::BTreeSet;
+
+use crate::transport::Role;
+
 use super::*;
 
 #[test]
@@ -11,6 +15,9 @@ fn every_record_is_recovered_as_it_was_written() {
         runs: vec![],
         last_run: 0,
         checkpoints: vec![],
+        drained: Default::default(),
+        certificates: vec![],
+        revoked: Default::default(),
     };
     assert_eq!(first, empty);
 
@@ -272,4 +279,41 @@ fn a_dropped_run_leaves_nothing_but_its_number() {
     let recovered = recover(directory.path());
     assert_eq!((recovered.runs.len(), recovered.checkpoints.len(), recovered.last_run), (1, 1, 2));
     assert_eq!(named(directory.path()), by_digest([1, 4, 7, 9]));
+}
+
+#[test]
+fn what_is_known_of_nodes_and_certificates_is_recovered() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, _) = Journal::open(directory.path()).unwrap();
+    let known = |role, name: &str, issued_at| KnownCertificate {
+        role,
+        name: name.into(),
+        ca: Digest::of(b"a CA"),
+        issued_at,
+        expires_at: issued_at + 100,
+    };
+    let revoked = |name: &str, upto| Record::Revoked { role: Role::Node, name: name.into(), upto };
+    let drained = |node: &str, drained| Record::Drained { node: node.into(), drained };
+    let facts = vec![
+        drained("a", true),
+        drained("b", true),
+        drained("b", true),
+        drained("a", false),
+        drained("never", false),
+        Record::Certificate(known(Role::Node, "a", 1)),
+        Record::Certificate(known(Role::Client, "a", 2)),
+        Record::Certificate(known(Role::Node, "a", 3)),
+        Record::Certificate(known(Role::Gateway, "gone", 4)),
+        Record::ForgetCertificate { role: Role::Gateway, name: "gone".into() },
+        revoked("a", 7),
+        revoked("b", 8),
+        revoked("a", 9),
+    ];
+    write(&journal, facts).unwrap();
+    journal.close();
+    let recovered = recover(directory.path());
+    assert_eq!(recovered.drained, BTreeSet::from(["b".to_owned()]));
+    assert_eq!(recovered.certificates, [known(Role::Client, "a", 2), known(Role::Node, "a", 3)]);
+    let upto = |name: &str, upto| ((Role::Node, name.to_owned()), upto);
+    assert_eq!(recovered.revoked, BTreeMap::from([upto("a", 9), upto("b", 8)]));
 }

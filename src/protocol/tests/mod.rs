@@ -236,7 +236,11 @@ fn client_responses() -> Vec<ClientResponse> {
         ClientResponse::Checkpoints(vec![checkpoint]),
         ClientResponse::CheckpointFiles(files),
         ClientResponse::Blob(blob()),
-        ClientResponse::Cluster(ClusterStatus { nodes: vec![node], runs: vec![run_info()] }),
+        ClientResponse::Cluster(ClusterStatus {
+            nodes: vec![node],
+            drained_away: vec!["m".into()],
+            runs: vec![run_info()],
+        }),
         ClientResponse::Error(error()),
         ClientResponse::SessionOwner(Some("ada".into())),
         ClientResponse::Deleted,

@@ -83,6 +83,7 @@ async fn connect_says_who_refused_whom() {
         Endpoint::quic(loopback(), world.ca.issue(Role::Node, "a").unwrap(), b"lockstep-test/2").unwrap();
     let error = newer.connect(&address, Role::Coordinator, PATIENCE).await.unwrap_err();
     assert!(matches!(error, TransportError::Refused { .. }), "{error:?}");
+    assert!(error.to_string().contains("another version of Lockstep's protocol"), "{error}");
     assert!(!error.is_retryable());
     // A client listens to nobody.
     let client = world.endpoint(Role::Client, "cli");

@@ -1,7 +1,7 @@
 //! A state machine on a desk: appends succeed at once and nodes answer at once, unless a test
 //! takes that into its own hands.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::{
     coordinator::{
@@ -348,6 +348,9 @@ pub fn nothing() -> Recovered {
         runs: Vec::new(),
         last_run: 0,
         checkpoints: Vec::new(),
+        drained: BTreeSet::new(),
+        certificates: Vec::new(),
+        revoked: BTreeMap::new(),
     }
 }
 

@@ -1,12 +1,13 @@
 //! Draining a node.
 
 use crate::{
+    journal::{Record, Recovered},
     protocol::{ClientRequest, ClientResponse, CoordinatorMessage, NodeDrain, NodeId, SampleTarget},
     types::ErrorKind,
 };
 
 use super::{
-    desk::{Desk, RUN, forward_backward, init, optim_step, publish},
+    desk::{Desk, RUN, disk_full, forward_backward, init, nothing, optim_step, publish},
     samplers::request,
 };
 
@@ -125,4 +126,44 @@ fn a_node_that_is_not_there_is_named_with_those_that_are() {
     let error = desk.refused(ClientRequest::DrainNode { name: "nodeX".into(), drain: true });
     assert_eq!(error.kind, ErrorKind::NotFound);
     assert!(error.message.contains("nodeX") && error.message.contains("node1"), "{error}");
+}
+
+#[test]
+fn a_drained_node_stays_so_over_a_restart_and_can_be_taken_back_while_it_is_away() {
+    let mut desk = settled(&[(1, 0), (1, 0)]);
+    drain(&mut desk, "node2", true);
+    let written = Record::Drained { node: "node2".into(), drained: true };
+    assert!(desk.records.contains(&written), "{:?}", desk.records);
+
+    let mut again = Desk::recovered(Recovered { drained: ["node2".to_owned()].into(), ..nothing() });
+    let away = |response| match response {
+        ClientResponse::Cluster(status) => status.drained_away,
+        other => panic!("no status: {other:?}"),
+    };
+    assert_eq!(away(again.asked(ClientRequest::ClusterStatus)), ["node2"]);
+    again.join(1, 1, 0);
+    again.join(2, 1, 0);
+    again.pass(5_000);
+    again.create(None);
+    assert_eq!(seats(&again), [1]);
+    again.lose(2);
+    let undo = ClientRequest::DrainNode { name: "node2".into(), drain: false };
+    assert!(away(again.asked(undo.clone())).is_empty());
+    again.join(3, 1, 0);
+    assert_eq!(again.refused(undo).kind, ErrorKind::NotFound, "it is neither there nor drained");
+}
+
+#[test]
+fn a_drain_that_is_not_durable_is_none() {
+    let mut desk = settled(&[(1, 0), (1, 0)]);
+    desk.durable = false;
+    let waiter = desk.ask(ClientRequest::DrainNode { name: "node2".into(), drain: true });
+    assert_eq!(desk.answer(waiter), None);
+    desk.wrote(Err(disk_full()));
+    assert!(
+        matches!(desk.answer(waiter), Some(ClientResponse::Error(e)) if e.kind == ErrorKind::ResourceExhausted)
+    );
+    desk.durable = true;
+    assert_eq!(seats(&desk), [1, 2]);
+    assert_eq!(drain(&mut desk, "node1", false), [None, None]);
 }

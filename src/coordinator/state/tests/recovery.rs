@@ -67,6 +67,9 @@ fn recovered(outcome: Option<Outcome>) -> Recovered {
         runs: vec![run],
         last_run: 1,
         checkpoints: Vec::new(),
+        drained: Default::default(),
+        certificates: Vec::new(),
+        revoked: Default::default(),
     }
 }
 
