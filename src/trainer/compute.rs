@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     time::{Duration, Instant},
 };
 
@@ -62,19 +62,47 @@ pub(super) struct Tools {
     pub(super) progress: Progress,
 }
 
-/// Tells the actor how far an operation is, no more often than the rank is configured to.
-pub(super) struct Progress {
+/// Tells the actor how far an operation is, no more often than the rank is configured to. Shared with
+/// the workspace, which calls after each layer: one micro-batch of a long sequence may take longer than
+/// an operation may be silent.
+#[derive(Clone)]
+pub(super) struct Progress(Arc<Mutex<Told>>);
+
+struct Told {
     outlet: Outlet,
     every: Duration,
-    told: Instant,
+    at: Instant,
+    /// The operation at work, its micro-batches done, and all of them.
+    place: Option<(OpToken, u32, u32)>,
 }
 
 impl Progress {
-    pub(super) fn tell(&mut self, token: OpToken, done: u32, of: u32) {
-        if self.told.elapsed() >= self.every {
-            self.told = Instant::now();
-            self.outlet.offer(Event::Progress { token, done, of });
+    fn new(outlet: Outlet, every: Duration) -> Self {
+        Self(Arc::new(Mutex::new(Told { outlet, every, at: Instant::now(), place: None })))
+    }
+
+    /// A new operation has begun, or one of its micro-batches is done.
+    pub(super) fn stands_at(&self, token: OpToken, done: u32, of: u32) {
+        self.told().place = Some((token, done, of));
+        self.tell();
+    }
+
+    fn ended(&self) {
+        self.told().place = None;
+    }
+
+    fn tell(&self) {
+        let mut told = self.told();
+        if let Some((token, done, of)) = told.place
+            && told.at.elapsed() >= told.every
+        {
+            told.at = Instant::now();
+            told.outlet.offer(Event::Progress { token, done, of });
         }
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -102,9 +130,10 @@ pub(super) fn spawn(
     let outlet = Outlet { actor: actor.downgrade(), control: tokio::runtime::Handle::current() };
     spawn_guarded(name, config.on_death.clone(), move || {
         lower_thread_priority();
-        let progress =
-            Progress { outlet: outlet.clone(), every: config.progress_every, told: Instant::now() };
-        let workspace = Workspace::new(config.library.options());
+        let progress = Progress::new(outlet.clone(), config.progress_every);
+        let mut workspace = Workspace::new(config.library.options());
+        let at_work = progress.clone();
+        workspace.after_each_layer(move || at_work.tell());
         let tools = Tools { config, workspace, progress };
         let mut compute = Compute { tools, runs: HashMap::new(), outlet };
         while let Ok(Work { job, abort }) = work.recv() {
@@ -236,10 +265,11 @@ impl Compute {
         if run.abort.is_thrown() {
             return Err(Failure::environment(ErrorKind::Unavailable, format!("{token} was called off")));
         }
-        self.tools.progress.told = Instant::now();
         let _span = tracing::debug_span!("execute", %token, operation = operation.name()).entered();
         let clears_gradient = matches!(operation, Operation::OptimStep { .. });
-        match operation::run(run, &mut self.tools, token, operation) {
+        let outcome = operation::run(run, &mut self.tools, token, operation);
+        self.tools.progress.ended();
+        match outcome {
             Ok(operation::Outcome { next, result, saved }) => {
                 let _span = tracing::debug_span!("digest").entered();
                 let prepared = Prepared { state: next.digest(), result, saved, step: next.step };

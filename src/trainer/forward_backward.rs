@@ -127,6 +127,7 @@ fn own_share(
     let parameters = run.state.layout.len();
     let mut sums = TreeAccumulator::new(mine.start, parameters);
     let mut computed = Vec::with_capacity(mine.len());
+    tools.progress.stands_at(token, 0, mine.len() as u32);
     for range in &micro_batches[as_usize(&mine)] {
         if run.abort.is_thrown() {
             return Err(Failure::environment(ErrorKind::Unavailable, format!("{token} was called off")));
@@ -148,7 +149,7 @@ fn own_share(
             lease.team(),
         )?);
         drop((span, lease));
-        tools.progress.tell(token, computed.len() as u32, mine.len() as u32);
+        tools.progress.stands_at(token, computed.len() as u32, mine.len() as u32);
         if let Some(gradient) = gradient {
             sums.push(gradient);
         }

@@ -67,6 +67,7 @@ pub fn backward(
             team,
         };
         layer.run(workspace);
+        workspace.layer_done();
     }
     workspace.activations = again;
     workspace.spare = std::mem::take(&mut tape.layers);

@@ -74,6 +74,7 @@ pub fn forward(
             }
             None => workspace.activations = activations,
         }
+        workspace.layer_done();
     }
     let mut hidden_rd = vec![0.0; plan.rows * hidden];
     let eps = model.config.rms_norm_eps;

@@ -90,12 +90,12 @@ pub fn head_logprobs(
     assert!(targets.is_sorted_by_key(|(row, _)| *row), "targets are sorted by row");
     let head =
         Head { weight: &model.weights.head, adapter: adapter.filter(|a| a.layout.head().is_some()), team };
-    let buffers = &mut workspace.head;
     let rows_most = head_chunk_rows(head.weight.out_features());
     let mut scores = HeadScores::default();
     let mut first = 0;
     while first < targets.len() {
         let chunk = Chunk::new(targets, first, rows_most);
+        let buffers = &mut workspace.head;
         chunk.forward(&head, hidden, buffers);
         let lse = chunk.read(request, &buffers.logits_cv, &mut scores, team);
         if let Some(HeadGradient { adapter, factor, d_hidden }) = &mut gradient {
@@ -103,6 +103,7 @@ pub fn head_logprobs(
             chunk.backward(&head, targets, &factors, &lse, Shared::new(adapter), d_hidden, buffers);
         }
         first = chunk.targets.end;
+        workspace.layer_done();
     }
     scores
 }

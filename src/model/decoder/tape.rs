@@ -42,7 +42,10 @@ pub struct Workspace {
     pub(super) slots_sd: Buffer,
     pub(super) gradients: LayerGradients,
     pub(super) head: HeadBuffers,
+    after_layer: Option<AfterLayer>,
 }
+
+type AfterLayer = Box<dyn FnMut() + Send>;
 
 /// What one layer computes and its backward reads.
 #[derive(Default)]
@@ -106,6 +109,18 @@ impl Workspace {
     /// Without memory yet, for passes that are computed so.
     pub fn new(options: ComputeOptions) -> Self {
         Self { options, ..Self::default() }
+    }
+
+    /// Has `call` called after each layer and each chunk of the head, either way: a pass over a long
+    /// sequence takes many minutes, and whoever waits for it hears so that it goes on.
+    pub fn after_each_layer(&mut self, call: impl FnMut() + Send + 'static) {
+        self.after_layer = Some(Box::new(call));
+    }
+
+    pub(super) fn layer_done(&mut self) {
+        if let Some(call) = &mut self.after_layer {
+            call();
+        }
     }
 }
 
