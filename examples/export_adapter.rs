@@ -1,5 +1,6 @@
-//! Trains a little, exports the adapter in PEFT layout, and writes down the log-probabilities
-//! that Lockstep gives with it: `tests/python/test_peft.py` compares them with PEFT's own.
+//! Trains a little, exports the adapter in PEFT layout and merged into the model, and writes down the
+//! log-probabilities that Lockstep gives with it: `tests/python/test_peft.py` compares them with PEFT's and
+//! transformers' own.
 //!
 //!     cargo run --release --example export_adapter -- DATA_DIR OUT_DIR
 
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use lockstep::{
+    archive,
     client::{LoraOptions, ServiceClient},
     model::ComputeOptions,
     pull,
@@ -77,6 +79,7 @@ async fn main() -> anyhow::Result<()> {
     let checkpoint =
         saved.iter().find(|c| c.target == CheckpointTarget::Sampler).context("nothing was saved")?;
     service.download_checkpoint(checkpoint.id, &out.join("adapter")).await?;
-    println!("{} holds adapter/ and logprobs.json", out.display());
+    archive::merge(&out.join("adapter"), &path, &out.join("merged"), None)?;
+    println!("{} holds adapter/, merged/ and logprobs.json", out.display());
     Ok(())
 }

@@ -173,7 +173,7 @@ fn merging_refuses_an_adapter_of_another_model() {
     tiny::write(model.path(), &other, 1).unwrap();
     let adapter = written(CheckpointTarget::Sampler);
     let out = tempfile::tempdir().unwrap();
-    let error = merge(adapter.path(), model.path(), out.path()).unwrap_err().to_string();
+    let error = merge(adapter.path(), model.path(), out.path(), None).unwrap_err().to_string();
     assert!(error.contains("model.layers.0.mlp.gate_proj.weight"), "{error}");
     assert!(fs::read_dir(out.path()).unwrap().next().is_none(), "nothing was written");
 }

@@ -6,6 +6,7 @@ use futures::executor::block_on;
 use lockstep::{
     archive::{self, Verified},
     client::{LoraOptions, ServiceClient},
+    kernels::WeightDtype,
     types::{Checkpoint, CheckpointTarget, RunId},
 };
 
@@ -71,9 +72,12 @@ struct Import {
 struct Merge {
     /// Holds adapter_config.json and adapter_model.safetensors.
     adapter: PathBuf,
-    /// The model's Hugging Face directory.
+    /// The model: a Hugging Face directory or a GGUF file.
     #[arg(long)]
     model: PathBuf,
+    /// What the weights of a GGUF file are written as, f32 or bf16; those of a directory keep their types.
+    #[arg(long)]
+    dtype: Option<WeightDtype>,
     /// Where the merged model goes; empty, or not there yet.
     #[arg(long)]
     out: PathBuf,
@@ -174,7 +178,7 @@ impl Merge {
         if self.out == self.model {
             bail!("--out must not be the model's own directory");
         }
-        archive::merge(&self.adapter, &self.model, &self.out)?;
+        archive::merge(&self.adapter, &self.model, &self.out, self.dtype)?;
         println!("{}", self.out.display());
         Ok(())
     }

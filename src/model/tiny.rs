@@ -78,48 +78,10 @@ pub fn write(directory: &Path, config: &ModelConfig, seed: u64) -> io::Result<()
 }
 
 fn config_json(config: &ModelConfig) -> io::Result<Value> {
-    let mut json = json!({
-        "architectures": [config.family.architecture()],
-        "model_type": config.family.model_type(),
-        "dtype": "float32",
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "eos_token_id": config.eos_token_ids,
-    });
-    if let Some(experts) = &config.experts {
-        json["num_experts"] = experts.count.into();
-        json["num_experts_per_tok"] = experts.per_row.into();
-        json["moe_intermediate_size"] = experts.intermediate_size.into();
-        json["norm_topk_prob"] = experts.normalises.into();
-        json["mlp_only_layers"] = experts.dense_layers.clone().into();
-    }
-    let scaling = match &config.rope_scaling {
-        RopeScaling::None => return Ok(json),
-        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": original_positions,
-        }),
-        RopeScaling::Divisors(_) => {
-            let problem = "a config.json has no place for the divisors of rotary frequencies";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
-        }
-    };
-    json["rope_scaling"] = scaling;
-    Ok(json)
+    config.to_hugging_face("float32").map(Value::Object).ok_or_else(|| {
+        let problem = "a config.json has no place for the divisors of rotary frequencies";
+        io::Error::new(io::ErrorKind::InvalidInput, problem)
+    })
 }
 
 pub(super) fn tokenizer_json() -> Value {

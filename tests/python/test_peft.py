@@ -1,7 +1,8 @@
 """The adapter that Lockstep exports, loaded by the real PEFT over the real transformers.
 
 `examples/export_adapter.rs` trains SmolLM2-135M a little and writes, in LOCKSTEP_PEFT_PROOF,
-`adapter/` and `logprobs.json` (tokens, and what Lockstep's sampler and trainer give for them).
+`adapter/`, `merged/` (a Hugging Face directory, out of the GGUF and the adapter) and `logprobs.json` (tokens, and
+what Lockstep's sampler and trainer give for them).
 """
 
 import json
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROOF = pathlib.Path(os.environ["LOCKSTEP_PEFT_PROOF"])
 
@@ -72,3 +73,25 @@ def test_the_adapter_changes_the_model(report, adapted):
     with adapted.disable_adapter():
         plain = logprobs(adapted, tokens)
     assert np.abs(plain - logprobs(adapted, tokens)).max() > 0.1
+
+
+def test_the_merged_model_is_the_adapted_one(report):
+    """Read by transformers alone, without PEFT and without the GGUF: the bound is that of the adapter."""
+    merged = AutoModelForCausalLM.from_pretrained(PROOF / "merged").eval()
+    assert merged.dtype == torch.float32
+    for sequence in report["sequences"]:
+        ours = np.array(sequence["sampler_logprobs"][1:], dtype=np.float64)
+        np.testing.assert_allclose(ours, logprobs(merged, sequence["tokens"]), atol=1e-4, rtol=0)
+
+
+def test_the_merged_model_brings_its_tokenizer(report):
+    """Made from the GGUF's metadata; transformers' own reading of the same file is the reference."""
+    gguf = pathlib.Path(report["model"])
+    ours = AutoTokenizer.from_pretrained(PROOF / "merged")
+    theirs = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    for sequence in report["sequences"]:
+        text = theirs.decode(sequence["tokens"])
+        assert ours(text)["input_ids"] == sequence["tokens"]
+    assert ours.eos_token == theirs.eos_token
+    chat = [{"role": "user", "content": "What is 7 + 6?"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)

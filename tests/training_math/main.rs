@@ -300,7 +300,8 @@ fn adapters_of_peft_are_imported() {
     assert!(imported >= 5, "of {imported} families");
 }
 
-/// The adapter added to the weights gives the logits of the adapted model.
+/// The adapter added to the weights gives the logits of the adapted model, whether these come from a Hugging
+/// Face directory or from a GGUF file.
 #[test]
 fn merged_models_give_the_same_logits() {
     // Rounding the sum to bf16 is another rounding than that of the base alone.
@@ -309,23 +310,47 @@ fn merged_models_give_the_same_logits() {
             continue;
         }
         let directory = tempfile::tempdir().unwrap();
-        let (adapter, merged) = (directory.path().join("adapter"), directory.path().join("merged"));
+        let adapter = directory.path().join("adapter");
         std::fs::create_dir(&adapter).unwrap();
         for (name, bytes) in golden.initial_state().adapter().to_peft("golden") {
             std::fs::write(adapter.join(name), bytes).unwrap();
         }
-        archive::merge(&adapter, &golden.directory, &merged).unwrap();
-        let model = BaseModel::load("merged", &merged).unwrap();
-        for (i, tokens) in golden.file.sequences.iter().enumerate() {
-            let sequence = BatchSequence { tokens, kv_cache: None, adapter: None };
-            let mut batch = Batch { sequences: vec![sequence] };
-            let (mut workspace, team, mut logits) = (Workspace::default(), Team::solo(), Vec::new());
-            let hidden = forward(&model, &mut batch, None, &mut workspace, &team);
-            let rows: Vec<_> = (0..tokens.len()).map(|row| (row, None)).collect();
-            head_logits(&model, &hidden, &rows, &mut logits, &mut workspace, &team);
-            // The merged weights are rounded once more to f32 than the sum of two products.
-            golden.assert_near(&format!("logits.{i}"), &logits, LOGPROB_TOLERANCE);
+        let merged = directory.path().join("merged");
+        archive::merge(&adapter, &golden.directory, &merged, None).unwrap();
+        assert_logits(&golden, &merged);
+
+        let (gguf, merged) = (golden.directory.join("model.gguf"), directory.path().join("from-gguf"));
+        if !gguf.exists() {
+            continue;
         }
+        let outcome = archive::merge(&adapter, &gguf, &merged, None);
+        match golden.model.config.rope_scaling {
+            // Its factors are none of the Llama 3 models', and the file holds what they result in alone.
+            RopeScaling::Llama3 { .. } => {
+                let error = outcome.unwrap_err().to_string();
+                assert!(error.contains("rope_freqs.weight"), "{error}");
+                assert!(std::fs::read_dir(&merged).unwrap().next().is_none(), "nothing was written");
+            }
+            _ => {
+                outcome.unwrap();
+                assert_logits(&golden, &merged);
+            }
+        }
+    }
+}
+
+/// That the model in `merged`, without an adapter, gives the adapted model's logits.
+fn assert_logits(golden: &Golden, merged: &Path) {
+    let model = BaseModel::load("merged", merged).unwrap_or_else(|e| panic!("{}: {e}", golden.family));
+    for (i, tokens) in golden.file.sequences.iter().enumerate() {
+        let sequence = BatchSequence { tokens, kv_cache: None, adapter: None };
+        let mut batch = Batch { sequences: vec![sequence] };
+        let (mut workspace, team, mut logits) = (Workspace::default(), Team::solo(), Vec::new());
+        let hidden = forward(&model, &mut batch, None, &mut workspace, &team);
+        let rows: Vec<_> = (0..tokens.len()).map(|row| (row, None)).collect();
+        head_logits(&model, &hidden, &rows, &mut logits, &mut workspace, &team);
+        // The merged weights are rounded once more to f32 than the sum of two products.
+        golden.assert_near(&format!("logits.{i}"), &logits, LOGPROB_TOLERANCE);
     }
 }
 

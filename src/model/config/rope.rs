@@ -91,4 +91,55 @@ impl ModelConfig {
         };
         (0..self.head_dim / 2).map(frequency).collect()
     }
+
+    /// The scaling, with divisors brought to the factors that make them where these are known: llama.cpp's
+    /// converter computes the former from the latter, which the Llama 3 models have in common but one.
+    pub(in crate::model) fn rope_scaling_by_factors(&self) -> RopeScaling {
+        let RopeScaling::Divisors(divisors) = &self.rope_scaling else { return self.rope_scaling.clone() };
+        let llama_3 = RopeScaling::Llama3 {
+            // 8 for 3.1, 32 for 3.2; the longest waves are divided by nothing else.
+            factor: divisors.iter().copied().fold(1.0, f32::max),
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_positions: 8192,
+        };
+        let agrees = |(i, divisor): (usize, &f32)| {
+            let plain = 1.0 / f64::from(self.rope_theta).powf((2 * i) as f64 / self.head_dim as f64);
+            // The converter rounds to f32.
+            (llama_3.divisor(i, plain) / f64::from(*divisor) - 1.0).abs() < 1e-5
+        };
+        if divisors.iter().enumerate().all(agrees) { llama_3 } else { self.rope_scaling.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tiny;
+
+    /// Llama 3.1's and 3.2's numbers, through the divisors that stand in a GGUF.
+    #[test]
+    fn divisors_are_brought_to_the_factors_of_llama_3() {
+        for (factor, head_dim) in [(8.0, 128), (32.0, 64)] {
+            let scaling = RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_positions: 8192,
+            };
+            let config = ModelConfig { head_dim, rope_theta: 500_000.0, ..tiny::config() };
+            let plain = config.rope_frequencies();
+            let divisors =
+                plain.iter().enumerate().map(|(i, plain)| scaling.divisor(i, f64::from(*plain)) as f32);
+            let mut divisors: Vec<f32> = divisors.collect();
+            let of = |divisors: &[f32]| {
+                let rope_scaling = RopeScaling::Divisors(divisors.to_vec());
+                ModelConfig { rope_scaling, ..config.clone() }.rope_scaling_by_factors()
+            };
+            assert_eq!(of(&divisors), scaling);
+            let last = divisors.len() - 1;
+            divisors[last] *= 1.01;
+            assert_eq!(of(&divisors), RopeScaling::Divisors(divisors.clone()), "some other model's");
+        }
+    }
 }

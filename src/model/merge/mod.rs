@@ -1,5 +1,7 @@
 //! An adapter added to its model's weights, as safetensors that need no adapter any more.
 
+mod gguf;
+
 use std::{
     borrow::Cow,
     fs::{self, File},
@@ -9,27 +11,35 @@ use std::{
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
 
-use super::{Adapter, LoraEntry, ModelError, files::ModelFiles, files::map_file, weights::Shards};
+use super::{
+    Adapter, LoraEntry, ModelConfig, ModelError, files::ModelFiles, files::map_file, weights::Shards,
+};
+use crate::kernels::WeightDtype;
 
-/// Writes a copy of the Hugging Face directory `model` into the directory `out`, each adapted
-/// weight `W` replaced by `W + (alpha / rank) · B A` in the type that `W` is stored in.
+/// Writes the model at `model` as a Hugging Face directory into the directory `out`, each adapted weight `W`
+/// replaced by `W + (alpha / rank) · B A`.
 ///
-/// Refused: a GGUF file, a model that isn't read here, an adapter whose layers it doesn't have, or one on a
-/// head that is the embedding, too.
-pub fn merge_into_weights(adapter: &Adapter, model: &Path, out: &Path) -> Result<(), ModelError> {
+/// The weights of a Hugging Face directory keep the types they are stored in, and its other files are
+/// copied; those of a GGUF file, whose codes cannot hold a sum, are written as `dtype`, f32 if absent.
+///
+/// Refused: a model that isn't read here, an adapter whose layers it doesn't have, or one on a head
+/// that is the embedding, too; a `dtype` for a directory.
+pub fn merge_into_weights(
+    adapter: &Adapter,
+    model: &Path,
+    out: &Path,
+    dtype: Option<WeightDtype>,
+) -> Result<(), ModelError> {
     if !model.is_dir() {
-        let problem = "is no Hugging Face directory: a merge adds to weights as they were trained, not to quantised \
-                       ones. Give the model's directory (`lockstep model pull hf:ORG/NAME` fetches one), or serve the \
-                       adapter beside the GGUF as it is";
-        return Err(ModelError::malformed(model, problem));
+        return gguf::merge(adapter, model, out, dtype.unwrap_or_default());
+    }
+    if dtype.is_some() {
+        let problem = "is for GGUF files: a directory's weights keep the types they are stored in";
+        return Err(ModelError::unsupported(model, "dtype", problem));
     }
     // Whatever is wrong with the model is said before anything is written.
     let files = ModelFiles::open(model)?;
-    if files.config.tie_word_embeddings && adapter.layout.head().is_some() {
-        let problem = "is true, and the adapter has a part on `lm_head`: added to it, it would change the embedding, \
-                       too; give the model a head of its own, or serve the adapter beside the model";
-        return Err(ModelError::unsupported(model, "tie_word_embeddings", problem));
-    }
+    refuse_tied_head(adapter, &files.config, model)?;
     let shards = Shards::find(model)?;
     check_shapes(adapter, &shards)?;
     let weights: Vec<&Path> = shards.shards().map(|path| path.as_path()).collect();
@@ -38,6 +48,15 @@ pub fn merge_into_weights(adapter: &Adapter, model: &Path, out: &Path) -> Result
     }
     for path in weights {
         merge_shard(adapter, path, out)?;
+    }
+    Ok(())
+}
+
+fn refuse_tied_head(adapter: &Adapter, config: &ModelConfig, model: &Path) -> Result<(), ModelError> {
+    if config.tie_word_embeddings && adapter.layout.head().is_some() {
+        let problem = "is true, and the adapter has a part on `lm_head`: added to it, it would change the embedding, \
+                       too; give the model a head of its own, or serve the adapter beside the model";
+        return Err(ModelError::unsupported(model, "tie_word_embeddings", problem));
     }
     Ok(())
 }

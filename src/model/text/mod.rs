@@ -77,6 +77,16 @@ impl TextCodec {
         self
     }
 
+    /// What a chat template calls `bos_token`.
+    pub fn bos_token(&self) -> Option<&str> {
+        self.bos.as_deref()
+    }
+
+    /// What a chat template calls `eos_token`.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.eos.as_deref()
+    }
+
     /// Token ids of `text`; special tokens in it are recognised, none is added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
         let encoding = self.tokenizer.encode_fast(text, false).map_err(tokenizer_error)?;

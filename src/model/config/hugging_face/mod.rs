@@ -9,6 +9,7 @@ mod fixed;
 mod rope;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::{borrow::Cow, path::Path};
 
