@@ -11,6 +11,7 @@ pub mod journal;
 pub mod kernels;
 pub mod model;
 pub mod node;
+pub mod nvidia;
 pub mod protocol;
 pub mod pull;
 pub mod quickstart;

@@ -23,6 +23,11 @@ const RULES: &[Rule] = &[
     Rule { word: "bincode::", allowed: &["protocol"], reason: "protocol encodes every message" },
     Rule { word: "rusqlite::", allowed: &["journal"], reason: "append records to the journal" },
     Rule { word: "object_store::", allowed: &["store"], reason: "blobs go through store" },
+    Rule {
+        word: "cudarc::",
+        allowed: &["nvidia", "gpu", "model", "collective"],
+        reason: "ask nvidia which GPUs there are",
+    },
     Rule { word: "actix_web::", allowed: &["gateway"], reason: "only the gateway knows HTTP" },
     Rule { word: "crate::bench", allowed: &["bench"], reason: "what is measured knows no measurement" },
     Rule { word: "crate::coordinator", allowed: &["coordinator", "service"], reason: "speak its protocol" },

@@ -31,6 +31,8 @@ const FREE_BYTES: u64 = 2 << 30;
 /// Clocks before this are wrong: certificates are valid from 2020 on, and tokens expire.
 const YEAR_2024: u64 = 1_704_067_200;
 
+mod gpu;
+
 #[derive(Args)]
 pub struct Doctor {
     /// A model that this machine shall serve, as NAME=PATH; by default those that were pulled.
@@ -60,12 +62,14 @@ impl Doctor {
             true => pull::installed(&self.data_dir),
             false => parse_models(&self.models)?,
         };
-        let findings = [
+        let mut findings = vec![
             ("lockstep", Fine(env!("CARGO_PKG_VERSION").into())),
             ("cpu", cpu()),
             ("kernels", Fine(format!("{} of {} (f32)", kernels::path(), kernels::paths().join(", ")))),
             ("memory", memory(&models)),
-            ("gpu", gpu()),
+        ];
+        findings.extend(gpu::findings());
+        findings.extend([
             ("data", data(&self.data_dir)),
             ("store", store(&self.data_dir, self.store.store.as_ref())),
             ("trust", trust(&self.data_dir)),
@@ -74,7 +78,7 @@ impl Doctor {
             ("udp", udp_buffer()),
             ("shm", shared_memory()),
             ("clock", clock()),
-        ];
+        ]);
         let mut broken = 0;
         for (what, finding) in findings {
             match finding {
@@ -133,17 +137,6 @@ fn size_of_model(path: &Path) -> u64 {
             let weights = weights.filter(|path| path.extension().is_some_and(|kind| kind == "safetensors"));
             weights.map(|path| size(&path)).sum()
         }
-    }
-}
-
-fn gpu() -> Finding {
-    let driver = fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
-    match driver.lines().next() {
-        Some(version) => Poor(
-            format!("{}; this binary computes on the CPU", version.trim()),
-            "nothing yet: GPUs are not supported in this version",
-        ),
-        None => Fine("no NVIDIA driver; this binary computes on the CPU".into()),
     }
 }
 
