@@ -6,6 +6,7 @@ pub mod client;
 pub mod collective;
 pub mod coordinator;
 pub mod gateway;
+pub mod gpu;
 pub mod join;
 pub mod journal;
 pub mod kernels;

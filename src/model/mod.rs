@@ -11,6 +11,7 @@ mod text;
 mod weights;
 
 mod decoder;
+pub mod device;
 mod kv_cache;
 mod memory;
 

@@ -94,7 +94,7 @@ pub fn head_logprobs(
     let mut scores = HeadScores::default();
     let mut first = 0;
     while first < targets.len() {
-        let chunk = Chunk::new(targets, first, rows_most);
+        let chunk = HeadChunk::new(targets, first, rows_most);
         let buffers = &mut workspace.head;
         chunk.forward(&head, hidden, buffers);
         let lse = chunk.read(request, &buffers.logits_cv, &mut scores, team);
@@ -200,17 +200,17 @@ impl Head<'_> {
 }
 
 /// Consecutive targets and the distinct rows that they are of.
-struct Chunk {
-    targets: Range<usize>,
+pub(in crate::model) struct HeadChunk {
+    pub targets: Range<usize>,
     /// Rows of `hidden`, ascending.
-    rows: Vec<usize>,
+    pub rows: Vec<usize>,
     /// For each target, which of `rows` is its own.
-    row_of: Vec<usize>,
+    pub row_of: Vec<usize>,
 }
 
-impl Chunk {
+impl HeadChunk {
     /// Targets from `first` on, of at most `rows_most` rows.
-    fn new(targets: &[(usize, u32)], first: usize, rows_most: usize) -> Self {
+    pub(in crate::model) fn new(targets: &[(usize, u32)], first: usize, rows_most: usize) -> Self {
         let mut chunk = Self { targets: first..first, rows: Vec::new(), row_of: Vec::new() };
         for (row, _) in &targets[first..] {
             if chunk.rows.last() != Some(row) {
@@ -326,7 +326,7 @@ impl Chunk {
 }
 
 /// The `top_k` most likely tokens, descending, lowest id first on a tie.
-fn likeliest_tokens(logits: &[f32], lse: f32, top_k: usize) -> Vec<(u32, f32)> {
+pub(in crate::model) fn likeliest_tokens(logits: &[f32], lse: f32, top_k: usize) -> Vec<(u32, f32)> {
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(top_k + 1);
     for (token, &logit) in logits.iter().enumerate() {
         if best.len() < top_k || best.last().is_some_and(|(_, least)| logit > *least) {

@@ -18,13 +18,13 @@ mod plan;
 mod recompute;
 mod tape;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use crate::model::{Adapter, KvCache, LoraLayout};
 
 pub use backward::backward;
 pub use forward::forward;
-pub(super) use head::head_chunk_rows;
+pub(super) use head::{HeadChunk, head_chunk_rows, likeliest_tokens};
 pub use head::{HeadGradient, HeadRequest, HeadScores, head_logits, head_logprobs};
 pub use tape::{Tape, Workspace};
 

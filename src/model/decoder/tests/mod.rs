@@ -16,7 +16,7 @@ use crate::{
 use reference::Reference;
 
 /// Widths that fill no vector and no panel, three query heads to a key head.
-fn config() -> ModelConfig {
+pub(in crate::model) fn config() -> ModelConfig {
     ModelConfig {
         hidden_size: 40,
         intermediate_size: 72,
@@ -29,7 +29,7 @@ fn config() -> ModelConfig {
 }
 
 /// A model of each kind.
-fn models() -> &'static [BaseModel] {
+pub(in crate::model) fn models() -> &'static [BaseModel] {
     static MODELS: OnceLock<Vec<BaseModel>> = OnceLock::new();
     MODELS.get_or_init(|| {
         let llama3 = RopeScaling::Llama3 {
@@ -72,7 +72,7 @@ fn model() -> &'static BaseModel {
 }
 
 /// An adapter all of whose values are random; seeds differ, ranks too.
-fn adapter(model: &BaseModel, seed: u64, targets: &[LoraTarget]) -> Adapter {
+pub(in crate::model) fn adapter(model: &BaseModel, seed: u64, targets: &[LoraTarget]) -> Adapter {
     let lora =
         LoraConfig { rank: 3 + seed as u32 % 4, targets: targets.to_vec(), ..LoraConfig::new(4, seed) };
     let layout = Arc::new(LoraLayout::new(&model.config, &lora).unwrap());
@@ -80,7 +80,7 @@ fn adapter(model: &BaseModel, seed: u64, targets: &[LoraTarget]) -> Adapter {
     Adapter { layout, values: values.into() }
 }
 
-const ALL: [LoraTarget; 8] = [
+pub(in crate::model) const ALL: [LoraTarget; 8] = [
     LoraTarget::QProj,
     LoraTarget::KProj,
     LoraTarget::VProj,
@@ -92,19 +92,19 @@ const ALL: [LoraTarget; 8] = [
 ];
 
 /// A number in ±1 that looks random (the finaliser of splitmix64).
-fn noise(seed: u64, i: usize) -> f32 {
+pub(in crate::model) fn noise(seed: u64, i: usize) -> f32 {
     let mut z = (seed << 32 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
 }
 
-fn tokens(seed: u64, len: usize) -> Vec<u32> {
+pub(in crate::model) fn tokens(seed: u64, len: usize) -> Vec<u32> {
     (0..len).map(|i| ((noise(seed, i) + 1.0) * 129.0) as u32).collect()
 }
 
 /// Sequences longer than a block of attention, shorter, and a single token.
-fn sequences() -> Vec<Vec<u32>> {
+pub(in crate::model) fn sequences() -> Vec<Vec<u32>> {
     [45, 7, 1, 70].into_iter().enumerate().map(|(seed, len)| tokens(seed as u64, len)).collect()
 }
 
@@ -117,13 +117,13 @@ fn hidden_of(model: &BaseModel, sequences: &[Vec<u32>], adapter: Option<&Adapter
 }
 
 /// Weighted log-probabilities of some targets, their sum's gradient, and the log-probabilities.
-struct Trained {
-    gradient: Vec<f32>,
-    logprobs: Vec<f32>,
+pub(in crate::model) struct Trained {
+    pub gradient: Vec<f32>,
+    pub logprobs: Vec<f32>,
 }
 
 /// Every row has a target; every third row a second one, every fifth's factor is 0.
-fn targets(sequences: &[Vec<u32>]) -> (Vec<(usize, u32)>, Vec<f32>) {
+pub(in crate::model) fn targets(sequences: &[Vec<u32>]) -> (Vec<(usize, u32)>, Vec<f32>) {
     let rows: usize = sequences.iter().map(Vec::len).sum();
     let rows = (0..rows).flat_map(|row| std::iter::repeat_n(row, if row % 3 == 0 { 2 } else { 1 }));
     let targets: Vec<_> = rows.enumerate().map(|(i, row)| (row, tokens(99, 200)[i % 200])).collect();
@@ -133,7 +133,7 @@ fn targets(sequences: &[Vec<u32>]) -> (Vec<(usize, u32)>, Vec<f32>) {
     (targets, factors)
 }
 
-fn train(
+pub(in crate::model) fn train(
     model: &BaseModel,
     sequences: &[Vec<u32>],
     adapter: &Adapter,
@@ -159,7 +159,7 @@ fn train(
 }
 
 /// `‖a − b‖ / ‖b‖`; 0 if both are 0, as the gradients of an expert that no row chose.
-fn distance(a: &[f32], b: &[f64]) -> f64 {
+pub(in crate::model) fn distance(a: &[f32], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let difference: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
     match difference {

@@ -1,0 +1,145 @@
+use std::{fmt, ops::Range, sync::Arc};
+
+use half::bf16;
+
+use super::{Gpu, GpuError, device::Memory};
+
+/// What an [`Array`] holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    F32,
+    Bf16,
+    /// Indices: tokens, rows, positions.
+    U32,
+    /// Offsets of pages.
+    U64,
+}
+
+/// Values in a GPU's memory; clones and ranges share them.
+///
+/// Nothing keeps two kernels from writing to the same values: like a kernel's pointers, an array is a
+/// place. Operations say which of their arrays they write.
+#[derive(Clone)]
+pub struct Array {
+    memory: Arc<Memory>,
+    element: Element,
+    /// In elements.
+    range: Range<usize>,
+}
+
+impl Element {
+    /// Bytes of one.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 | Self::U32 => 4,
+            Self::U64 => 8,
+        }
+    }
+
+    /// As kernels are named.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::U32 => "u32",
+            Self::U64 => "u64",
+        }
+    }
+}
+
+impl Array {
+    pub fn element(&self) -> Element {
+        self.element
+    }
+
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// Bytes of its values.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.element.bytes()
+    }
+
+    /// A part of it, in the same memory.
+    ///
+    /// # Panics
+    ///
+    /// If the range ends beyond the array.
+    pub fn range(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of {} values", self.len());
+        let range = self.range.start + range.start..self.range.start + range.end;
+        Self { memory: self.memory.clone(), element: self.element, range }
+    }
+
+    /// Where its first value is, as a kernel takes it.
+    pub(crate) fn address(&self) -> u64 {
+        self.memory.address() + (self.range.start * self.element.bytes()) as u64
+    }
+}
+
+impl fmt::Debug for Array {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Array({} {})", self.len(), self.element.name())
+    }
+}
+
+impl Gpu {
+    /// Memory whose content is not said: whoever asks writes before reading.
+    pub fn array(&self, element: Element, len: usize) -> Result<Array, GpuError> {
+        let memory = Arc::new(self.allocate(len * element.bytes())?);
+        Ok(Array { memory, element, range: 0..len })
+    }
+
+    /// Zeros.
+    pub fn zeros(&self, element: Element, len: usize) -> Result<Array, GpuError> {
+        let memory = Arc::new(self.allocate_zeros(len * element.bytes())?);
+        Ok(Array { memory, element, range: 0..len })
+    }
+
+    /// The values in the GPU's memory, rounded to `element`, which is a number format.
+    pub fn upload(&self, element: Element, values: &[f32]) -> Result<Array, GpuError> {
+        let bytes: Vec<u8> = match element {
+            Element::F32 => values.iter().flat_map(|value| value.to_ne_bytes()).collect(),
+            Element::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_ne_bytes()).collect(),
+            Element::U32 | Element::U64 => unreachable!("numbers are f32 or bf16"),
+        };
+        self.upload_bytes(element, &bytes)
+    }
+
+    pub(crate) fn upload_u32(&self, values: &[u32]) -> Result<Array, GpuError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        self.upload_bytes(Element::U32, &bytes)
+    }
+
+    pub(crate) fn upload_u64(&self, values: &[u64]) -> Result<Array, GpuError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        self.upload_bytes(Element::U64, &bytes)
+    }
+
+    fn upload_bytes(&self, element: Element, bytes: &[u8]) -> Result<Array, GpuError> {
+        let memory = Arc::new(self.allocate(bytes.len())?);
+        self.write(&memory, bytes)?;
+        Ok(Array { memory, element, range: 0..bytes.len() / element.bytes() })
+    }
+
+    /// The values of an array of numbers, once the GPU has computed them.
+    pub fn download(&self, array: &Array) -> Result<Vec<f32>, GpuError> {
+        let size = array.element.bytes();
+        let mut bytes = vec![0; array.bytes()];
+        self.read(&array.memory, array.range.start * size, &mut bytes)?;
+        Ok(match array.element {
+            Element::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect(),
+            Element::Bf16 => {
+                bytes.as_chunks().0.iter().map(|bytes| bf16::from_ne_bytes(*bytes).to_f32()).collect()
+            }
+            Element::U32 | Element::U64 => unreachable!("numbers are f32 or bf16"),
+        })
+    }
+}

@@ -1,0 +1,259 @@
+//! CUDA: device, stream, memory and cuBLAS are candle's, the kernels are our own.
+
+use std::{
+    collections::HashMap,
+    ffi::{c_int, c_void},
+    ptr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use candle_core::{
+    CudaDevice,
+    cuda_backend::cudarc::{
+        cublas::{self, CudaBlas},
+        driver::{
+            CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig,
+            PushKernelArg, result, sys,
+        },
+        nvrtc::{CompileOptions, compile_ptx_with_opts},
+    },
+};
+
+use super::{
+    Element, GpuError,
+    device::Argument,
+    product::{RawFactor, RawProduct},
+};
+
+/// What NVRTC compiles; it includes nothing.
+const SOURCE: &str = include_str!("kernels.cu");
+
+/// One GPU.
+pub(super) struct Cuda {
+    ordinal: usize,
+    name: String,
+    stream: Arc<CudaStream>,
+    blas: Arc<CudaBlas>,
+    module: Arc<CudaModule>,
+    /// By name, as they are first launched.
+    functions: Mutex<HashMap<String, CudaFunction>>,
+}
+
+/// Memory from the device's pool, given back in the stream's order.
+pub(super) struct Memory {
+    slice: CudaSlice<u8>,
+    address: u64,
+}
+
+fn failed(call: &'static str) -> impl Fn(DriverError) -> GpuError {
+    move |error| GpuError::Failed { call, problem: error.to_string() }
+}
+
+impl Cuda {
+    pub(super) fn open(ordinal: usize) -> Result<Self, GpuError> {
+        let unavailable = |problem: String| GpuError::Unavailable { ordinal, problem };
+        // candle would panic where there is no driver.
+        result::init().map_err(|e| unavailable(format!("no driver answers ({e})")))?;
+        let count = result::device::get_count().map_err(|e| unavailable(e.to_string()))?;
+        if ordinal >= count as usize {
+            return Err(unavailable(format!("this machine has {count}")));
+        }
+        // A stream of its own: candle's usual one is each thread's own, and ranks and replicas are
+        // several threads.
+        let device = CudaDevice::new_with_stream(ordinal).map_err(|e| unavailable(e.to_string()))?;
+        // SAFETY: all work of this device goes through the one stream, so nothing is used on another.
+        unsafe { device.disable_event_tracking() };
+        let stream = device.cuda_stream();
+        keep_freed_memory(&stream)?;
+        let context = stream.context();
+        let (major, minor) = context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?;
+        let options = CompileOptions {
+            options: vec![
+                format!("--gpu-architecture=compute_{major}{minor}"),
+                // A sum is rounded as it is written, so that it can be held against the CPU's.
+                "--fmad=false".to_owned(),
+            ],
+            ..CompileOptions::default()
+        };
+        let ptx = compile_ptx_with_opts(SOURCE, options)
+            .map_err(|e| GpuError::Kernels { problem: format!("{e:?}") })?;
+        let module = context.load_module(ptx).map_err(failed("cuModuleLoadData"))?;
+        let name = context.name().map_err(failed("cuDeviceGetName"))?;
+        let blas = device.cublas_handle();
+        Ok(Self { ordinal, name, stream, blas, module, functions: Mutex::default() })
+    }
+
+    pub(super) fn name(&self) -> String {
+        format!("{} (cuda:{})", self.name, self.ordinal)
+    }
+
+    pub(super) fn memory(&self) -> Result<[u64; 2], GpuError> {
+        let (free, total) = self.stream.context().mem_get_info().map_err(failed("cuMemGetInfo"))?;
+        Ok([free as u64, total as u64])
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), GpuError> {
+        self.stream.synchronize().map_err(failed("cuStreamSynchronize"))
+    }
+
+    pub(super) fn allocate(&self, bytes: usize) -> Result<Memory, GpuError> {
+        // SAFETY: nobody reads it before it is written, as arrays say.
+        self.hold(bytes, unsafe { self.stream.alloc::<u8>(bytes.max(1)) })
+    }
+
+    pub(super) fn allocate_zeros(&self, bytes: usize) -> Result<Memory, GpuError> {
+        self.hold(bytes, self.stream.alloc_zeros::<u8>(bytes.max(1)))
+    }
+
+    fn hold(&self, bytes: usize, slice: Result<CudaSlice<u8>, DriverError>) -> Result<Memory, GpuError> {
+        let slice = slice.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                GpuError::OutOfMemory { bytes, problem: error.to_string() }
+            }
+            _ => failed("cuMemAllocAsync")(error),
+        })?;
+        let address = slice.device_ptr(&self.stream).0;
+        Ok(Memory { slice, address })
+    }
+
+    pub(super) fn write(&self, memory: &Memory, bytes: &[u8]) -> Result<(), GpuError> {
+        assert!(bytes.len() <= memory.slice.len());
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: inside the memory. From pageable memory the call returns once the bytes are read.
+        unsafe { result::memcpy_htod_async(memory.address, bytes, self.stream.cu_stream()) }
+            .map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    pub(super) fn read(&self, memory: &Memory, from: usize, bytes: &mut [u8]) -> Result<(), GpuError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let part = memory.slice.slice(from..from + bytes.len());
+        self.stream.memcpy_dtoh(&part, bytes).map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.synchronize()
+    }
+
+    /// # Safety
+    ///
+    /// As of [`Gpu::launch`](super::Gpu::launch).
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: &str,
+        [x, y]: [u32; 2],
+        threads: u32,
+        arguments: &[Argument],
+    ) -> Result<(), GpuError> {
+        let function = self.function(kernel)?;
+        let mut launch = self.stream.launch_builder(&function);
+        for argument in arguments {
+            match argument {
+                Argument::U32(value) => launch.arg(value),
+                Argument::F32(value) => launch.arg(value),
+                Argument::U64(value) => launch.arg(value),
+            };
+        }
+        let config = LaunchConfig { grid_dim: (x, y, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
+        // SAFETY: by the caller's promise.
+        unsafe { launch.launch(config) }.map_err(failed("cuLaunchKernel"))?;
+        Ok(())
+    }
+
+    fn function(&self, kernel: &str) -> Result<CudaFunction, GpuError> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(kernel) {
+            return Ok(function.clone());
+        }
+        let function = self.module.load_function(kernel).map_err(failed("cuModuleGetFunction"))?;
+        functions.insert(kernel.to_owned(), function.clone());
+        Ok(function)
+    }
+
+    /// cuBLAS reads memory by columns, to which ours are transposes: `cᵀ = bᵀ aᵀ`.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Gpu::multiply`](super::Gpu::multiply).
+    pub(super) unsafe fn multiply(&self, product: &RawProduct) -> Result<(), GpuError> {
+        let RawProduct { m, n, k, alpha, a, b, beta, c, element, result } = *product;
+        self.bind()?;
+        // SAFETY: by the caller's promise; alpha and beta are on the host, where the handle expects them.
+        unsafe {
+            cublas::result::gemm_ex(
+                *self.blas.handle(),
+                operation(b),
+                operation(a),
+                size(n)?,
+                size(m)?,
+                size(k)?,
+                ptr::from_ref(&alpha).cast(),
+                b.address as *const c_void,
+                data_type(element),
+                size(b.row)?,
+                a.address as *const c_void,
+                data_type(element),
+                size(a.row)?,
+                ptr::from_ref(&beta).cast(),
+                c as *mut c_void,
+                data_type(result),
+                size(n)?,
+                cublas::sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublas::sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .map_err(|e| GpuError::Failed { call: "cublasGemmEx", problem: format!("{e:?}") })
+    }
+
+    /// Calls below cudarc's own want the context on their thread.
+    fn bind(&self) -> Result<(), GpuError> {
+        self.stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))
+    }
+}
+
+impl Memory {
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+/// By default a pool gives freed memory back to the driver at every synchronisation, which makes the
+/// next allocation slow; this one keeps it.
+fn keep_freed_memory(stream: &CudaStream) -> Result<(), GpuError> {
+    let mut pool = ptr::null_mut();
+    let mut keep = u64::MAX;
+    stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
+    // SAFETY: both calls take addresses of values of the types that the driver's manual names.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device())
+            .result()
+            .map_err(failed("cuDeviceGetDefaultMemPool"))?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool, attribute, ptr::from_mut(&mut keep).cast())
+            .result()
+            .map_err(failed("cuMemPoolSetAttribute"))
+    }
+}
+
+fn operation(factor: RawFactor) -> cublas::sys::cublasOperation_t {
+    match factor.is_transposed {
+        true => cublas::sys::cublasOperation_t::CUBLAS_OP_T,
+        false => cublas::sys::cublasOperation_t::CUBLAS_OP_N,
+    }
+}
+
+fn data_type(element: Element) -> cublas::sys::cudaDataType {
+    match element {
+        Element::F32 => cublas::sys::cudaDataType::CUDA_R_32F,
+        Element::Bf16 => cublas::sys::cudaDataType::CUDA_R_16BF,
+        Element::U32 | Element::U64 => unreachable!("a product is of numbers"),
+    }
+}
+
+fn size(size: usize) -> Result<c_int, GpuError> {
+    c_int::try_from(size).map_err(|_| GpuError::Unsupported {
+        field: "batch",
+        problem: format!("makes a matrix of {size} rows or columns; cuBLAS takes less than 2^31"),
+    })
+}

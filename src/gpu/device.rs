@@ -1,0 +1,239 @@
+use std::{fmt, str::FromStr, sync::Arc};
+
+use super::{
+    GpuError, Turn,
+    emulator::{self, Emulator},
+    turns::Turns,
+};
+
+#[cfg(feature = "cuda")]
+use super::cuda::{self, Cuda};
+
+/// A GPU that is open; clones are the same.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    backend: Backend,
+    turns: Turns,
+}
+
+enum Backend {
+    Emulated(Emulator),
+    #[cfg(feature = "cuda")]
+    Cuda(Cuda),
+}
+
+/// Memory of a GPU.
+pub(super) enum Memory {
+    Emulated(emulator::Memory),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Memory),
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy)]
+pub(super) enum Argument {
+    U32(u32),
+    F32(f32),
+    /// An address, too.
+    U64(u64),
+}
+
+/// What a node computes on, as `--device` says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    #[default]
+    Cpu,
+    /// The GPU with this number.
+    Cuda(usize),
+    /// The first GPU if there is one, else the CPU.
+    Auto,
+    /// The GPU's engine on the CPU, for trying it out.
+    Emulated,
+}
+
+impl Gpu {
+    /// Opens the GPU with this number and compiles the kernels for it, which takes some seconds.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize) -> Result<Self, GpuError> {
+        let cuda = Cuda::open(ordinal)?;
+        Ok(Self::of(cuda.name(), Backend::Cuda(cuda)))
+    }
+
+    /// Refused: this lockstep was built without CUDA.
+    #[cfg(not(feature = "cuda"))]
+    pub fn cuda(_: usize) -> Result<Self, GpuError> {
+        Err(GpuError::NotBuilt)
+    }
+
+    /// The engine of a GPU on this machine's CPU, thousands of times slower. Needs g++.
+    pub fn emulated() -> Result<Self, GpuError> {
+        Ok(Self::of("emulated GPU".to_owned(), Backend::Emulated(Emulator::open()?)))
+    }
+
+    fn of(name: String, backend: Backend) -> Self {
+        Self(Arc::new(Inner { name, backend, turns: Turns::default() }))
+    }
+
+    /// What it calls itself.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Waits until everybody who asked before is done. Whoever computes holds a turn: a micro-batch, a
+    /// step of decoding.
+    pub fn turn(&self) -> Turn<'_> {
+        self.0.turns.take()
+    }
+
+    /// Bytes that are free, and bytes that there are; unknown of an emulation.
+    pub fn memory(&self) -> Result<Option<[u64; 2]>, GpuError> {
+        match &self.0.backend {
+            Backend::Emulated(_) => Ok(None),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.memory().map(Some),
+        }
+    }
+
+    /// Waits until everything that was asked is done.
+    pub fn synchronize(&self) -> Result<(), GpuError> {
+        match &self.0.backend {
+            Backend::Emulated(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.synchronize(),
+        }
+    }
+
+    pub(super) fn allocate(&self, bytes: usize) -> Result<Memory, GpuError> {
+        match &self.0.backend {
+            Backend::Emulated(_) => emulator::Memory::new(bytes).map(Memory::Emulated),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.allocate(bytes).map(Memory::Cuda),
+        }
+    }
+
+    pub(super) fn allocate_zeros(&self, bytes: usize) -> Result<Memory, GpuError> {
+        match &self.0.backend {
+            Backend::Emulated(_) => emulator::Memory::zeroed(bytes).map(Memory::Emulated),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.allocate_zeros(bytes).map(Memory::Cuda),
+        }
+    }
+
+    /// Fills memory that nobody uses yet.
+    pub(super) fn write(&self, memory: &Memory, bytes: &[u8]) -> Result<(), GpuError> {
+        match (&self.0.backend, memory) {
+            (Backend::Emulated(_), Memory::Emulated(memory)) => memory.write(bytes),
+            #[cfg(feature = "cuda")]
+            (Backend::Cuda(cuda), Memory::Cuda(memory)) => return cuda.write(memory, bytes),
+            #[cfg(feature = "cuda")]
+            _ => unreachable!("memory of another GPU"),
+        }
+        #[allow(unreachable_code)]
+        Ok(())
+    }
+
+    pub(super) fn read(&self, memory: &Memory, from: usize, bytes: &mut [u8]) -> Result<(), GpuError> {
+        match (&self.0.backend, memory) {
+            (Backend::Emulated(_), Memory::Emulated(memory)) => memory.read(from, bytes),
+            #[cfg(feature = "cuda")]
+            (Backend::Cuda(cuda), Memory::Cuda(memory)) => return cuda.read(memory, from, bytes),
+            #[cfg(feature = "cuda")]
+            _ => unreachable!("memory of another GPU"),
+        }
+        #[allow(unreachable_code)]
+        Ok(())
+    }
+
+    /// Runs a kernel of kernels.cu over `grid` blocks of `threads` threads.
+    ///
+    /// # Safety
+    ///
+    /// The arguments are those of the kernel, in number, type and order, and the arrays that they point
+    /// to are as long as the kernel takes them to be.
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: &str,
+        grid: [usize; 2],
+        threads: usize,
+        arguments: &[Argument],
+    ) -> Result<(), GpuError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let grid = [grid_size(grid[0])?, grid_size(grid[1])?];
+        match &self.0.backend {
+            // SAFETY: by the caller's promise.
+            Backend::Emulated(emulator) => unsafe {
+                emulator.launch(kernel, grid, threads as u32, arguments)
+            },
+            #[cfg(feature = "cuda")]
+            // SAFETY: by the caller's promise.
+            Backend::Cuda(cuda) => unsafe { cuda.launch(kernel, grid, threads as u32, arguments) },
+        }
+    }
+
+    /// `c = alpha · a · b + beta · c`; see [`Product`](super::Product), which checks sizes.
+    ///
+    /// # Safety
+    ///
+    /// As said there.
+    pub(super) unsafe fn multiply(&self, product: &super::product::RawProduct) -> Result<(), GpuError> {
+        match &self.0.backend {
+            // SAFETY: by the caller's promise.
+            Backend::Emulated(emulator) => unsafe { emulator.multiply(product) },
+            #[cfg(feature = "cuda")]
+            // SAFETY: by the caller's promise.
+            Backend::Cuda(cuda) => unsafe { cuda.multiply(product) },
+        }
+    }
+}
+
+/// Blocks in one direction; CUDA counts them in 31 bits.
+fn grid_size(blocks: usize) -> Result<u32, GpuError> {
+    u32::try_from(blocks).ok().filter(|blocks| *blocks < 1 << 31).ok_or_else(|| GpuError::Unsupported {
+        field: "batch",
+        problem: format!("asks for {blocks} blocks of threads; a GPU takes less than 2^31"),
+    })
+}
+
+impl Memory {
+    pub(super) fn address(&self) -> u64 {
+        match self {
+            Self::Emulated(memory) => memory.address(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(memory) => memory.address(),
+        }
+    }
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "auto" => Ok(Self::Auto),
+            "cuda" => Ok(Self::Cuda(0)),
+            "emulated" => Ok(Self::Emulated),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| "a device is cpu, cuda, cuda:N, auto or emulated".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Auto => f.write_str("auto"),
+            Self::Emulated => f.write_str("emulated"),
+        }
+    }
+}

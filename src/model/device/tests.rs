@@ -1,0 +1,276 @@
+//! The decoder on a GPU against the one on the CPU, and against itself, to the bit. The GPU is the
+//! emulated one, or with `LOCKSTEP_TEST_DEVICE=cuda` and the feature `cuda` a real one.
+
+use std::sync::{Arc, OnceLock};
+
+use super::*;
+use crate::{
+    gpu::{DeviceChoice, Gpu},
+    kernels::{Team, WeightDtype},
+    model::{
+        Adapter, AdapterRows, BaseModel, HeadRequest, Workspace,
+        decoder::tests::{ALL, Trained, adapter, distance, models, sequences, targets, tokens, train},
+        head_logits as cpu_head_logits,
+    },
+};
+
+/// f32 against f32: sums in another order, some hundred of them between input and result.
+const F32_TOLERANCE: f64 = 2e-5;
+
+/// Every activation between two products rounded to 8 bits (2⁻⁹ = 2e-3 each, some thirty in a row, of
+/// random sign, under adapters that are as large as the weights): 3.3e-2 at worst as measured. The CPU
+/// rounds weights alone. The same kernels, in f32, are held to the tolerance above.
+const BF16_TOLERANCE: f64 = 5e-2;
+
+/// Of one matrix's gradient: keys of the lowest layer get what is left of large terms that cancel.
+const BF16_MATRIX_TOLERANCE: f64 = 8e-2;
+
+fn gpu() -> &'static Gpu {
+    static GPU: OnceLock<Gpu> = OnceLock::new();
+    GPU.get_or_init(|| {
+        let choice =
+            std::env::var("LOCKSTEP_TEST_DEVICE").map_or(DeviceChoice::Emulated, |c| c.parse().unwrap());
+        match choice {
+            DeviceChoice::Cuda(ordinal) => Gpu::cuda(ordinal).unwrap(),
+            _ => Gpu::emulated().unwrap(),
+        }
+    })
+}
+
+/// The models without experts, on the GPU beside those on the CPU.
+fn device_models() -> &'static [(&'static BaseModel, DeviceModel)] {
+    static MODELS: OnceLock<Vec<(&BaseModel, DeviceModel)>> = OnceLock::new();
+    MODELS.get_or_init(|| {
+        let dense = models().iter().filter(|model| model.config.experts.is_none());
+        dense.map(|m| (m, DeviceModel::new(gpu(), &m.config, &m.weights).unwrap())).collect()
+    })
+}
+
+fn tolerance(model: &BaseModel) -> f64 {
+    match model.weights.embed.dtype() {
+        WeightDtype::F32 => F32_TOLERANCE,
+        WeightDtype::Bf16 => BF16_TOLERANCE,
+    }
+}
+
+fn train_on(model: &DeviceModel, sequences: &[Vec<u32>], adapter: &Adapter, recomputes: bool) -> Trained {
+    let _turn = gpu().turn();
+    let on_device = Arc::new(model.adapter(adapter.into()).unwrap());
+    let mut batch: Vec<_> = sequences
+        .iter()
+        .map(|tokens| DeviceSequence { tokens, cache: None, adapter: Some(on_device.clone()) })
+        .collect();
+    let mut tape = DeviceTape { recomputes, ..DeviceTape::default() };
+    let hidden = forward(model, &mut batch, Some(&mut tape)).unwrap();
+    let (targets, factors) = targets(sequences);
+    let d_hidden = gpu().zeros(hidden.element(), hidden.len()).unwrap();
+    let gradient = model.gradient(&adapter.layout).unwrap();
+    let request = HeadRequest { targets: &targets, top_k: 0, entropy: false };
+    let onward =
+        DeviceHeadGradient { adapter: &gradient, factor: &mut |i, _| factors[i], d_hidden: &d_hidden };
+    let scores = head_logprobs(model, Some(&on_device), &hidden, request, Some(onward)).unwrap();
+    backward(model, &on_device, &mut tape, &d_hidden, &gradient).unwrap();
+    Trained { gradient: gpu().download(&gradient).unwrap(), logprobs: scores.logprobs }
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|value| f64::from(*value)).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+fn assert_close(model: &BaseModel, device: &DeviceModel, adapter: &Adapter, sequences: &[Vec<u32>]) {
+    let cpu = train(model, sequences, adapter, &mut Workspace::default(), &Team::solo());
+    let ours = train_on(device, sequences, adapter, false);
+    let tolerance = tolerance(model);
+    let logprobs = distance(&ours.logprobs, &wide(&cpu.logprobs));
+    assert!(logprobs < tolerance, "{}: log-probabilities are {logprobs:e} off", model.name);
+    let whole = distance(&ours.gradient, &wide(&cpu.gradient));
+    assert!(whole < tolerance, "{}: the gradient is {whole:e} off", model.name);
+    let tolerance = if tolerance == BF16_TOLERANCE { BF16_MATRIX_TOLERANCE } else { tolerance };
+    for entry in &adapter.layout.entries {
+        for matrix in [&entry.a, &entry.b] {
+            let off = distance(&ours.gradient[matrix.clone()], &wide(&cpu.gradient[matrix.clone()]));
+            let (target, layer) = (entry.target, entry.layer);
+            assert!(off < tolerance, "{}: {target:?} of layer {layer} is {off:e} off", model.name);
+        }
+    }
+}
+
+#[test]
+fn gradients_are_those_of_the_cpu() {
+    for (model, device) in device_models() {
+        assert_close(model, device, &adapter(model, 1, &ALL), &sequences());
+    }
+}
+
+#[test]
+fn gradients_are_right_when_some_layers_have_no_adapter() {
+    for (model, device) in device_models() {
+        for targets in
+            [&ALL[..1], &ALL[1..3], &ALL[3..4], &ALL[4..5], &ALL[6..7], &ALL[7..], &[ALL[2], ALL[6]]]
+        {
+            assert_close(model, device, &adapter(model, 2, targets), &sequences()[1..2]);
+        }
+    }
+}
+
+#[test]
+fn recomputed_activations_and_a_second_run_change_no_bit() {
+    for (model, device) in device_models() {
+        let adapter = adapter(model, 3, &ALL);
+        let [kept, again, recomputed] =
+            [false, false, true].map(|recomputes| train_on(device, &sequences(), &adapter, recomputes));
+        for other in [again, recomputed] {
+            assert_eq!(bits(&kept.gradient), bits(&other.gradient), "{}", model.name);
+            assert_eq!(bits(&kept.logprobs), bits(&other.logprobs), "{}", model.name);
+        }
+    }
+}
+
+/// Runs sequences through caches, in steps of these lengths; returns all hidden states of each.
+fn in_steps(
+    model: &DeviceModel,
+    sequences: &[Vec<u32>],
+    steps: &[usize],
+    caches: &mut [DeviceCache],
+    adapters: &[Option<Arc<DeviceAdapter>>],
+) -> Vec<Vec<f32>> {
+    let width = model.config.hidden_size;
+    let (mut hidden, mut done) = (vec![Vec::new(); sequences.len()], 0);
+    for step in steps {
+        let parts = sequences.iter().zip(&mut *caches).zip(adapters);
+        let mut batch: Vec<_> = parts
+            .map(|((tokens, cache), adapter)| DeviceSequence {
+                tokens: &tokens[done..done + step],
+                cache: Some(cache),
+                adapter: adapter.clone(),
+            })
+            .collect();
+        let rows = gpu().download(&forward(model, &mut batch, None).unwrap()).unwrap();
+        for (hidden, rows) in hidden.iter_mut().zip(rows.chunks_exact(step * width)) {
+            hidden.extend_from_slice(rows);
+        }
+        done += step;
+    }
+    hidden
+}
+
+fn alone(model: &DeviceModel, tokens: &[u32], adapter: &Option<Arc<DeviceAdapter>>) -> Vec<f32> {
+    let mut batch = [DeviceSequence { tokens, cache: None, adapter: adapter.clone() }];
+    gpu().download(&forward(model, &mut batch, None).unwrap()).unwrap()
+}
+
+/// Sequences of other adapters beside, in any steps: a row's bits are those of a training pass. cuBLAS
+/// chooses by the number of rows, so on a GPU they are as near as sums in another order.
+#[test]
+fn decoding_in_any_steps_and_company_is_the_whole_forward() {
+    let _turn = gpu().turn();
+    let is_real = !gpu().name().starts_with("emulated");
+    let sequences = [tokens(11, 75), tokens(12, 75), tokens(13, 75)];
+    for (model, device) in device_models() {
+        let on_device =
+            |seed, targets| Some(Arc::new(device.adapter((&adapter(model, seed, targets)).into()).unwrap()));
+        let adapters = [on_device(5, &ALL), None, on_device(7, &ALL[..2])];
+        for steps in [&[75][..], &[31, 1, 1, 2, 40], &[32, 32, 11]] {
+            let mut caches = [const { None }; 3].map(|_: Option<()>| DeviceCache::default());
+            let hidden = in_steps(device, &sequences, steps, &mut caches, &adapters);
+            for ((tokens, adapter), hidden) in sequences.iter().zip(&adapters).zip(hidden) {
+                let whole = alone(device, tokens, adapter);
+                match is_real {
+                    true => assert!(distance(&hidden, &wide(&whole)) < tolerance(model), "{}", model.name),
+                    false => assert_eq!(bits(&whole), bits(&hidden), "{} in steps {steps:?}", model.name),
+                }
+            }
+            assert!(caches.iter().all(|cache| cache.len() == 75));
+        }
+    }
+}
+
+#[test]
+fn forks_share_the_past_and_not_the_future() {
+    let _turn = gpu().turn();
+    let (_, model) = &device_models()[0];
+    let (past, futures) = (tokens(12, 45), [tokens(13, 30), tokens(14, 30)]);
+    let mut trunk = [DeviceCache::default()];
+    in_steps(model, std::slice::from_ref(&past), &[45], &mut trunk, &[None]);
+    let [trunk] = trunk;
+    let mut forks = [trunk.fork(), trunk];
+    // In turns, so that a page shared by mistake would be overwritten.
+    let mut hidden = [Vec::new(), Vec::new()];
+    for step in 0..30 {
+        for fork in 0..2 {
+            let token = futures[fork][step..step + 1].to_vec();
+            let cache = std::slice::from_mut(&mut forks[fork]);
+            hidden[fork].extend(in_steps(model, &[token], &[1], cache, &[None]).remove(0));
+        }
+    }
+    for (future, hidden) in futures.iter().zip(hidden) {
+        let whole = alone(model, &[past.clone(), future.clone()].concat(), &None);
+        let whole = &whole[45 * model.config.hidden_size..];
+        assert!(distance(&hidden, &wide(whole)) < F32_TOLERANCE);
+        if gpu().name().starts_with("emulated") {
+            assert_eq!(bits(whole), bits(&hidden));
+        }
+    }
+}
+
+/// Logits, entropies and likeliest tokens against the CPU's, of rows under different adapters.
+#[test]
+fn the_head_answers_as_the_cpu_does() {
+    let _turn = gpu().turn();
+    for (model, device) in device_models() {
+        let tolerance = tolerance(model);
+        let adapters = [adapter(model, 3, &ALL), adapter(model, 4, &ALL[6..])];
+        let on_device = adapters.each_ref().map(|a| Arc::new(device.adapter(a.into()).unwrap()));
+        let sequence = &sequences()[0];
+        let hidden = alone(device, sequence, &Some(on_device[0].clone()));
+        let on_gpu = gpu().upload(device.element, &hidden).unwrap();
+
+        let rows = [(3, Some(0)), (7, Some(0)), (0, None), (44, Some(1))];
+        let cpu_rows = rows.map(|(row, which)| (row, which.map(|i: usize| AdapterRows::from(&adapters[i]))));
+        let device_rows = rows.map(|(row, which)| (row, which.map(|i: usize| on_device[i].clone())));
+        let mut expected = Vec::new();
+        let workspace = &mut Workspace::default();
+        cpu_head_logits(model, &hidden, &cpu_rows, &mut expected, workspace, &Team::solo());
+        let logits = head_logits(device, &on_gpu, &device_rows).unwrap();
+        let off = distance(&logits, &wide(&expected));
+        assert!(off < tolerance, "{}: logits are {off:e} off", model.name);
+
+        let (targets, _) = targets(std::slice::from_ref(sequence));
+        let request = HeadRequest { targets: &targets, top_k: 3, entropy: true };
+        let rows = Some(AdapterRows::from(&adapters[0]));
+        let expected =
+            crate::model::head_logprobs(model, rows, &hidden, request, None, workspace, &Team::solo());
+        let scores = head_logprobs(device, Some(&on_device[0]), &on_gpu, request, None).unwrap();
+        for (what, ours, cpu) in [
+            ("log-probabilities", &scores.logprobs, &expected.logprobs),
+            ("entropies", &scores.entropies, &expected.entropies),
+        ] {
+            let off = distance(ours, &wide(cpu));
+            assert!(off < tolerance, "{}: {what} are {off:e} off", model.name);
+        }
+        assert_eq!(scores.alternatives.len(), targets.len());
+        if model.weights.embed.dtype() == WeightDtype::F32 {
+            let names = |of: &[Vec<(u32, f32)>]| -> Vec<Vec<u32>> {
+                of.iter().map(|row| row.iter().map(|(token, _)| *token).collect()).collect()
+            };
+            assert_eq!(names(&scores.alternatives), names(&expected.alternatives), "{}", model.name);
+        }
+    }
+}
+
+#[test]
+fn models_that_no_kernel_covers_are_refused_by_the_field() {
+    let mixture = models().iter().find(|model| model.config.experts.is_some()).unwrap();
+    let refused = |config| DeviceModel::check(&config).unwrap_err().to_string();
+    assert!(refused(mixture.config.clone()).starts_with("`num_experts` is set"));
+    let mut wide_heads = models()[0].config.clone();
+    wide_heads.head_dim = 256;
+    assert_eq!(refused(wide_heads), "`head_dim` is 256; the GPU's attention takes at most 128");
+    let mut many = models()[0].config.clone();
+    (many.num_heads, many.num_kv_heads) = (34, 2);
+    assert!(refused(many).starts_with("`num_attention_heads` is 17 to a key head"));
+}
