@@ -98,6 +98,37 @@ fn operations_submitted_ahead_execute_in_order() {
     cluster.shutdown().expect("a clean end");
 }
 
+/// Each run's steps between those of the other leave what they leave alone, to the bit.
+#[test]
+fn runs_of_different_ranks_take_turns_on_one_base_model() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let cluster = cluster(directory.path());
+    let service = service(&cluster);
+    let run = |rank: u32| {
+        let options = LoraOptions { seed: u64::from(rank), ..LoraOptions::default() };
+        service.create_lora_training_client_blocking(MODEL, rank, options).expect("a run")
+    };
+    let step = |training: &TrainingClient| {
+        let pass = training.forward_backward(data(), cross_entropy());
+        training.optim_step(adam()).result().expect("a step");
+        pass.result().expect("a pass").loss
+    };
+    let scores = |training: &TrainingClient| {
+        let scored = training.forward(data(), cross_entropy()).result().expect("a pass");
+        scored.loss_fn_outputs.iter().flat_map(|output| logprobs(&output["logprobs"])).collect::<Vec<f32>>()
+    };
+    let together = [2, 8].map(run);
+    let losses: Vec<[f64; 2]> = (0..3).map(|_| together.each_ref().map(step)).collect();
+    for (i, rank) in [2, 8].into_iter().enumerate() {
+        let alone = run(rank);
+        let of_alone: Vec<f64> = (0..3).map(|_| step(&alone)).collect();
+        assert_eq!(losses.iter().map(|both| both[i]).collect::<Vec<_>>(), of_alone, "rank {rank}");
+        assert_eq!(scores(&together[i]), scores(&alone), "rank {rank}");
+    }
+    assert_ne!(scores(&together[0]), scores(&together[1]), "they are two runs");
+    cluster.shutdown().expect("a clean end");
+}
+
 #[test]
 fn samples_report_the_trainers_log_probabilities_and_the_version_that_served() {
     for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
