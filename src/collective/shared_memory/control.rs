@@ -20,8 +20,9 @@ use crate::{collective::JoinError, protocol::RankIndex};
 ///   64  slot of rank 0: stage u64 │ state u32 │ pid u32 │ place u32 │ …      (64 bytes a rank)
 /// ```
 ///
-/// A rank writes its own slot only. Whoever changes anything rings the bell; whoever waits sleeps on
-/// it. What a rank wrote into files before it raised its stage (release) is there for whoever has
+/// A rank writes its own slot only. Whoever waits sleeps on the bell; it is rung by whoever joins, leaves,
+/// or is the last to reach a stage: nobody waits for less than all, and to wake ranks that then find
+/// that they must wait on is what costs most where they are more than cores. What a rank wrote into files before it raised its stage (release) is there for whoever has
 /// read that stage (acquire).
 pub(super) struct Control {
     map: MmapRaw,
@@ -145,8 +146,13 @@ impl Control {
     }
 
     pub(super) fn advance(&self, rank: RankIndex, stage: u64) {
-        self.slot64(rank, STAGE).store(stage, Ordering::Release);
-        self.ring();
+        // In one order with the reading below, as every rank sees it: of two that get there at the same
+        // time, at least one finds the other there.
+        self.slot64(rank, STAGE).store(stage, Ordering::SeqCst);
+        let is_there = |other| self.slot64(other, STAGE).load(Ordering::SeqCst) >= stage;
+        if (0..self.ranks).map(RankIndex).all(is_there) {
+            self.ring();
+        }
     }
 
     /// Process and place of a rank's segment, as [`Control::show`] said.
