@@ -10,8 +10,8 @@ use lockstep::{
     kernels::{CoreBudget, Matrix, Priority, Team, WeightDtype, path},
     model::{
         Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, Family, HeadGradient,
-        HeadRequest, KvCache, LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape,
-        TextCodec, Workspace, backward, forward, head_logits, head_logprobs,
+        HeadRequest, KvCache, LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, Place, RopeScaling,
+        Tape, TextCodec, Workspace, backward, forward, head_logits, head_logprobs,
     },
     types::{Digest, LoraConfig},
 };
@@ -225,7 +225,13 @@ fn model(dtype: WeightDtype) -> BaseModel {
     // No text is read or written here.
     let tokenizer = r#"{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}"#;
     let text = TextCodec::new(tokenizer, None).expect("a tokenizer without tokens");
-    BaseModel { name: "random".into(), config, weights, text: text.into(), digest: Digest([0; 32]) }
+    BaseModel {
+        name: "random".into(),
+        config,
+        place: Place::Cpu(weights),
+        text: text.into(),
+        digest: Digest([0; 32]),
+    }
 }
 
 fn matrix(dtype: WeightDtype, outputs: usize, inputs: usize) -> Matrix {

@@ -221,7 +221,7 @@ impl<'a> Pass<'a> {
 }
 
 fn weight_bytes(model: &BaseModel) -> usize {
-    let options = ComputeOptions { dtype: model.weights.embed.dtype(), ..ComputeOptions::default() };
+    let options = ComputeOptions { dtype: model.weights().embed.dtype(), ..ComputeOptions::default() };
     model.config.footprint(&options).weights as usize
 }
 

@@ -1,4 +1,4 @@
-"""Sampling speed of the peer on this machine's CPU: PyTorch and transformers' `generate`.
+"""Sampling speed of the peer on this machine's CPU, or with --device cuda on its GPU: PyTorch and transformers' `generate`.
 
     python generate.py --model DIR --batch 8 --prompt 64 --new 128 --dtype bf16 --threads 2
 
@@ -24,6 +24,7 @@ def main() -> None:
     ap.add_argument("--prompt", type=int, default=64)
     ap.add_argument("--new", type=int, default=128)
     ap.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
+    ap.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--repeats", type=int, default=3)
     args = ap.parse_args()
@@ -31,14 +32,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
-    prompts = torch.randint(100, model.config.vocab_size, (args.batch, args.prompt))
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    prompts = torch.randint(100, model.config.vocab_size, (args.batch, args.prompt), device=args.device)
     mask = torch.ones_like(prompts)
 
     def taken(new: int) -> float:
         start = time.perf_counter()
         tokens = model.generate(prompts, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                 min_new_tokens=new, max_new_tokens=new)
+        # A GPU goes on working after the call.
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         end = time.perf_counter()
         if tokens.shape != (args.batch, args.prompt + new):
             raise SystemExit(f"{tuple(tokens.shape)} tokens came")
@@ -49,7 +53,7 @@ def main() -> None:
     whole = statistics.median(taken(args.new) for _ in range(args.repeats)) if args.new > 1 else None
     print(json.dumps({
         "bench": "decode", "peer": "transformers", "batch": args.batch, "prompt": args.prompt, "new": args.new,
-        "dtype": args.dtype, "threads": args.threads, "prefill_s": round(prefill, 4),
+        "dtype": args.dtype, "device": args.device, "threads": args.threads, "prefill_s": round(prefill, 4),
         "prefill_tokens_per_s": round(args.batch * args.prompt / prefill, 1),
         "decode_tokens_per_s": whole and round(args.batch * (args.new - 1) / (whole - prefill), 1),
         "total_tokens_per_s": whole and round(args.batch * args.new / whole, 1),

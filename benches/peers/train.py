@@ -1,4 +1,4 @@
-"""LoRA training speed of the peer on this machine's CPU: PyTorch, transformers and PEFT.
+"""LoRA training speed of the peer on this machine's CPU, or with --device cuda on its GPU: PyTorch, transformers and PEFT.
 
     python train.py --model DIR --batch 8 --seq 256 --rank 16 --dtype bf16 --threads 2 [--compile]
 
@@ -24,6 +24,7 @@ class Peer:
     def __init__(self, args: argparse.Namespace) -> None:
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
         base = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa")
+        base.to(args.device)
         base.config.use_cache = False
         lora = peft.LoraConfig(r=args.rank, lora_alpha=32, lora_dropout=0.0, target_modules=LINEAR_LAYERS,
                                task_type="CAUSAL_LM")
@@ -31,7 +32,7 @@ class Peer:
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.adam = torch.optim.AdamW(self.trained, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
         self.model = torch.compile(model) if args.compile else model
-        self.ids = torch.randint(100, base.config.vocab_size, (args.batch, args.seq))
+        self.ids = torch.randint(100, base.config.vocab_size, (args.batch, args.seq), device=args.device)
 
     def forward(self) -> torch.Tensor:
         return self.model(input_ids=self.ids, labels=self.ids).loss
@@ -53,6 +54,9 @@ class Peer:
 def seconds(work) -> float:
     start = time.perf_counter()
     work()
+    # A GPU goes on working after the call.
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -63,6 +67,7 @@ def main() -> None:
     ap.add_argument("--seq", type=int, default=256)
     ap.add_argument("--rank", type=int, default=16)
     ap.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
+    ap.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--repeats", type=int, default=5)
     ap.add_argument("--compile", action="store_true")
@@ -86,7 +91,7 @@ def main() -> None:
     tokens = args.batch * args.seq
     print(json.dumps({
         "bench": "train", "peer": "PEFT", "batch": args.batch, "seq": args.seq, "rank": args.rank,
-        "dtype": args.dtype, "threads": args.threads, "compile": args.compile,
+        "dtype": args.dtype, "device": args.device, "threads": args.threads, "compile": args.compile,
         "warmup_s": round(warmup, 3), "fwdbwd_s": round(forward_backward, 4), "step_s": round(step, 4),
         "fwd_tokens_per_s": forward and round(tokens / forward, 1),
         "fwdbwd_tokens_per_s": round(tokens / forward_backward, 1),

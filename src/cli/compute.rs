@@ -1,9 +1,14 @@
 use clap::Args;
-use lockstep::{kernels::WeightDtype, model::ComputeOptions};
+use lockstep::{gpu::DeviceChoice, kernels::WeightDtype, model::ComputeOptions};
 
 /// How nodes compute.
 #[derive(Args, Clone, Copy)]
 pub struct Compute {
+    /// What computes: cpu, cuda (or cuda:N; in a build with the feature `cuda`), auto (the first GPU if there is one,
+    /// else the CPU), or emulated (the GPU's engine on the CPU, thousands of times slower, for trying it out; needs
+    /// g++). All nodes that share a run compute on the same.
+    #[arg(long, default_value_t, env = "LOCKSTEP_DEVICE")]
+    device: DeviceChoice,
     /// What base weights are rounded to: f32, which is nothing lost (bf16 and quantised files stay as small as they
     /// are), or bf16, which makes f32 files half as large. Sums, activations and adapters are f32
     /// either way. One for all nodes of a cluster.
@@ -17,6 +22,7 @@ pub struct Compute {
 
 impl Compute {
     pub fn options(self) -> ComputeOptions {
-        ComputeOptions { dtype: self.dtype, activation_checkpointing: self.activation_checkpointing }
+        let Self { device, dtype, activation_checkpointing } = self;
+        ComputeOptions { device, dtype, activation_checkpointing }
     }
 }

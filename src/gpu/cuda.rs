@@ -83,6 +83,11 @@ impl Cuda {
         Ok(Self { ordinal, name, stream, blas, module, functions: Mutex::default() })
     }
 
+    /// Its model, as NVIDIA calls it.
+    pub(super) fn model(&self) -> &str {
+        &self.name
+    }
+
     pub(super) fn name(&self) -> String {
         format!("{} (cuda:{})", self.name, self.ordinal)
     }

@@ -15,6 +15,8 @@ pub struct Gpu(Arc<Inner>);
 
 struct Inner {
     name: String,
+    /// Its kind, by which nodes that give the same bits know each other.
+    engine: String,
     backend: Backend,
     turns: Turns,
 }
@@ -59,7 +61,7 @@ impl Gpu {
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self, GpuError> {
         let cuda = Cuda::open(ordinal)?;
-        Ok(Self::of(cuda.name(), Backend::Cuda(cuda)))
+        Ok(Self::of(cuda.name(), format!("cuda {}", cuda.model()), Backend::Cuda(cuda)))
     }
 
     /// Refused: this lockstep was built without CUDA.
@@ -70,11 +72,16 @@ impl Gpu {
 
     /// The engine of a GPU on this machine's CPU, thousands of times slower. Needs g++.
     pub fn emulated() -> Result<Self, GpuError> {
-        Ok(Self::of("emulated GPU".to_owned(), Backend::Emulated(Emulator::open()?)))
+        Ok(Self::of("emulated GPU".to_owned(), "emulated".to_owned(), Backend::Emulated(Emulator::open()?)))
     }
 
-    fn of(name: String, backend: Backend) -> Self {
-        Self(Arc::new(Inner { name, backend, turns: Turns::default() }))
+    fn of(name: String, engine: String, backend: Backend) -> Self {
+        Self(Arc::new(Inner { name, engine, backend, turns: Turns::default() }))
+    }
+
+    /// Its kind: GPUs of one kind give the same bits.
+    pub fn engine(&self) -> &str {
+        &self.0.engine
     }
 
     /// What it calls itself.

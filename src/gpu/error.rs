@@ -1,3 +1,5 @@
+use crate::types::{ErrorKind, OperationError};
+
 /// Why a GPU cannot be had, or did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GpuError {
@@ -19,4 +21,16 @@ pub enum GpuError {
     /// A model or batch that the kernels do not cover.
     #[error("`{field}` {problem}")]
     Unsupported { field: &'static str, problem: String },
+}
+
+impl From<GpuError> for OperationError {
+    fn from(error: GpuError) -> Self {
+        let kind = match &error {
+            GpuError::OutOfMemory { .. } => ErrorKind::ResourceExhausted,
+            GpuError::Unsupported { .. } => ErrorKind::InvalidInput,
+            GpuError::NotBuilt | GpuError::Unavailable { .. } => ErrorKind::Unavailable,
+            GpuError::Kernels { .. } | GpuError::Failed { .. } => ErrorKind::Internal,
+        };
+        Self::new(kind, error.to_string())
+    }
 }

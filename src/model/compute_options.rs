@@ -1,8 +1,10 @@
-use crate::kernels::WeightDtype;
+use crate::{gpu::DeviceChoice, kernels::WeightDtype};
 
 /// How a node computes, whatever the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ComputeOptions {
+    /// What computes.
+    pub device: DeviceChoice,
     /// What base weights are held as.
     pub dtype: WeightDtype,
     /// Whether a training pass keeps each layer's input alone and computes the layer again on its way back:

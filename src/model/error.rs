@@ -1,11 +1,16 @@
 use std::path::{Path, PathBuf};
 
+use crate::gpu::GpuError;
+
 /// Why a model can't be found, read or used.
 ///
 /// Every variant is the fault of the files or of the name given; the same call fails again
 /// until they change. Cloneable, so that one failed load answers everyone who waited for it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ModelError {
+    /// The GPU can't be had, or the model can't be put on it.
+    #[error("{0}")]
+    Gpu(GpuError),
     /// No model of this name or alias is served.
     #[error("no model `{name}` is served here; offered: {offered}")]
     Unknown { name: String, offered: String },

@@ -9,16 +9,23 @@ use std::{
 };
 
 use super::{
-    BaseModel, ComputeOptions, Footprint, ModelConfig, ModelError, ModelSource, TextCodec,
+    BaseModel, ComputeOptions, Footprint, ModelConfig, ModelError, ModelSource, Place, TextCodec,
+    device::DeviceModel,
     digest_cache::DigestCache,
     files::{ModelFiles, Stamp},
     weights::base_digest,
 };
-use crate::types::Digest;
+use crate::{
+    gpu::{DeviceChoice, Gpu, GpuError},
+    kernels,
+    types::Digest,
+};
 
 /// The base models of a process: each is loaded once, when first asked for, and shared.
 pub struct Library {
     options: ComputeOptions,
+    /// The GPU on which the models are, if it isn't the CPU.
+    gpu: Option<Gpu>,
     models: Vec<Entry>,
     /// Names and aliases, in lower case.
     by_name: HashMap<String, usize>,
@@ -59,10 +66,14 @@ impl Library {
         options: ComputeOptions,
         cache: DigestCache,
     ) -> Result<Self, ModelError> {
-        let mut library = Self { options, models: Vec::new(), by_name: HashMap::new() };
+        let gpu = open_gpu(options.device).map_err(ModelError::Gpu)?;
+        let mut library = Self { options, gpu, models: Vec::new(), by_name: HashMap::new() };
         for source in sources {
             library.claim_names(&source)?;
             let files = ModelFiles::open(&source.path)?;
+            if library.gpu.is_some() {
+                DeviceModel::check(&files.config).map_err(ModelError::Gpu)?;
+            }
             // Taken before hashing: a change in between is then seen at the load.
             let stamps = files.stamps()?;
             let digest = match cache.get(&stamps) {
@@ -114,7 +125,7 @@ impl Library {
         let model = Arc::new(BaseModel {
             name: entry.source.name.clone(),
             config: entry.files.config.clone(),
-            weights: entry.files.load_weights(self.options.dtype)?,
+            place: self.place(entry)?,
             text: entry.files.text.clone(),
             digest: entry.digest,
         });
@@ -122,6 +133,25 @@ impl Library {
         #[cfg(test)]
         entry.loads.fetch_add(1, Ordering::Relaxed);
         Ok(model)
+    }
+
+    /// Loads a model's weights to where they are computed with.
+    fn place(&self, entry: &Entry) -> Result<Place, ModelError> {
+        let weights = entry.files.load_weights(self.options.dtype)?;
+        let Some(gpu) = &self.gpu else { return Ok(Place::Cpu(weights)) };
+        let _turn = gpu.turn();
+        Ok(Place::Gpu(Box::new(
+            DeviceModel::new(gpu, &entry.files.config, &weights).map_err(ModelError::Gpu)?,
+        )))
+    }
+
+    /// What computes: the kernel path of the CPU, or the GPU. Ranks of a run share it, as only the same
+    /// gives the same bits.
+    pub fn engine(&self) -> &str {
+        match &self.gpu {
+            None => kernels::path(),
+            Some(gpu) => gpu.engine(),
+        }
     }
 
     /// How the models are computed.
@@ -167,6 +197,24 @@ impl Library {
     }
 }
 
+/// The GPU that is asked for; with `auto` none, if there is none.
+fn open_gpu(device: DeviceChoice) -> Result<Option<Gpu>, GpuError> {
+    let gpu = match device {
+        DeviceChoice::Cpu => return Ok(None),
+        DeviceChoice::Emulated => Gpu::emulated()?,
+        DeviceChoice::Cuda(ordinal) => Gpu::cuda(ordinal)?,
+        DeviceChoice::Auto => match Gpu::cuda(0) {
+            Ok(gpu) => gpu,
+            Err(error) => {
+                tracing::warn!("computing on the CPU: {error}");
+                return Ok(None);
+            }
+        },
+    };
+    tracing::info!(gpu = gpu.name(), "computing on a GPU");
+    Ok(Some(gpu))
+}
+
 impl Entry {
     fn check_unchanged(&self) -> Result<(), ModelError> {
         let now = self.files.stamps()?;
@@ -207,9 +255,9 @@ mod tests {
         assert_eq!(model.config, tiny::config());
         assert_eq!(model.digest, library.offers()[0].2);
         assert_eq!(model.digest, BaseModel::load("other", directory.path()).unwrap().digest);
-        assert!(model.weights.embed.shares_storage(&model.weights.head), "a tied head is shared");
-        assert_eq!(model.weights.layers.len(), 2);
-        assert_eq!(model.weights.layers[1].o.in_features(), 32);
+        assert!(model.weights().embed.shares_storage(&model.weights().head), "a tied head is shared");
+        assert_eq!(model.weights().layers.len(), 2);
+        assert_eq!(model.weights().layers[1].o.in_features(), 32);
     }
 
     /// Other weights are another model: nothing of one may pass for the other's.
@@ -225,12 +273,12 @@ mod tests {
             let model = library.load("tiny").unwrap();
             assert_eq!(model.digest, library.offers()[0].2);
             assert_eq!(model.digest, BaseModel::load_as(dtype, "tiny", directory.path()).unwrap().digest);
-            assert!(model.weights.embed.shares_storage(&model.weights.head), "a tied head is shared");
+            assert!(model.weights().embed.shares_storage(&model.weights().head), "a tied head is shared");
             model
         });
         assert_ne!(whole.digest, half.digest);
         assert_eq!(whole.digest, ModelFiles::open(directory.path()).unwrap().digest().unwrap());
-        let [whole, half] = [whole, half].map(|model| model.weights.layers[1].o.bytes());
+        let [whole, half] = [whole, half].map(|model| model.weights().layers[1].o.bytes());
         assert_eq!((whole, half), (4 * 32 * 32, 2 * 32 * 32));
     }
 

@@ -14,6 +14,7 @@ mod decoder;
 pub mod device;
 mod kv_cache;
 mod memory;
+mod passes;
 
 mod lora;
 mod loss;
@@ -38,10 +39,12 @@ pub use memory::{Footprint, RunMemory};
 pub use merge::merge_into_weights;
 pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
 pub use param_vector::ParamVector;
+pub use passes::{HiddenStates, SequenceCache, SequenceRows, extend, logits_of, logprobs_of};
 pub use source::ModelSource;
 pub use state::{GradientKind, TrainState};
 pub use text::{ChatMessage, TextCodec};
 pub(crate) use weights::shards_of_index;
 pub use weights::{
-    BaseModel, BaseWeights, ExpertsWeights, LayerWeights, Mlp, MlpWeights, QkNorm, QkvBias, base_digest,
+    BaseModel, BaseWeights, ExpertsWeights, LayerWeights, Mlp, MlpWeights, Place, QkNorm, QkvBias,
+    base_digest,
 };

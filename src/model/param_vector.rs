@@ -1,7 +1,7 @@
 use std::{
     fmt,
     ops::Deref,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, Weak},
 };
 
 use crate::types::{Digest, Hasher};
@@ -29,6 +29,27 @@ impl ParamVector {
             }
             hasher.finish()
         })
+    }
+}
+
+/// Tells whether a vector is the one that it was made of, and keeps none alive.
+pub(super) struct VectorWatch(Weak<Inner>);
+
+impl ParamVector {
+    pub(super) fn watch(&self) -> VectorWatch {
+        VectorWatch(Arc::downgrade(&self.0))
+    }
+}
+
+impl VectorWatch {
+    /// Whether it is this vector, or a clone of it.
+    pub(super) fn is(&self, vector: &ParamVector) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&vector.0))
+    }
+
+    /// Whether nobody holds the vector any more.
+    pub(super) fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
     }
 }
 

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::{
-    collective, kernels,
+    collective,
     model::Library,
     protocol::{
         CoordinatorMessage, Epoch, MAX_MESSAGE, ModelOffer, NodeHello, NodeId, NodeMemory, NodeMessage,
@@ -183,7 +183,7 @@ impl Sessions {
             models,
             numerics: Numerics {
                 build: env!("CARGO_PKG_VERSION").to_owned(),
-                kernels: kernels::path().to_owned(),
+                kernels: self.library.engine().to_owned(),
                 dtype: self.config.compute.dtype.to_string(),
             },
             address: self.config.advertise.clone().unwrap_or_else(|| self.endpoint.local_address()),

@@ -10,8 +10,9 @@ use std::{
 };
 
 use crate::{
+    gpu::GpuError,
     kernels::{CoreBudget, Priority, Team},
-    model::{BaseModel, Batch, HeadRequest, Workspace, forward, head_logits, head_logprobs},
+    model::{BaseModel, HeadRequest, HiddenStates, Workspace, extend, logits_of, logprobs_of},
 };
 
 use super::{
@@ -81,7 +82,12 @@ impl Engine {
             };
             let rows: usize = parts.iter().map(|part| part.rows + part.sequences.len()).sum();
             let _span = tracing::debug_span!("generate", sequences = parts.len(), rows).entered();
-            self.compute(&model, &mut parts, lease.team(), &mut report);
+            if let Err(error) = self.compute(&model, &mut parts, lease.team(), &mut report) {
+                // What the step has appended to the caches is not known: its requests end with it.
+                for part in &mut parts {
+                    part.failure = Some(SamplerError::Gpu(error.clone()));
+                }
+            }
         }
         self.settle(parts, &mut report);
         report
@@ -106,46 +112,59 @@ impl Engine {
         parts.collect()
     }
 
-    fn compute(&mut self, model: &Arc<BaseModel>, parts: &mut [Part], team: &Team, report: &mut StepReport) {
-        let mut batch = Batch { sequences: Vec::new() };
+    /// Fails on a GPU only.
+    fn compute(
+        &mut self,
+        model: &Arc<BaseModel>,
+        parts: &mut [Part],
+        team: &Team,
+        report: &mut StepReport,
+    ) -> Result<(), GpuError> {
+        let mut batch = Vec::new();
         for part in &mut *parts {
-            part.job.push_rows(part.rows, &part.sequences, &mut batch.sequences);
+            part.job.push_rows(part.rows, &part.sequences, &mut batch);
         }
-        let hidden_rd = forward(model, &mut batch, None, &mut self.workspace, team);
-        drop(batch);
+        let hidden_rd = extend(model, batch, &mut self.workspace, team)?;
         for part in parts.iter_mut().filter(|part| part.rows > 0) {
-            self.score_prompt(model, &hidden_rd, part, team);
+            self.score_prompt(model, &hidden_rd, part, team)?;
         }
-        self.draw(model, &hidden_rd, parts, team, report);
+        self.draw(model, &hidden_rd, parts, team, report)
     }
 
-    fn score_prompt(&mut self, model: &BaseModel, hidden_rd: &[f32], part: &mut Part, team: &Team) {
+    fn score_prompt(
+        &mut self,
+        model: &BaseModel,
+        hidden_rd: &HiddenStates,
+        part: &mut Part,
+        team: &Team,
+    ) -> Result<(), GpuError> {
         let Part { job, rows, first_row, .. } = part;
         if job.scores_prompt() {
             let targets: Vec<_> = (*first_row..).zip(job.predicted(*rows).iter().copied()).collect();
             let top_k = job.flags.topk_prompt_logprobs as usize;
             let request = HeadRequest { targets: &targets, top_k, entropy: false };
             let scores =
-                head_logprobs(model, job.adapter_rows(), hidden_rd, request, None, &mut self.workspace, team);
+                logprobs_of(model, job.adapter_rows(), hidden_rd, request, &mut self.workspace, team)?;
             part.failure = job.push_scores(&scores.logprobs, scores.alternatives).err();
         }
         job.prompt_computed(*rows);
+        Ok(())
     }
 
     fn draw(
         &mut self,
         model: &BaseModel,
-        hidden_rd: &[f32],
+        hidden_rd: &HiddenStates,
         parts: &mut [Part],
         team: &Team,
         report: &mut StepReport,
-    ) {
+    ) -> Result<(), GpuError> {
         let rows = parts.iter().flat_map(|part| part.decode_rows().map(|row| (row, part.job.adapter_rows())));
         let rows: Vec<_> = rows.collect();
         if rows.is_empty() {
-            return;
+            return Ok(());
         }
-        head_logits(model, hidden_rd, &rows, &mut self.logits_sv, &mut self.workspace, team);
+        logits_of(model, hidden_rd, &rows, &mut self.logits_sv, &mut self.workspace, team)?;
         let drawn = self.draw_rows(parts, rows.len(), team);
         let mut drawn = drawn.into_iter();
         for part in parts {
@@ -165,6 +184,7 @@ impl Engine {
                 }
             }
         }
+        Ok(())
     }
 
     /// One token for each row of logits, shared over the team by row.

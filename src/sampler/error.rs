@@ -1,4 +1,7 @@
-use crate::types::{Digest, ErrorKind, InvalidInput, OperationError, PolicyId};
+use crate::{
+    gpu::GpuError,
+    types::{Digest, ErrorKind, InvalidInput, OperationError, PolicyId},
+};
 
 /// Why a replica refuses a request, or can't hold a policy.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -57,6 +60,9 @@ pub enum SamplerError {
     /// The same while scoring the prompt.
     #[error("the logits at prompt position {position} are not finite: the weights diverged")]
     PromptNotFinite { position: usize },
+    /// The GPU failed in the middle of a step.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// One of the replica's threads has panicked.
     #[error("the replica has died: {reason}")]
     Dead { reason: String },
@@ -78,7 +84,8 @@ impl SamplerError {
             Self::NotFinite { .. } | Self::PromptNotFinite { .. } => ErrorKind::NotFinite,
             // Bytes that changed on their way can be fetched again, from here or elsewhere.
             Self::DigestMismatch { .. } => ErrorKind::Unavailable,
-            Self::ModelUnavailable { .. } | Self::Dead { .. } => ErrorKind::Internal,
+            Self::Gpu(GpuError::OutOfMemory { .. }) => ErrorKind::ResourceExhausted,
+            Self::Gpu(_) | Self::ModelUnavailable { .. } | Self::Dead { .. } => ErrorKind::Internal,
         }
     }
 }

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use crate::{
-    model::{Adapter, AdapterRows, BaseModel, BatchSequence, KvCache},
+    model::{Adapter, AdapterRows, BaseModel, SequenceCache, SequenceRows},
     types::{PolicyId, SampleFlags, SampleResult, SampledSequence, StopReason},
 };
 
@@ -42,7 +42,7 @@ pub struct Job {
     pub decoding: Decoding,
     prompt: Vec<u32>,
     /// Of the prompt without its last token; gone once the last sequence has begun.
-    prompt_cache: Option<KvCache>,
+    prompt_cache: Option<SequenceCache>,
     prompt_scores: PromptScores,
     /// Prompt rows computed.
     computed: usize,
@@ -66,7 +66,7 @@ enum Sample {
 }
 
 struct Running {
-    cache: KvCache,
+    cache: SequenceCache,
     /// Input of the next step.
     next: u32,
     scan: StopScan,
@@ -83,7 +83,7 @@ impl Job {
             flags: generate.flags,
             decoding: Decoding::new(&generate.params),
             rules: StopRules::new(&config.eos_token_ids, generate.params.stop.as_ref()),
-            prompt_cache: Some(KvCache::new(config)),
+            prompt_cache: Some(SequenceCache::new(&serving.model)),
             prompt_scores: PromptScores::default(),
             computed: 0,
             seed: generate.seed,
@@ -96,19 +96,21 @@ impl Job {
 
     /// Adds the next `rows` of the prompt and one row of each of `sequences` to a batch, in this
     /// order. `sequences` ascend.
-    pub fn push_rows<'a>(&'a mut self, rows: usize, sequences: &[u32], batch: &mut Vec<BatchSequence<'a>>) {
+    pub fn push_rows<'a>(&'a mut self, rows: usize, sequences: &[u32], batch: &mut Vec<SequenceRows<'a>>) {
         self.begin(sequences);
         let adapter = self.serving.adapter.as_ref().map(|held| AdapterRows::from(&*held.adapter));
         if rows > 0 {
             let tokens = &self.prompt[self.computed..][..rows];
-            batch.push(BatchSequence { tokens, kv_cache: self.prompt_cache.as_mut(), adapter });
+            // The last sequence takes it only when the whole prompt is computed.
+            let cache = self.prompt_cache.as_mut().expect("a prompt that is computed has its cache");
+            batch.push(SequenceRows { tokens, cache, adapter });
         }
         for (index, sample) in self.samples.iter_mut().enumerate() {
             if let Sample::Running(running) = sample
                 && sequences.binary_search(&(index as u32)).is_ok()
             {
                 let tokens = std::slice::from_ref(&running.next);
-                batch.push(BatchSequence { tokens, kv_cache: Some(&mut running.cache), adapter });
+                batch.push(SequenceRows { tokens, cache: &mut running.cache, adapter });
             }
         }
     }
@@ -120,11 +122,14 @@ impl Job {
             }
             // Sequences begin in order, so the last one may take what the others forked.
             let last = sequence as usize + 1 == self.samples.len();
-            let cache =
-                if last { self.prompt_cache.take() } else { self.prompt_cache.as_ref().map(KvCache::fork) };
+            let cache = if last {
+                self.prompt_cache.take()
+            } else {
+                self.prompt_cache.as_ref().map(SequenceCache::fork)
+            };
             self.samples[sequence as usize] = Sample::Running(Running {
                 // The prompt's cache is there until the last sequence takes it.
-                cache: cache.unwrap_or_else(|| KvCache::new(&self.serving.model.config)),
+                cache: cache.unwrap_or_else(|| SequenceCache::new(&self.serving.model)),
                 next: self.prompt[self.prompt.len() - 1],
                 scan: StopScan::default(),
                 tokens: Vec::new(),

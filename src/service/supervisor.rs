@@ -226,6 +226,7 @@ impl Part {
         flag("--trainers", share.trainers.to_string());
         flag("--samplers", share.samplers.to_string());
         flag("--threads", share.threads.to_string());
+        flag("--device", config.compute.device.to_string());
         flag("--dtype", config.compute.dtype.to_string());
         if config.compute.activation_checkpointing {
             arguments.push("--activation-checkpointing".into());

@@ -2,6 +2,7 @@
 
 mod chaos;
 mod checkpoints;
+mod device;
 mod history;
 mod hosts;
 mod join;

@@ -7,10 +7,11 @@ use std::{
 };
 
 use lockstep::{
+    gpu::Gpu,
     kernels::{Team, WeightDtype},
     model::{
-        Adapter, AdapterRows, BaseModel, LoraLayout, MicroBatchOutput, TrainState, Workspace,
-        cut_micro_batches, prepare, run_micro_batch,
+        Adapter, AdapterRows, BaseModel, LoraLayout, MicroBatchOutput, Place, TrainState, Workspace,
+        cut_micro_batches, device::DeviceModel, prepare, run_micro_batch,
     },
     types::{AdamParams, Datum, ForwardBackwardOutput, LoraConfig, LossSpec, TensorData, TensorValues},
 };
@@ -110,6 +111,17 @@ impl Golden {
             (name, TensorData::new(values, dtype, view.shape().to_vec()).unwrap())
         });
         Self { family, directory: directory.to_owned(), dtype, model, file, tensors: tensors.collect() }
+    }
+
+    /// The same with the model on a GPU, if that covers it. Families of bf16 weights are left out: there a GPU
+    /// rounds activations, too, for which these tolerances are not made.
+    pub fn on_gpu(mut self, gpu: &Gpu) -> Option<Self> {
+        let config = &self.model.config;
+        if self.dtype != WeightDtype::F32 || config.experts.is_some() {
+            return None;
+        }
+        self.model.place = Place::Gpu(Box::new(DeviceModel::new(gpu, config, self.model.weights()).unwrap()));
+        Some(self)
     }
 
     /// The golden's adapter at step 0.

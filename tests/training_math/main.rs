@@ -18,11 +18,12 @@ use std::path::{Path, PathBuf};
 
 use lockstep::{
     archive,
+    gpu::Gpu,
     kernels::{Team, WeightDtype},
     model::{
-        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, HeadRequest, KvCache,
-        ModelConfig, RopeScaling, TrainState, Workspace, forward, head_logits, head_logprobs, prepare,
-        run_micro_batch,
+        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, HeadRequest, ModelConfig,
+        RopeScaling, SequenceCache, SequenceRows, TrainState, Workspace, extend, forward, head_logits,
+        head_logprobs, logits_of, prepare, run_micro_batch,
     },
     types::{ErrorKind, TensorData, TensorValues},
 };
@@ -73,33 +74,42 @@ fn logits_agree() {
 /// is near a tie: its smallest margin is a thousand times what two engines' logits differ by.
 #[test]
 fn generation_agrees() {
-    for golden in goldens() {
-        let state = golden.initial_state();
-        let Generation { prompt, tokens: expected, margin } = &golden.file.generation;
-        assert!(*margin > 1e-3 && expected.len() == 30, "{}", golden.family);
-        let adapter = AdapterRows { layout: &state.layout, values: &state.weights };
-        let mut cache = KvCache::new(&golden.model.config);
-        let (mut workspace, team) = (Workspace::default(), Team::solo());
-        let (mut rows, mut generated, mut logits) = (prompt.clone(), Vec::new(), Vec::new());
-        while generated.len() < expected.len() {
-            let sequence =
-                BatchSequence { tokens: &rows, kv_cache: Some(&mut cache), adapter: Some(adapter) };
-            let mut batch = Batch { sequences: vec![sequence] };
-            let hidden = forward(&golden.model, &mut batch, None, &mut workspace, &team);
-            head_logits(
-                &golden.model,
-                &hidden,
-                &[(rows.len() - 1, Some(adapter))],
-                &mut logits,
-                &mut workspace,
-                &team,
-            );
-            let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-            generated.push(best.unwrap().0 as u32);
-            rows = generated[generated.len() - 1..].to_vec();
-        }
-        assert_eq!(generated, *expected, "{}", golden.family);
+    goldens().for_each(|golden| assert_generation(&golden));
+}
+
+/// On the GPU's engine, too, as far as it covers the families.
+#[test]
+fn a_gpu_computes_the_same() {
+    let gpu = Gpu::emulated().expect("g++ compiles the kernels");
+    let mut families = 0;
+    for golden in goldens().filter_map(|golden| golden.on_gpu(&gpu)) {
+        assert_losses(&golden);
+        assert_log_probabilities(&golden);
+        assert_gradients(&golden);
+        assert_generation(&golden);
+        families += 1;
     }
+    assert!(families >= 7, "only {families} families");
+}
+
+fn assert_generation(golden: &Golden) {
+    let state = golden.initial_state();
+    let Generation { prompt, tokens: expected, margin } = &golden.file.generation;
+    assert!(*margin > 1e-3 && expected.len() == 30, "{}", golden.family);
+    let adapter = AdapterRows { layout: &state.layout, values: &state.weights };
+    let mut cache = SequenceCache::new(&golden.model);
+    let (mut workspace, team) = (Workspace::default(), Team::solo());
+    let (mut rows, mut generated, mut logits) = (prompt.clone(), Vec::new(), Vec::new());
+    while generated.len() < expected.len() {
+        let sequence = SequenceRows { tokens: &rows, cache: &mut cache, adapter: Some(adapter) };
+        let hidden = extend(&golden.model, vec![sequence], &mut workspace, &team).unwrap();
+        let last = [(rows.len() - 1, Some(adapter))];
+        logits_of(&golden.model, &hidden, &last, &mut logits, &mut workspace, &team).unwrap();
+        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+        generated.push(best.unwrap().0 as u32);
+        rows = generated[generated.len() - 1..].to_vec();
+    }
+    assert_eq!(generated, *expected, "{}", golden.family);
 }
 
 /// The same model out of a GGUF file whose names and metadata are those of llama.cpp's own
@@ -140,25 +150,27 @@ fn a_gguf_is_the_same_model() {
 
 #[test]
 fn losses_and_metrics_agree() {
-    for golden in goldens() {
-        let state = golden.initial_state();
-        for (name, call) in &golden.file.calls {
-            for budget in BUDGETS {
-                let what = format!("{} {name}, budget {budget}", golden.family);
-                let (output, active, _) = golden.run(&state, call, budget, false);
-                let Expected { loss, loss_size, active: expected_active, metrics } = &call.expected;
-                assert_eq!(active, *expected_active, "{what}: active positions");
-                let error = (output.loss - loss).abs();
-                assert!(error <= LOSS_TOLERANCE * loss_size, "{what}: loss {} and {loss}", output.loss);
-                assert_eq!(output.metrics["loss"], output.loss);
-                for (metric, value) in metrics {
-                    let found = output.metrics[metric];
-                    // The gap of two log-probabilities near −5 carries their rounding, 5e-7; a
-                    // reward is half the sum of up to 15 gaps, a margin has two of them.
-                    let least = if metric.starts_with("reward_") { 1.0 } else { 0.1 };
-                    let error = (found - value).abs();
-                    assert!(error <= 1e-5 * value.abs().max(least), "{what}: {metric} {found} and {value}");
-                }
+    goldens().for_each(|golden| assert_losses(&golden));
+}
+
+fn assert_losses(golden: &Golden) {
+    let state = golden.initial_state();
+    for (name, call) in &golden.file.calls {
+        for budget in BUDGETS {
+            let what = format!("{} {name}, budget {budget}", golden.family);
+            let (output, active, _) = golden.run(&state, call, budget, false);
+            let Expected { loss, loss_size, active: expected_active, metrics } = &call.expected;
+            assert_eq!(active, *expected_active, "{what}: active positions");
+            let error = (output.loss - loss).abs();
+            assert!(error <= LOSS_TOLERANCE * loss_size, "{what}: loss {} and {loss}", output.loss);
+            assert_eq!(output.metrics["loss"], output.loss);
+            for (metric, value) in metrics {
+                let found = output.metrics[metric];
+                // The gap of two log-probabilities near −5 carries their rounding, 5e-7; a
+                // reward is half the sum of up to 15 gaps, a margin has two of them.
+                let least = if metric.starts_with("reward_") { 1.0 } else { 0.1 };
+                let error = (found - value).abs();
+                assert!(error <= 1e-5 * value.abs().max(least), "{what}: {metric} {found} and {value}");
             }
         }
     }
@@ -166,20 +178,22 @@ fn losses_and_metrics_agree() {
 
 #[test]
 fn log_probabilities_and_alternatives_agree() {
-    for golden in goldens() {
-        let state = golden.initial_state();
-        for (name, call) in &golden.file.calls {
-            let (output, ..) = golden.run(&state, call, 1024, false);
-            assert_eq!(output.loss_fn_outputs.len(), call.data.len());
-            for (i, output) in output.loss_fn_outputs.iter().enumerate() {
-                for (key, tensor) in output {
-                    let key = format!("{name}.{key}.{i}");
-                    match tensor.values() {
-                        TensorValues::F32(values) => golden.assert_near(&key, values, LOGPROB_TOLERANCE),
-                        _ => assert_eq!(tensor, &golden.tensors[&key], "{} {key}", golden.family),
-                    }
-                    assert_eq!(tensor.shape(), golden.tensors[&key].shape(), "{} {key}", golden.family);
+    goldens().for_each(|golden| assert_log_probabilities(&golden));
+}
+
+fn assert_log_probabilities(golden: &Golden) {
+    let state = golden.initial_state();
+    for (name, call) in &golden.file.calls {
+        let (output, ..) = golden.run(&state, call, 1024, false);
+        assert_eq!(output.loss_fn_outputs.len(), call.data.len());
+        for (i, output) in output.loss_fn_outputs.iter().enumerate() {
+            for (key, tensor) in output {
+                let key = format!("{name}.{key}.{i}");
+                match tensor.values() {
+                    TensorValues::F32(values) => golden.assert_near(&key, values, LOGPROB_TOLERANCE),
+                    _ => assert_eq!(tensor, &golden.tensors[&key], "{} {key}", golden.family),
                 }
+                assert_eq!(tensor.shape(), golden.tensors[&key].shape(), "{} {key}", golden.family);
             }
         }
     }
@@ -203,16 +217,18 @@ fn log_probabilities_do_not_depend_on_the_packing() {
 
 #[test]
 fn gradients_agree() {
-    for golden in goldens() {
-        let state = golden.initial_state();
-        for (name, call) in &golden.file.calls {
-            for budget in BUDGETS {
-                let (_, _, gradient) = golden.run(&state, call, budget, true);
-                golden.for_each_tensor(&state.layout, |tensor, range| {
-                    let key = format!("{name}.gradient.{tensor}");
-                    golden.assert_near(&key, &gradient[range], GRADIENT_TOLERANCE);
-                });
-            }
+    goldens().for_each(|golden| assert_gradients(&golden));
+}
+
+fn assert_gradients(golden: &Golden) {
+    let state = golden.initial_state();
+    for (name, call) in &golden.file.calls {
+        for budget in BUDGETS {
+            let (_, _, gradient) = golden.run(&state, call, budget, true);
+            golden.for_each_tensor(&state.layout, |tensor, range| {
+                let key = format!("{name}.gradient.{tensor}");
+                golden.assert_near(&key, &gradient[range], GRADIENT_TOLERANCE);
+            });
         }
     }
 }

@@ -33,17 +33,17 @@ pub fn backward(
     workspace: &mut Workspace,
     team: &Team,
 ) {
-    assert_eq!(tape.layers.len(), model.weights.layers.len(), "a tape serves one backward");
+    assert_eq!(tape.layers.len(), model.weights().layers.len(), "a tape serves one backward");
     assert_eq!(gradient.len(), adapter.layout.len(), "one gradient for each value of the adapter");
     let residual = workspace.gradients.residual_rd.resize(d_hidden.len());
     residual.fill(0.0);
     let eps = model.config.rms_norm_eps;
-    rms_norm_backward(&tape.last_rd, &model.weights.final_norm, eps, d_hidden, residual, team);
+    rms_norm_backward(&tape.last_rd, &model.weights().final_norm, eps, d_hidden, residual, team);
     let lowest = adapter.layout.entries.first().map_or(usize::MAX, |entry| entry.layer);
     let gradient = Shared::new(gradient);
     let recomputation = tape.recomputes.then(|| Recomputation::new(model, adapter, tape, team));
     let mut again = std::mem::take(&mut workspace.activations);
-    for (index, weights) in model.weights.layers.iter().enumerate().rev() {
+    for (index, weights) in model.weights().layers.iter().enumerate().rev() {
         if index < lowest {
             break;
         }

@@ -56,8 +56,8 @@ pub fn forward(
         })
         .collect();
 
-    embed(&model.weights.embed, &plan.tokens, workspace.next_rd.resize(plan.rows * hidden), team);
-    for (index, weights) in model.weights.layers.iter().enumerate() {
+    embed(&model.weights().embed, &plan.tokens, workspace.next_rd.resize(plan.rows * hidden), team);
+    for (index, weights) in model.weights().layers.iter().enumerate() {
         let mut activations = match tape.as_deref_mut() {
             Some(tape) if !tape.recomputes => std::mem::take(&mut tape.layers[index]),
             _ => std::mem::take(&mut workspace.activations),
@@ -78,7 +78,7 @@ pub fn forward(
     }
     let mut hidden_rd = vec![0.0; plan.rows * hidden];
     let eps = model.config.rms_norm_eps;
-    rms_norm(&workspace.next_rd, &model.weights.final_norm, eps, &mut hidden_rd, team);
+    rms_norm(&workspace.next_rd, &model.weights().final_norm, eps, &mut hidden_rd, team);
 
     drop(blocks);
     workspace.own_caches = own_caches;

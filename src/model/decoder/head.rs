@@ -27,7 +27,7 @@ pub fn head_logits(
     workspace: &mut Workspace,
     team: &Team,
 ) {
-    let head = &model.weights.head;
+    let head = &model.weights().head;
     let HeadBuffers { hidden_cd, low_cr, .. } = &mut workspace.head;
     let hidden_cd = hidden_cd.resize(rows.len() * head.in_features());
     gather(hidden, rows.iter().map(|(row, _)| *row), head.in_features(), hidden_cd);
@@ -89,7 +89,7 @@ pub fn head_logprobs(
     let targets = request.targets;
     assert!(targets.is_sorted_by_key(|(row, _)| *row), "targets are sorted by row");
     let head =
-        Head { weight: &model.weights.head, adapter: adapter.filter(|a| a.layout.head().is_some()), team };
+        Head { weight: &model.weights().head, adapter: adapter.filter(|a| a.layout.head().is_some()), team };
     let rows_most = head_chunk_rows(head.weight.out_features());
     let mut scores = HeadScores::default();
     let mut first = 0;

@@ -20,7 +20,7 @@ mod tape;
 #[cfg(test)]
 pub(super) mod tests;
 
-use crate::model::{Adapter, KvCache, LoraLayout};
+use crate::model::{Adapter, KvCache, LoraLayout, ParamVector};
 
 pub use backward::backward;
 pub use forward::forward;
@@ -49,7 +49,7 @@ pub struct BatchSequence<'a> {
 pub struct AdapterRows<'a> {
     pub layout: &'a LoraLayout,
     /// `layout.len()` values.
-    pub values: &'a [f32],
+    pub values: &'a ParamVector,
 }
 
 impl<'a> From<&'a Adapter> for AdapterRows<'a> {

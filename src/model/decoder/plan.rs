@@ -74,7 +74,7 @@ pub(super) struct Share<'a> {
 /// Whether two adapters are one, in one place.
 fn is_same(a: Option<AdapterRows<'_>>, b: Option<AdapterRows<'_>>) -> bool {
     match (a, b) {
-        (Some(a), Some(b)) => ptr::eq(a.layout, b.layout) && ptr::eq(a.values, b.values),
+        (Some(a), Some(b)) => ptr::eq(a.layout, b.layout) && ptr::eq(&**a.values, &**b.values),
         (None, None) => true,
         _ => false,
     }

@@ -45,7 +45,7 @@ impl<'a> Recomputation<'a> {
         });
         let layer = ForwardLayer {
             model: self.model,
-            weights: &self.model.weights.layers[index],
+            weights: &self.model.weights().layers[index],
             index,
             plan: &self.plan,
             blocks: &own.collect::<Vec<_>>(),

@@ -106,6 +106,11 @@ pub(super) struct HeadBuffers {
 }
 
 impl Workspace {
+    /// How passes are computed.
+    pub fn options(&self) -> ComputeOptions {
+        self.options
+    }
+
     /// Without memory yet, for passes that are computed so.
     pub fn new(options: ComputeOptions) -> Self {
         Self { options, ..Self::default() }

@@ -1,3 +1,5 @@
+use std::sync::{Arc, PoisonError};
+
 use crate::{
     gpu::{Array, Element, GpuError},
     model::{AdapterRows, LoraEntry, LoraLayout},
@@ -25,10 +27,17 @@ pub(super) struct DeviceLowRank<'a> {
 }
 
 impl DeviceModel {
-    /// Copies an adapter to the GPU.
-    pub fn adapter(&self, adapter: AdapterRows<'_>) -> Result<DeviceAdapter, GpuError> {
+    /// An adapter on the GPU: copied there the first time, and held as long as its values live.
+    pub fn adapter(&self, adapter: AdapterRows<'_>) -> Result<Arc<DeviceAdapter>, GpuError> {
+        let mut held = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|(watch, _)| !watch.is_gone());
+        if let Some((_, found)) = held.iter().find(|(watch, _)| watch.is(adapter.values)) {
+            return Ok(found.clone());
+        }
         let values = self.gpu.upload(self.element, adapter.values)?;
-        Ok(DeviceAdapter { layout: adapter.layout.clone(), values })
+        let on_device = Arc::new(DeviceAdapter { layout: adapter.layout.clone(), values });
+        held.push((adapter.values.watch(), on_device.clone()));
+        Ok(on_device)
     }
 
     /// Zeros for the gradient of an adapter, f32.

@@ -22,11 +22,19 @@ pub struct DeviceSequence<'a> {
 #[derive(Default)]
 pub struct DeviceTape {
     /// Whether `layers` are their inputs alone, and computed again on the way back.
-    pub recomputes: bool,
+    recomputes: bool,
     pub(super) plan: Option<Plan>,
     pub(super) layers: Vec<Kept>,
     /// The residual stream after the last layer, f32 `[r, d]`.
     pub(super) last: Option<Array>,
+}
+
+impl DeviceTape {
+    /// An empty one; with `recomputes` it keeps each layer's input alone, and the backward computes the
+    /// layer again.
+    pub fn new(recomputes: bool) -> Self {
+        Self { recomputes, ..Self::default() }
+    }
 }
 
 /// Of one layer.

@@ -42,12 +42,12 @@ fn device_models() -> &'static [(&'static BaseModel, DeviceModel)] {
     static MODELS: OnceLock<Vec<(&BaseModel, DeviceModel)>> = OnceLock::new();
     MODELS.get_or_init(|| {
         let dense = models().iter().filter(|model| model.config.experts.is_none());
-        dense.map(|m| (m, DeviceModel::new(gpu(), &m.config, &m.weights).unwrap())).collect()
+        dense.map(|m| (m, DeviceModel::new(gpu(), &m.config, m.weights()).unwrap())).collect()
     })
 }
 
 fn tolerance(model: &BaseModel) -> f64 {
-    match model.weights.embed.dtype() {
+    match model.weights().embed.dtype() {
         WeightDtype::F32 => F32_TOLERANCE,
         WeightDtype::Bf16 => BF16_TOLERANCE,
     }
@@ -55,12 +55,12 @@ fn tolerance(model: &BaseModel) -> f64 {
 
 fn train_on(model: &DeviceModel, sequences: &[Vec<u32>], adapter: &Adapter, recomputes: bool) -> Trained {
     let _turn = gpu().turn();
-    let on_device = Arc::new(model.adapter(adapter.into()).unwrap());
+    let on_device = model.adapter(adapter.into()).unwrap();
     let mut batch: Vec<_> = sequences
         .iter()
         .map(|tokens| DeviceSequence { tokens, cache: None, adapter: Some(on_device.clone()) })
         .collect();
-    let mut tape = DeviceTape { recomputes, ..DeviceTape::default() };
+    let mut tape = DeviceTape::new(recomputes);
     let hidden = forward(model, &mut batch, Some(&mut tape)).unwrap();
     let (targets, factors) = targets(sequences);
     let d_hidden = gpu().zeros(hidden.element(), hidden.len()).unwrap();
@@ -172,7 +172,7 @@ fn decoding_in_any_steps_and_company_is_the_whole_forward() {
     let sequences = [tokens(11, 75), tokens(12, 75), tokens(13, 75)];
     for (model, device) in device_models() {
         let on_device =
-            |seed, targets| Some(Arc::new(device.adapter((&adapter(model, seed, targets)).into()).unwrap()));
+            |seed, targets| Some(device.adapter((&adapter(model, seed, targets)).into()).unwrap());
         let adapters = [on_device(5, &ALL), None, on_device(7, &ALL[..2])];
         for steps in [&[75][..], &[31, 1, 1, 2, 40], &[32, 32, 11]] {
             let mut caches = [const { None }; 3].map(|_: Option<()>| DeviceCache::default());
@@ -224,7 +224,7 @@ fn the_head_answers_as_the_cpu_does() {
     for (model, device) in device_models() {
         let tolerance = tolerance(model);
         let adapters = [adapter(model, 3, &ALL), adapter(model, 4, &ALL[6..])];
-        let on_device = adapters.each_ref().map(|a| Arc::new(device.adapter(a.into()).unwrap()));
+        let on_device = adapters.each_ref().map(|a| device.adapter(a.into()).unwrap());
         let sequence = &sequences()[0];
         let hidden = alone(device, sequence, &Some(on_device[0].clone()));
         let on_gpu = gpu().upload(device.element, &hidden).unwrap();
@@ -253,7 +253,7 @@ fn the_head_answers_as_the_cpu_does() {
             assert!(off < tolerance, "{}: {what} are {off:e} off", model.name);
         }
         assert_eq!(scores.alternatives.len(), targets.len());
-        if model.weights.embed.dtype() == WeightDtype::F32 {
+        if model.weights().embed.dtype() == WeightDtype::F32 {
             let names = |of: &[Vec<(u32, f32)>]| -> Vec<Vec<u32>> {
                 of.iter().map(|row| row.iter().map(|(token, _)| *token).collect()).collect()
             };

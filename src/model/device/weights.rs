@@ -1,10 +1,12 @@
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{
     gpu::{Array, BACKWARD_ROWS, Element, Gpu, GpuError, HeadShape, MAX_HEAD_DIM},
     kernels::{Matrix, WeightDtype},
-    model::{BaseWeights, LayerWeights, Mlp, ModelConfig},
+    model::{BaseWeights, LayerWeights, Mlp, ModelConfig, param_vector::VectorWatch},
 };
+
+use super::DeviceAdapter;
 
 /// A base model in the memory of a GPU.
 pub struct DeviceModel {
@@ -19,6 +21,8 @@ pub struct DeviceModel {
     /// `[vocab, hidden]`; the same memory as `embed` when tied.
     pub(super) head: Array,
     rotary: Mutex<Option<RotaryArrays>>,
+    /// As many as versions are in use: runs' present weights, and what samplers hold.
+    pub(super) adapters: Mutex<Vec<(VectorWatch, Arc<DeviceAdapter>)>>,
 }
 
 /// One decoder block: matrices `[out, in]` in T, vectors in f32.
@@ -71,6 +75,7 @@ impl DeviceModel {
             final_norm: upload.vector(&weights.final_norm)?,
             head,
             rotary: Mutex::default(),
+            adapters: Mutex::default(),
         })
     }
 

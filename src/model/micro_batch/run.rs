@@ -3,8 +3,10 @@ use std::collections::BTreeMap;
 use crate::{
     kernels::Team,
     model::{
-        AdapterRows, BaseModel, Batch, BatchSequence, HeadGradient, HeadRequest, HeadScores, Tape, Workspace,
+        AdapterRows, BaseModel, Batch, BatchSequence, ComputeOptions, HeadGradient, HeadRequest, HeadScores,
+        Place, Tape, Workspace,
         decoder::{backward, forward, head_logprobs},
+        device::{self, DeviceModel, DeviceSequence, DeviceTape},
         loss::{Loss, LossAt, Scored},
     },
     types::{DatumOutput, Dtype, ErrorKind, LossSpec, OperationError, TensorData, TensorValues},
@@ -42,7 +44,12 @@ pub fn run_micro_batch(
     let scores = if packed.targets.is_empty() {
         Scores::default()
     } else {
-        scorer.score(model, adapter, &packed, gradient, workspace, team)?
+        match &model.place {
+            Place::Cpu(_) => scorer.score(model, adapter, &packed, gradient, workspace, team)?,
+            Place::Gpu(device) => {
+                scorer.score_on_gpu(device, adapter, &packed, gradient, workspace.options())?
+            }
+        }
     };
     Ok(scorer.output(examples, &packed, scores))
 }
@@ -109,30 +116,70 @@ impl Scorer {
         let hidden = forward(model, &mut batch, tape.as_mut(), workspace, team);
 
         let mut d_hidden = gradient.is_some().then(|| vec![0.0; rows * model.config.hidden_size]);
-        let onward = gradient.as_deref_mut().zip(d_hidden.as_deref_mut());
-        let scores = self.head(model, adapter, packed, &hidden, onward, workspace, team);
+        let scores = self.losses(packed, gradient.is_some(), &mut |request, factor| {
+            let places = gradient.as_deref_mut().zip(d_hidden.as_deref_mut()).zip(factor);
+            let onward =
+                places.map(|((adapter, d_hidden), factor)| HeadGradient { adapter, factor, d_hidden });
+            Ok(head_logprobs(model, Some(adapter), &hidden, request, onward, workspace, team))
+        })?;
         refuse_infinite(packed, &scores)?;
-        let is_flat = scores.losses.iter().flatten().all(|at| at.derivative as f32 == 0.0);
-        if let (Some(gradient), Some(tape), Some(d_hidden), false) = (gradient, &mut tape, d_hidden, is_flat)
+        if let (Some(gradient), Some(tape), Some(d_hidden), false) =
+            (gradient, &mut tape, d_hidden, is_flat(&scores))
         {
             backward(model, adapter, tape, &d_hidden, gradient, workspace, team);
         }
         Ok(scores)
     }
 
-    /// Log-probabilities and losses of the targets; `onward`, the gradients of the head's adapter and of the
-    /// hidden state.
-    #[allow(clippy::too_many_arguments)]
-    fn head(
+    /// The same on a GPU, of which it takes a turn. The gradient comes back once, at the end.
+    fn score_on_gpu(
         &self,
-        model: &BaseModel,
-        rows: AdapterRows<'_>,
+        model: &DeviceModel,
+        adapter: AdapterRows<'_>,
         packed: &Packed<'_>,
-        hidden: &[f32],
-        onward: Option<(&mut [f32], &mut [f32])>,
-        workspace: &mut Workspace,
-        team: &Team,
-    ) -> Scores {
+        gradient: Option<&mut [f32]>,
+        options: ComputeOptions,
+    ) -> Result<Scores, OperationError> {
+        let _turn = model.gpu().turn();
+        let on_gpu = model.adapter(adapter)?;
+        let sequences = packed.examples.iter().map(|example| DeviceSequence {
+            tokens: &example.tokens,
+            cache: None,
+            adapter: Some(on_gpu.clone()),
+        });
+        let recomputes = options.activation_checkpointing;
+        let mut tape = gradient.is_some().then(|| DeviceTape::new(recomputes));
+        let hidden = device::forward(model, &mut sequences.collect::<Vec<_>>(), tape.as_mut())?;
+
+        let mut places = None;
+        if gradient.is_some() {
+            let d_hidden = model.gpu().zeros(hidden.element(), hidden.len())?;
+            places = Some((model.gradient(adapter.layout)?, d_hidden));
+        }
+        let scores = self.losses(packed, gradient.is_some(), &mut |request, factor| {
+            let onward = places.as_ref().zip(factor).map(|((adapter, d_hidden), factor)| {
+                device::DeviceHeadGradient { adapter, factor, d_hidden }
+            });
+            Ok(device::head_logprobs(model, Some(&on_gpu), &hidden, request, onward)?)
+        })?;
+        refuse_infinite(packed, &scores)?;
+        if let (Some(gradient), Some(tape), Some((on_device, d_hidden)), false) =
+            (gradient, &mut tape, places, is_flat(&scores))
+        {
+            device::backward(model, &on_gpu, tape, &d_hidden, &on_device)?;
+            gradient.copy_from_slice(&model.gpu().download(&on_device)?);
+        }
+        Ok(scores)
+    }
+
+    /// Log-probabilities and losses of the targets. `head` answers a request, and takes the gradient on where
+    /// it is given the derivatives; if a gradient is wanted, it is so once.
+    fn losses(
+        &self,
+        packed: &Packed<'_>,
+        wants_gradient: bool,
+        head: &mut AskHead<'_>,
+    ) -> Result<Scores, OperationError> {
         let targets: Vec<(usize, u32)> = packed.targets.iter().map(|(row, t)| (*row, t.token)).collect();
         let request = HeadRequest { targets: &targets, top_k: self.top_k, entropy: self.is_of_sampled_data };
         let mut scores = Scores::default();
@@ -141,23 +188,21 @@ impl Scorer {
                 packed.targets[i].1.loss.as_ref().map(|inputs| loss.at(logprob, inputs))
             };
             let mut factor = |i, logprob| at(i, logprob).map_or(0.0, |at| at.derivative as f32);
-            let onward =
-                onward.map(|(adapter, d_hidden)| HeadGradient { adapter, factor: &mut factor, d_hidden });
-            scores.head = head_logprobs(model, Some(rows), hidden, request, onward, workspace, team);
+            let factor: Option<&mut Factor<'_>> = if wants_gradient { Some(&mut factor) } else { None };
+            scores.head = head(request, factor)?;
             scores.losses = (0..).zip(&scores.head.logprobs).map(|(i, logprob)| at(i, *logprob)).collect();
-            return scores;
+            return Ok(scores);
         }
         // No derivative is known before a whole sequence, or pair, is scored; keeping its logits
         // meanwhile would take more memory than all else, so they are computed a second time.
-        scores.head = head_logprobs(model, Some(rows), hidden, request, None, workspace, team);
+        scores.head = head(request, None)?;
         self.coupled_losses(packed, &mut scores);
-        if let Some((adapter, d_hidden)) = onward {
+        if wants_gradient {
             let again = HeadRequest { targets: &targets, top_k: 0, entropy: false };
-            let mut factor = |i: usize, _| scores.losses[i].map_or(0.0, |at| at.derivative as f32);
-            let onward = HeadGradient { adapter, factor: &mut factor, d_hidden };
-            head_logprobs(model, Some(rows), hidden, again, Some(onward), workspace, team);
+            let mut factor = |i: usize, _: f32| scores.losses[i].map_or(0.0, |at| at.derivative as f32);
+            head(again, Some(&mut factor))?;
         }
-        scores
+        Ok(scores)
     }
 
     /// The losses of sequences or pairs, from the log-probabilities of all their targets.
@@ -244,6 +289,18 @@ impl Scorer {
         }
         output
     }
+}
+
+/// ∂loss/∂logprob of a target, given its number and log-probability.
+type Factor<'a> = dyn FnMut(usize, f32) -> f32 + 'a;
+
+/// The head of a pass that has been computed, wherever.
+type AskHead<'a> =
+    dyn FnMut(HeadRequest<'_>, Option<&mut Factor<'_>>) -> Result<HeadScores, OperationError> + 'a;
+
+/// Whether no target's loss changes with its log-probability.
+fn is_flat(scores: &Scores) -> bool {
+    scores.losses.iter().flatten().all(|at| at.derivative as f32 == 0.0)
 }
 
 /// Refuses losses whose value or derivative is beyond f32, in which gradients are kept.

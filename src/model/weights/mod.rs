@@ -8,7 +8,7 @@ mod safetensors;
 
 use std::{collections::HashSet, path::Path, sync::Arc};
 
-use super::{ExpertsConfig, ModelConfig, ModelError, TextCodec, files::ModelFiles};
+use super::{ExpertsConfig, ModelConfig, ModelError, TextCodec, device::DeviceModel, files::ModelFiles};
 use crate::{
     kernels::{BLOCK, BlockRows, CodeBits, Matrix, WeightDtype},
     types::{Digest, Hasher},
@@ -22,7 +22,7 @@ pub(super) use self::safetensors::{Shards, hugging_face_name};
 pub struct BaseModel {
     pub name: String,
     pub config: ModelConfig,
-    pub weights: BaseWeights,
+    pub place: Place,
     pub text: Arc<TextCodec>,
     /// SHA-256 over the files it was loaded from, and [what the weights are held as](base_digest).
     pub digest: Digest,
@@ -40,6 +40,12 @@ pub fn base_digest(files: Digest, dtype: WeightDtype) -> Digest {
     hasher.update(b"\0");
     hasher.update(&files.0);
     hasher.finish()
+}
+
+/// Where a model's weights are; its passes are computed there.
+pub enum Place {
+    Cpu(BaseWeights),
+    Gpu(Box<DeviceModel>),
 }
 
 /// Weights of a decoder: matrices in the dtype that they were loaded as, vectors in f32.
@@ -117,9 +123,21 @@ impl BaseModel {
     /// The same with the weights held as `dtype`, whatever the file has them as.
     pub fn load_as(dtype: WeightDtype, name: &str, path: &Path) -> Result<Self, ModelError> {
         let files = ModelFiles::open(path)?;
-        let weights = files.load_weights(dtype)?;
+        let place = Place::Cpu(files.load_weights(dtype)?);
         let digest = base_digest(files.digest()?, dtype);
-        Ok(Self { name: name.to_owned(), config: files.config, weights, text: files.text, digest })
+        Ok(Self { name: name.to_owned(), config: files.config, place, text: files.text, digest })
+    }
+
+    /// The weights of a model on the CPU.
+    ///
+    /// # Panics
+    ///
+    /// If it is on a GPU: whoever computes chooses by its [place](Place) first.
+    pub fn weights(&self) -> &BaseWeights {
+        match &self.place {
+            Place::Cpu(weights) => weights,
+            Place::Gpu(_) => panic!("{} is on a GPU, and the CPU's pass was asked of it", self.name),
+        }
     }
 }
 

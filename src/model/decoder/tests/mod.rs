@@ -364,7 +364,8 @@ fn activation_checkpointing_changes_no_bit() {
 fn memory_is_what_the_formula_says() {
     for (model, activation_checkpointing) in models().iter().flat_map(|model| [(model, false), (model, true)])
     {
-        let options = ComputeOptions { dtype: model.weights.embed.dtype(), activation_checkpointing };
+        let dtype = model.weights().embed.dtype();
+        let options = ComputeOptions { dtype, activation_checkpointing, ..ComputeOptions::default() };
         assert_memory(model, options);
     }
 }
@@ -384,10 +385,10 @@ fn assert_memory(model: &BaseModel, options: ComputeOptions) {
         let ratio = said / held;
         assert!((1.0..1.1).contains(&ratio), "{}, {options:?}: {said} said, {held} held", model.name);
 
-        let weights = model.weights.layers.iter().map(layer_bytes).sum::<usize>();
-        let tables = [&model.weights.embed, &model.weights.head].map(Matrix::bytes);
+        let weights = model.weights().layers.iter().map(layer_bytes).sum::<usize>();
+        let tables = [&model.weights().embed, &model.weights().head].map(Matrix::bytes);
         let tables = if model.config.tie_word_embeddings { tables[0] } else { tables[0] + tables[1] };
-        let norm = 4 * model.weights.final_norm.len();
+        let norm = 4 * model.weights().final_norm.len();
         assert_eq!(footprint.weights, (weights + tables + norm) as u64, "{}", model.name);
     }
 }

@@ -74,7 +74,7 @@ impl<'a> Reference<'a> {
     }
 
     fn hidden(&self, tokens: &[u32]) -> Tensor {
-        let BaseModel { config, weights, .. } = self.model;
+        let (config, weights) = (&self.model.config, self.model.weights());
         let eps = f64::from(config.rms_norm_eps);
         let ids = Tensor::new(tokens, &Device::Cpu).unwrap();
         let mut x = dense(&weights.embed).index_select(&ids, 0).unwrap();
@@ -131,7 +131,7 @@ impl<'a> Reference<'a> {
     pub(super) fn train(&self, sequences: &[Vec<u32>]) -> (Vec<f64>, Vec<f64>) {
         let hidden: Vec<Tensor> = sequences.iter().map(|tokens| self.hidden(tokens)).collect();
         let hidden = Tensor::cat(&hidden, 0).unwrap();
-        let logits = self.linear(&hidden, &self.model.weights.head, LoraEntry::HEAD, LoraTarget::LmHead);
+        let logits = self.linear(&hidden, &self.model.weights().head, LoraEntry::HEAD, LoraTarget::LmHead);
         let lse = logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap();
         let all = logits.broadcast_sub(&lse).unwrap();
         let (targets, factors) = targets(sequences);
