@@ -14,6 +14,7 @@ use crate::{
     client::{LoraOptions, ServiceClient, TrainingClient},
     model::{ComputeOptions, ModelConfig, ModelSource, tiny},
     service::{DataDirectory, Supervisor, SupervisorConfig, run_here, wait_until_joined},
+    transport::CERTIFICATE_LIFE,
     types::{AdamParams, Datum, LossFn, LossSpec, ModelInput, SampleFlags, SamplingParams},
 };
 
@@ -138,6 +139,7 @@ async fn with_cluster(
         join: None,
         history: 1,
         store: None,
+        certificate_life: CERTIFICATE_LIFE,
         nodes: replicas,
         trainers: 1,
         samplers: replicas,

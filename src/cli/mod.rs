@@ -51,7 +51,7 @@ enum Command {
     /// Fetch a small real model, train it on this machine with a verifiable reward, show the curve.
     Quickstart(quickstart::Quickstart),
     /// Run gateway, coordinator and nodes on this machine.
-    Up(up::Up),
+    Up(Box<up::Up>),
     /// Run a coordinator alone.
     Coordinator(parts::Coordinator),
     /// Run a gateway alone: HTTP for a coordinator on this machine.

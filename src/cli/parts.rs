@@ -1,4 +1,4 @@
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
@@ -14,6 +14,7 @@ use lockstep::{
 use super::{
     compute::Compute,
     http::Http,
+    token::span,
     up::{DATA_DIR, HISTORY, all_cores, cores, parse_models},
 };
 
@@ -31,8 +32,26 @@ pub struct Coordinator {
     history: u32,
     #[command(flatten)]
     store: Store,
+    #[command(flatten)]
+    certificates: Certificates,
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
+}
+
+/// How processes prove who they are.
+#[derive(Args, Clone)]
+pub struct Certificates {
+    /// How long the certificates of processes are good: a number and s, m, h or d, at least 10s. Processes get new
+    /// ones by themselves when two thirds are over.
+    #[arg(long = "certificate-life", value_name = "SPAN", default_value = "90d", env = "LOCKSTEP_CERTIFICATE_LIFE", value_parser = certificate_life)]
+    pub life: Duration,
+}
+
+fn certificate_life(text: &str) -> anyhow::Result<Duration> {
+    let life = span(text)?;
+    let (least, most) = (Duration::from_secs(10), Duration::from_secs(3_650 * 86_400));
+    anyhow::ensure!((least..=most).contains(&life), "must be 10s to 3650d, got {text}");
+    Ok(life)
 }
 
 /// Where blobs are kept.
@@ -106,6 +125,7 @@ impl Coordinator {
             join: self.join_listen,
             history: self.history,
             store: self.store.store,
+            certificate_life: self.certificates.life,
         })?)
     }
 }

@@ -7,7 +7,6 @@ use super::look::Look;
 
 /// Without a subcommand: one line a run.
 #[derive(Args)]
-#[command(args_conflicts_with_subcommands = true)]
 pub struct Runs {
     #[command(subcommand)]
     action: Option<Action>,
@@ -25,8 +24,6 @@ enum Action {
         /// The last step that is computed again.
         #[arg(long, value_name = "STEP")]
         to: u64,
-        #[command(flatten)]
-        look: Look,
     },
     /// Begin a new run where another stood after a step: the same weights, moments and counts.
     Fork {
@@ -37,8 +34,6 @@ enum Action {
         /// Of the new run.
         #[arg(long)]
         name: Option<String>,
-        #[command(flatten)]
-        look: Look,
     },
 }
 
@@ -50,8 +45,8 @@ impl Runs {
                     println!("{}", line(&run));
                 }
             }
-            Some(Action::Replay { run, to, look }) => {
-                let found = block_on(look.connect()?.replay_run(run, to))?;
+            Some(Action::Replay { run, to }) => {
+                let found = block_on(self.look.connect()?.replay_run(run, to))?;
                 let what = format!(
                     "{run}: {} operations from step {} to step {}",
                     found.operations, found.from_step, found.to_step
@@ -61,8 +56,8 @@ impl Runs {
                 }
                 println!("{what} came out equal");
             }
-            Some(Action::Fork { run, at, name, look }) => {
-                let forked = block_on(look.connect()?.fork_run(run, at, name))?;
+            Some(Action::Fork { run, at, name }) => {
+                let forked = block_on(self.look.connect()?.fork_run(run, at, name))?;
                 println!("{}", forked.run);
             }
         }

@@ -1,13 +1,10 @@
-use std::{
-    path::PathBuf,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use lockstep::{
     join::{Ledger, Terms},
-    transport::{ClusterCa, Role},
+    transport::{ClusterCa, Role, unix_now},
 };
 
 use super::up::DATA_DIR;
@@ -67,7 +64,7 @@ impl Create {
         let role = Role::parse(&self.role).context("--role")?;
         let expires_at = match self.valid.as_str() {
             "ever" => None,
-            span => Some(now() + duration(span)?.as_secs()),
+            text => Some(unix_now() + span(text).context("--valid")?.as_secs()),
         };
         let terms = Terms { role, uses: (!self.unlimited).then_some(self.uses), expires_at };
         let ca = ClusterCa::open_or_create(&self.place.data_dir)?.fingerprint();
@@ -78,7 +75,7 @@ impl Create {
 
 impl Place {
     fn list(self) -> anyhow::Result<()> {
-        let now = now();
+        let now = unix_now();
         for token in Ledger::open(&self.data_dir)?.list()? {
             let uses =
                 token.uses_left.map_or("any number of uses".into(), |left| format!("{left} uses left"));
@@ -93,21 +90,18 @@ impl Place {
     }
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
 /// Reads `90s`, `10m`, `24h` or `7d`.
-fn duration(text: &str) -> anyhow::Result<Duration> {
+pub(super) fn span(text: &str) -> anyhow::Result<Duration> {
     let (number, unit) = text.split_at(text.len() - text.chars().next_back().map_or(0, char::len_utf8));
     let seconds = match unit {
         "s" => 1,
         "m" => 60,
         "h" => 3_600,
         "d" => 86_400,
-        _ => bail!("--valid {text}: expected a number and s, m, h or d"),
+        _ => bail!("expected a number and s, m, h or d, got {text:?}"),
     };
-    let number: u32 = number.parse().with_context(|| format!("--valid {text}"))?;
+    let number: u32 =
+        number.parse().with_context(|| format!("expected a number and s, m, h or d, got {text:?}"))?;
     Ok(Duration::from_secs(u64::from(number) * seconds))
 }
 
@@ -117,10 +111,10 @@ mod tests {
 
     #[test]
     fn spans_are_read() {
-        assert_eq!(duration("90s").unwrap().as_secs(), 90);
-        assert_eq!(duration("24h").unwrap().as_secs(), 86_400);
+        assert_eq!(span("90s").unwrap().as_secs(), 90);
+        assert_eq!(span("24h").unwrap().as_secs(), 86_400);
         for bad in ["", "5", "h", "-1h", "1w", "1 h", "é"] {
-            assert!(duration(bad).is_err(), "{bad}");
+            assert!(span(bad).is_err(), "{bad}");
         }
     }
 }

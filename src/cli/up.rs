@@ -6,10 +6,16 @@ use lockstep::{
     model::ModelSource,
     pull,
     service::{DataDirectory, SupervisorConfig, UpConfig, up},
+    transport::CERTIFICATE_LIFE,
     types::WandbConfig,
 };
 
-use super::{LogFormat, compute::Compute, http::Http, parts::Store};
+use super::{
+    LogFormat,
+    compute::Compute,
+    http::Http,
+    parts::{Certificates, Store},
+};
 
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
@@ -39,6 +45,8 @@ pub struct Up {
     wandb_entity: Option<String>,
     #[command(flatten)]
     store: Store,
+    #[command(flatten)]
+    certificates: Certificates,
     #[command(flatten)]
     cluster: LocalCluster,
 }
@@ -79,6 +87,7 @@ impl Up {
                 join: self.join_listen,
                 history: self.history,
                 store: self.store.store,
+                certificate_life: self.certificates.life,
                 ..self.cluster.supervisor(self.listen, false, log_format)?
             },
             http: self.http.address,
@@ -108,6 +117,7 @@ impl LocalCluster {
             join: None,
             history: HISTORY,
             store: None,
+            certificate_life: CERTIFICATE_LIFE,
             nodes: self.nodes,
             trainers: self.trainers,
             samplers: self.samplers,

@@ -17,6 +17,9 @@ pub enum ClientError {
     /// The service could not be reached, or went away for longer than the client waits.
     #[error("the service at {address} did not answer: {reason}")]
     Unreachable { address: String, reason: String },
+    /// The service has nothing to do with this client any more.
+    #[error("{reason}")]
+    ShutOut { reason: String },
     /// The service speaks another protocol, or there is a fault in it.
     #[error("unexpected answer from the service: {0}")]
     Protocol(String),
@@ -56,6 +59,7 @@ impl From<ClientError> for OperationError {
             ClientError::Protocol(_) | ClientError::File { .. } => {
                 Self::new(ErrorKind::Internal, error.to_string())
             }
+            ClientError::ShutOut { .. } => Self::new(ErrorKind::PermissionDenied, error.to_string()),
             ClientError::NoService { .. } | ClientError::Address { .. } | ClientError::Unreachable { .. } => {
                 Self::new(ErrorKind::Unavailable, error.to_string())
             }

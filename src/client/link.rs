@@ -11,6 +11,7 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use crate::{
+    join,
     protocol::{
         ALPN, BlobRef, BlobReply, Call, ClientRequest, ClientResponse, CodecError, Figures, MAX_BLOB,
         MAX_MESSAGE, StreamOpen, decode, encode,
@@ -106,7 +107,20 @@ enum Address {
 pub struct Link {
     endpoint: Endpoint,
     address: Address,
-    connection: Mutex<Option<Connection>>,
+    connection: Mutex<Option<Kept>>,
+}
+
+/// A connection, and the task that renews this end's certificate over it.
+struct Kept {
+    connection: Connection,
+    fresh: tokio::task::AbortHandle,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        // It holds the connection, which would outlive us.
+        self.fresh.abort();
+    }
 }
 
 /// What goes out on one stream.
@@ -300,15 +314,16 @@ impl Link {
     /// The present connection, or a new one.
     async fn connection(&self) -> Result<Connection, Attempt> {
         let mut slot = self.connection.lock().await;
-        if let Some(connection) = slot.as_ref() {
-            return Ok(connection.clone());
+        if let Some(kept) = slot.as_ref() {
+            return Ok(kept.connection.clone());
         }
         let address = match &self.address {
             Address::Fixed(address) => address.clone(),
             Address::Written(directory) => read_endpoint(directory)?,
         };
         let connection = self.endpoint.connect(&address, Role::Coordinator, CONNECT_DEADLINE).await?;
-        *slot = Some(connection.clone());
+        let fresh = tokio::spawn(join::keep_fresh(connection.clone(), self.endpoint.clone())).abort_handle();
+        *slot = Some(Kept { connection: connection.clone(), fresh });
         Ok(connection)
     }
 
@@ -323,7 +338,11 @@ impl Link {
 
 impl From<TransportError> for Attempt {
     fn from(error: TransportError) -> Self {
-        Self::Transport(error)
+        match error {
+            // Whoever is put out of the cluster, or was never in it, is so the next time.
+            TransportError::ShutOut { .. } => Self::Final(ClientError::ShutOut { reason: error.to_string() }),
+            error => Self::Transport(error),
+        }
     }
 }
 

@@ -337,6 +337,25 @@ impl ServiceClient {
         }
     }
 
+    /// Has the certificates of a process refused from now on, and its connections ended. `role` (`node`, `gateway`
+    /// or `client`) may be left out if one process of this name is known.
+    pub async fn revoke(&self, role: Option<&str>, name: &str) -> Result<ClusterStatus, ClientError> {
+        let request = ClientRequest::Revoke { role: role.map(str::to_owned), name: name.to_owned() };
+        match self.request(request).await? {
+            ClientResponse::Cluster(status) => Ok(status),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has a new CA sign. The former one is trusted until every known process has a certificate of the new one, or
+    /// with `finish` no longer.
+    pub async fn rotate_ca(&self, finish: bool) -> Result<ClusterStatus, ClientError> {
+        match self.request(ClientRequest::RotateCa { finish }).await? {
+            ClientResponse::Cluster(status) => Ok(status),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// A new run that stands where `run` stood after `step`: weights, moments and counts. Refused
     /// beyond the history that the service keeps, with the steps that it reaches.
     pub async fn fork_run(

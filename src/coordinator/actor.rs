@@ -4,6 +4,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     hash::{BuildHasher, RandomState},
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -24,6 +25,7 @@ use crate::{
 };
 
 use super::{
+    doorkeeper::Doorkeeper,
     state::{AppendId, Effect, Event, State, TICK_MS, WaiterId},
     tally::Tally,
 };
@@ -105,6 +107,7 @@ pub(super) struct Coordinator {
     generating: HashMap<RequestId, AbortHandle>,
     tally: Tally,
     generate_deadline: Duration,
+    doorkeeper: Arc<Doorkeeper>,
     /// Told at the end; dropped without a word if a handler panics.
     stopped: Option<oneshot::Sender<Stopped>>,
 }
@@ -117,6 +120,7 @@ impl Coordinator {
         clock: Clock,
         journal: Journal,
         generate_deadline: Duration,
+        doorkeeper: Arc<Doorkeeper>,
     ) -> (Addr<Self>, oneshot::Receiver<Stopped>) {
         let (stopped, stopping) = oneshot::channel();
         let (durable, mut heard) = mpsc::channel(APPENDS_HEARD);
@@ -131,6 +135,7 @@ impl Coordinator {
             generating: HashMap::new(),
             tally: Tally::default(),
             generate_deadline,
+            doorkeeper,
             stopped: Some(stopped),
         };
         let addr = actor.start();
@@ -211,6 +216,17 @@ impl Coordinator {
                 self.journal.way_to(run, goal, move |way| {
                     // Fails only when the actor is gone, and with it whoever waits.
                     runtime.spawn(async move { actor.send(Happened(Event::Recalled { waiter, way })).await });
+                });
+            }
+            Effect::Revoked { revocations } => {
+                tokio::spawn(self.doorkeeper.clone().shut_out(revocations, ctx.address()));
+            }
+            Effect::FinishRotation => {
+                let (doorkeeper, actor) = (self.doorkeeper.clone(), ctx.address());
+                tokio::spawn(async move {
+                    if let Err(error) = doorkeeper.rotate(true, &actor).await {
+                        tracing::error!("the former CA is still trusted: {error}");
+                    }
                 });
             }
             Effect::Stop => self.stop(Ok(()), ctx),

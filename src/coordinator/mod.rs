@@ -6,6 +6,7 @@ pub mod state;
 mod actor;
 mod backup;
 mod blobs;
+mod doorkeeper;
 mod serve;
 mod sweep;
 mod tally;
@@ -13,9 +14,9 @@ mod tally;
 pub use error::{CoordinatorError, Refusal};
 pub use serve::serve;
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use crate::store::BucketLocation;
+use crate::{join::Authority, store::BucketLocation};
 
 /// What a coordinator is started with.
 pub struct CoordinatorConfig {
@@ -25,6 +26,8 @@ pub struct CoordinatorConfig {
     pub store: Option<BucketLocation>,
     /// Deadlines and bounds; the defaults fit a cluster of CPU nodes.
     pub limits: Limits,
+    /// Renews and revokes certificates; absent: nobody has one.
+    pub authority: Option<Arc<Authority>>,
     /// Called once the data directory is this coordinator's: what is said to others about it
     /// (its address) may not be said by a coordinator that will be refused.
     pub opened: Option<Box<dyn FnOnce() + Send>>,
@@ -33,7 +36,13 @@ pub struct CoordinatorConfig {
 impl CoordinatorConfig {
     /// The defaults for a data directory.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
-        Self { data_dir: data_dir.into(), store: None, limits: Limits::default(), opened: None }
+        Self {
+            data_dir: data_dir.into(),
+            store: None,
+            limits: Limits::default(),
+            authority: None,
+            opened: None,
+        }
     }
 }
 

@@ -30,6 +30,7 @@ use super::{
     actor::{Ask, Clock, Coordinator, Count, Gone, Happened, Join, Link, Stopped},
     backup::Backup,
     blobs::Blobs,
+    doorkeeper::Doorkeeper,
     state::{Event, State, WaiterId},
     sweep::sweep,
 };
@@ -76,13 +77,18 @@ pub async fn serve(
     let clock = Clock::start();
     let generate_deadline = config.limits.generate_deadline;
     let state = State::recover(config.limits, recovered, clock.now_ms());
-    let (actor, mut stopped) = Coordinator::launch(state, clock, journal.clone(), generate_deadline);
+    let revocations = state.revocations();
+    let doorkeeper = Doorkeeper::new(config.authority, endpoint.clone());
+    let (actor, mut stopped) =
+        Coordinator::launch(state, clock, journal.clone(), generate_deadline, doorkeeper.clone());
+    doorkeeper.begin(revocations, &actor).await;
     let alone = Arc::default();
     let sweeping = tokio::spawn(sweep(store.clone(), journal.clone(), actor.clone(), Arc::clone(&alone)));
     let server = Arc::new(Server {
         actor,
         backup: Backup::new(&config.data_dir, journal.clone(), store.clone(), alone),
         blobs: Blobs::new(store),
+        doorkeeper,
         answer_deadline: generate_deadline + ANSWER_SLACK,
         next_waiter: AtomicU64::new(1),
         next_node: AtomicU32::new(1),
@@ -146,6 +152,7 @@ struct Server {
     actor: Addr<Coordinator>,
     backup: Backup,
     blobs: Blobs,
+    doorkeeper: Arc<Doorkeeper>,
     answer_deadline: Duration,
     next_waiter: AtomicU64,
     next_node: AtomicU32,
@@ -156,6 +163,7 @@ struct Server {
 impl Server {
     async fn connection(self: Arc<Self>, connection: Connection, _permit: OwnedSemaphorePermit) {
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
+        let _guest = self.doorkeeper.enter(&connection, &self.actor).await;
         loop {
             let Ok(permit) = streams.clone().acquire_owned().await else { return };
             let stream = match connection.accept_stream().await {
@@ -202,6 +210,15 @@ impl Server {
                 let Ok(figures) = self.actor.send(Count).await else { return };
                 send_last(&mut stream.send, &encode(&figures)).await;
             }
+            (StreamOpen::Trust(held), Role::Node | Role::Client | Role::Gateway) => {
+                let reply = self.doorkeeper.trust(&connection, held, &self.actor).await;
+                let Some(reply) = reply else { return };
+                send_last(&mut stream.send, &encode(&reply)).await;
+            }
+            (StreamOpen::Renew { public_key }, Role::Node | Role::Client | Role::Gateway) => {
+                let Some(reply) = self.doorkeeper.renew(&connection, public_key).await else { return };
+                send_last(&mut stream.send, &encode(&reply)).await;
+            }
             (StreamOpen::PutBlob { digest, size }, Role::Node | Role::Client | Role::Gateway) => {
                 let reply = self.blobs.put(&mut stream.recv, BlobRef { digest, size }).await;
                 send_last(&mut stream.send, &encode(&reply)).await;
@@ -229,7 +246,9 @@ impl Server {
             StreamOpen::NodeControl(_)
             | StreamOpen::Generate(_)
             | StreamOpen::Collective { .. }
-            | StreamOpen::Figures => {}
+            | StreamOpen::Figures
+            | StreamOpen::Trust(_)
+            | StreamOpen::Renew { .. } => {}
         }
     }
 
@@ -239,11 +258,28 @@ impl Server {
         let presigned = matches!(request, ClientRequest::CheckpointFiles { presigned: true, .. });
         let mut response = match self.missing_blob(&request).await {
             Some(error) => ClientResponse::Error(error),
-            None if request == ClientRequest::BackUp => self.back_up(&connection).await,
-            None => match self.answer(connection, call, request, recv).await {
-                Some(response) => response,
-                None => return,
-            },
+            None if is_of_the_keeper(&request) && connection.peer().role != Role::Client => {
+                let problem = "only a client's own certificate may ask this, not a gateway's";
+                ClientResponse::Error(OperationError::new(ErrorKind::PermissionDenied, problem))
+            }
+            None if request == ClientRequest::BackUp => self.back_up().await,
+            None => {
+                let request = match request {
+                    ClientRequest::RotateCa { finish } => {
+                        match self.doorkeeper.rotate(finish, &self.actor).await {
+                            Ok(()) => ClientRequest::ClusterStatus,
+                            Err(error) => {
+                                return send_last(&mut send, &encode(&ClientResponse::Error(error))).await;
+                            }
+                        }
+                    }
+                    request => request,
+                };
+                match self.answer(connection, call, request, recv).await {
+                    Some(response) => response,
+                    None => return,
+                }
+            }
         };
         if let (ClientResponse::CheckpointFiles(page), true) = (&mut response, presigned) {
             self.blobs.presign(&mut page.presigned_urls).await;
@@ -257,12 +293,7 @@ impl Server {
         send_last(&mut send, &frame).await;
     }
 
-    /// Everything of everyone: for whoever has the data directory's own certificate.
-    async fn back_up(&self, connection: &Connection) -> ClientResponse {
-        if connection.peer().role != Role::Client {
-            let problem = "a backup is given to clients of the data directory alone";
-            return ClientResponse::Error(OperationError::new(ErrorKind::PermissionDenied, problem));
-        }
+    async fn back_up(&self) -> ClientResponse {
         self.backup.take().await.map_or_else(ClientResponse::Error, ClientResponse::Blob)
     }
 
@@ -360,6 +391,11 @@ impl Server {
     async fn tell(&self, event: Event) {
         let _ = self.actor.send(Happened(event)).await;
     }
+}
+
+/// Whether everything of everyone hangs on it, so that only whoever keeps the service may ask.
+fn is_of_the_keeper(request: &ClientRequest) -> bool {
+    matches!(request, ClientRequest::BackUp | ClientRequest::Revoke { .. } | ClientRequest::RotateCa { .. })
 }
 
 /// Writes what is queued for a node until the queue is closed.

@@ -1,7 +1,7 @@
 //! The coordinator on an in-memory network, with a journal and a store on disk and a node that
 //! speaks the protocol and computes nothing.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -284,7 +284,7 @@ fn a_journal_that_breaks_ends_the_coordinator_so_that_it_is_started_again() {
         let broken = JournalError::Io { path: "journal.sqlite".into(), reason: "disk I/O error".into() };
         let state = Desk::new().state;
         let (clock, journal) = (Clock::start(), Journal::failing(broken.clone()));
-        let (actor, stopped) = Coordinator::launch(state, clock, journal, DEADLINE);
+        let (actor, stopped) = Coordinator::launch(state, clock, journal, DEADLINE, Arc::default());
         let (reply, answered) = oneshot::channel();
         let call = Call::default();
         let ask = Ask { waiter: WaiterId(1), call, request: ClientRequest::CreateSession, reply };
@@ -300,7 +300,8 @@ fn a_full_disk_refuses_what_must_be_written_and_ends_nothing() {
     in_system(async {
         let state = Desk::new().state;
         let journal = Journal::failing(JournalError::DiskFull { path: "journal.sqlite".into() });
-        let (actor, mut stopped) = Coordinator::launch(state, Clock::start(), journal, DEADLINE);
+        let (actor, mut stopped) =
+            Coordinator::launch(state, Clock::start(), journal, DEADLINE, Arc::default());
         let mut answers = Vec::new();
         for request in [ClientRequest::CreateSession, ClientRequest::ClusterStatus] {
             let (reply, answered) = oneshot::channel();
@@ -332,7 +333,8 @@ fn the_sweep_takes_what_neither_a_row_nor_the_state_needs() {
         journal.append(vec![Record::Checkpoint(checkpoint)], Box::new(|written| written.unwrap()));
         let mut desk = Desk::new();
         desk.join(1, 1, 1);
-        let (actor, _stopped) = Coordinator::launch(desk.state, Clock::start(), journal.clone(), DEADLINE);
+        let (actor, _stopped) =
+            Coordinator::launch(desk.state, Clock::start(), journal.clone(), DEADLINE, Arc::default());
 
         let hour = Duration::from_secs(3_600);
         assert_eq!(sweep_once(&store, &journal, &actor, hour).await, Ok(0), "all are young");

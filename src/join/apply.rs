@@ -33,8 +33,8 @@ pub async fn apply(address: &str, token: &JoinToken, name: &str) -> Result<Ident
         .ok_or_else(|| no_answer("it hung up".into()))?;
     match decode("join reply", &frame, MAX_JOIN_MESSAGE).map_err(|e| no_answer(e.to_string()))? {
         JoinReply::Refused { reason } => Err(JoinError::Refused(reason)),
-        JoinReply::Admitted { certificate, ca } => {
-            applicant.admitted(Admission { certificate, ca }, &token.ca).map_err(JoinError::Identity)
+        JoinReply::Admitted { chain, cas } => {
+            applicant.admitted(Admission { chain, cas }, &token.ca).map_err(JoinError::Identity)
         }
     }
 }

@@ -9,29 +9,28 @@ use std::{
 
 use crate::{
     protocol::{JoinReply, JoinRequest, MAX_JOIN_MESSAGE, PROTOCOL_VERSION, decode, encode},
-    transport::{ClusterCa, Doorway, PublicKey, Stream},
+    transport::{Doorway, PublicKey, Stream},
 };
 
-use super::{JoinError, Ledger};
+use super::{Authority, JoinError, Ledger};
 
 /// For a stranger's request, and for taking our answer.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Hands out identities of one cluster.
 pub struct Desk {
-    ca: ClusterCa,
+    authority: Arc<Authority>,
     ledger: Ledger,
 }
 
 impl Desk {
-    /// The desk of a data directory.
-    pub fn open(data_dir: &Path) -> Result<Self, JoinError> {
-        let ca = ClusterCa::open_or_create(data_dir).map_err(JoinError::Identity)?;
-        Ok(Self { ca, ledger: Ledger::open(data_dir)? })
+    /// The desk of a data directory, whose authority this is.
+    pub fn open(data_dir: &Path, authority: Arc<Authority>) -> Result<Self, JoinError> {
+        Ok(Self { authority, ledger: Ledger::open(data_dir)? })
     }
 
     /// Serves strangers until the doorway is closed. Each has a task of its own.
-    pub async fn serve(self, doorway: Doorway) {
+    pub async fn serve(self, doorway: Arc<Doorway>) {
         let desk = Arc::new(self);
         while let Some((stream, from)) = doorway.accept().await {
             let desk = desk.clone();
@@ -95,7 +94,7 @@ impl Desk {
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
         let role = self.ledger.redeem(&request.token, &request.secret, &request.name, now)?;
-        let admitted = self.ca.admit(role, &request.name, &key).map_err(JoinError::Identity)?;
-        Ok(JoinReply::Admitted { certificate: admitted.certificate, ca: admitted.ca })
+        let admitted = self.authority.admit(role, &request.name, &key)?;
+        Ok(JoinReply::Admitted { chain: admitted.chain, cas: admitted.cas })
     }
 }

@@ -96,10 +96,10 @@ pub async fn serve(
         on_death,
     })
     .map_err(|source| NodeError::Thread { source })?;
-    let _accepting = AbortOnDrop(tokio::spawn(peers.accept()));
+    let _accepting = AbortOnDrop(tokio::spawn(peers.clone().accept()));
 
     let mut shutdown = pin!(shutdown);
-    let mut connected = pin!(Sessions::new(config, endpoint, library, blobs, node.clone()).keep());
+    let mut connected = pin!(Sessions::new(config, endpoint, library, blobs, peers, node.clone()).keep());
     let outcome = tokio::select! {
         () = &mut shutdown => Ok(()),
         () = stop.notified() => Ok(()),

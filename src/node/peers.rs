@@ -1,7 +1,7 @@
 //! Connections that other nodes open: the streams of their ranks' collectives.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -11,7 +11,7 @@ use crate::{
     collective::{self, CollectiveInbox, JoinError, RankSet, StreamKey},
     protocol::{Blame, MAX_MESSAGE, StreamOpen, decode},
     trainer::{Failure, Join},
-    transport::{Connection, Endpoint, Role, Stream},
+    transport::{Connection, Endpoint, Revocation, Role, Stream},
     types::{ErrorKind, OperationError},
 };
 
@@ -26,11 +26,13 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(30);
 pub(super) struct Peers {
     endpoint: Endpoint,
     inbox: CollectiveInbox,
+    /// What other nodes opened and have not closed.
+    guests: Arc<Mutex<Vec<Connection>>>,
 }
 
 impl Peers {
     pub(super) fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, inbox: CollectiveInbox::default() }
+        Self { endpoint, inbox: CollectiveInbox::default(), guests: Arc::default() }
     }
 
     /// How a rank of this node joins its run's collectives.
@@ -64,12 +66,31 @@ impl Peers {
         })
     }
 
+    /// Has nothing to do any more with nodes under certificates that were issued up to then.
+    pub(super) fn refuse(&self, nodes: Vec<(String, u64)>) {
+        let revocation = |(name, upto)| Revocation { role: Role::Node, name, upto };
+        let revoked: Vec<Revocation> = nodes.into_iter().map(revocation).collect();
+        for guest in &*self.guests() {
+            let concerns =
+                |r: &&Revocation| guest.proof().is_some_and(|proof| r.concerns(guest.peer(), proof));
+            if let Some(revocation) = revoked.iter().find(concerns) {
+                guest.shut_out(&revocation.to_string());
+            }
+        }
+        self.endpoint.refuse(revoked);
+    }
+
+    fn guests(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes other nodes' connections until the endpoint is closed.
     pub(super) async fn accept(self) {
         while let Some(connection) = self.endpoint.accept().await {
             if connection.peer().role == Role::Node {
                 // The transport bounds connections and their streams.
-                tokio::spawn(take_streams(connection, self.inbox.clone()));
+                let (inbox, guests) = (self.inbox.clone(), self.guests.clone());
+                tokio::spawn(take_streams(connection, inbox, guests));
             } else {
                 connection.close("a node takes connections of nodes only");
             }
@@ -77,7 +98,9 @@ impl Peers {
     }
 }
 
-async fn take_streams(connection: Connection, inbox: CollectiveInbox) {
+async fn take_streams(connection: Connection, inbox: CollectiveInbox, guests: Arc<Mutex<Vec<Connection>>>) {
+    let lock = || guests.lock().unwrap_or_else(PoisonError::into_inner);
+    lock().push(connection.clone());
     while let Ok(mut stream) = connection.accept_stream().await {
         let (inbox, peer) = (inbox.clone(), connection.peer().clone());
         tokio::spawn(async move {
@@ -90,6 +113,7 @@ async fn take_streams(connection: Connection, inbox: CollectiveInbox) {
             }
         });
     }
+    lock().retain(|guest| !guest.is_same(&connection));
 }
 
 async fn open(stream: &mut Stream) -> Result<StreamKey, String> {

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::{
-    collective,
+    collective, join,
     model::Library,
     protocol::{
         CoordinatorMessage, Epoch, MAX_MESSAGE, ModelOffer, NodeHello, NodeId, NodeMemory, NodeMessage,
@@ -27,6 +27,7 @@ use super::{
     actor::{Connected, KV_BYTES, NodeActor, Notice, Uplink},
     blobs::BlobClient,
     generate, memory,
+    peers::Peers,
     state::{Event, SessionNumber},
 };
 
@@ -50,6 +51,7 @@ pub(super) struct Sessions {
     endpoint: Endpoint,
     library: Arc<Library>,
     blobs: BlobClient,
+    peers: Peers,
     node: Addr<NodeActor>,
     tickets: generate::Tickets,
     /// Connections so far.
@@ -78,9 +80,19 @@ impl Sessions {
         endpoint: Endpoint,
         library: Arc<Library>,
         blobs: BlobClient,
+        peers: Peers,
         node: Addr<NodeActor>,
     ) -> Self {
-        Self { config, endpoint, library, blobs, node, tickets: generate::Tickets::default(), count: 0 }
+        Self {
+            config,
+            endpoint,
+            library,
+            blobs,
+            peers,
+            node,
+            tickets: generate::Tickets::default(),
+            count: 0,
+        }
     }
 
     /// Keeps a connection to the coordinator, whatever happens to it. Returns only when another
@@ -127,11 +139,12 @@ impl Sessions {
         let uplink = Uplink { connection: connection.clone(), outbox };
         // A node that has stopped ends this future, too.
         let _ = self.node.send(Connected(Event::Connected { session, node, epoch }, uplink)).await;
+        let _fresh = AbortOnDrop(tokio::spawn(join::keep_fresh(connection.clone(), self.endpoint.clone())));
         let requests = generate::accept(connection.clone(), self.node.clone(), self.tickets.clone());
         let _accepting = AbortOnDrop(tokio::spawn(requests));
         let told_to_go = AtomicBool::new(false);
         let reason = tokio::select! {
-            reason = read(recv, session, &self.node, &told_to_go) => reason,
+            reason = read(recv, session, &self.node, &self.peers, &told_to_go) => reason,
             reason = write(send, reports) => reason,
             reason = connection.closed() => reason.to_string(),
         };
@@ -212,10 +225,12 @@ async fn read(
     mut recv: RecvHalf,
     session: SessionNumber,
     node: &Addr<NodeActor>,
+    peers: &Peers,
     told_to_go: &AtomicBool,
 ) -> String {
     loop {
         match receive(&mut recv).await {
+            Ok(CoordinatorMessage::Revoked { nodes }) => peers.refuse(nodes),
             Ok(message) => {
                 told_to_go.fetch_or(message == CoordinatorMessage::Shutdown, Ordering::Relaxed);
                 // Waits for room in the mailbox, so that a coordinator that sends faster than

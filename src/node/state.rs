@@ -243,6 +243,8 @@ impl NodeState {
             CoordinatorMessage::Retire { policy } => self.retire(policy),
             CoordinatorMessage::Ping { nonce } => vec![Effect::Tell(NodeMessage::Pong { nonce })],
             CoordinatorMessage::Shutdown => vec![Effect::Stop],
+            // Seen to where connections are.
+            CoordinatorMessage::Revoked { .. } => Vec::new(),
         }
     }
 

@@ -56,6 +56,12 @@ pub enum ClientRequest {
     /// → `Cluster`, once it is durable: no rank and no replica of the node is given anything new; or it is
     /// again.
     DrainNode { name: String, drain: bool },
+    /// → `Cluster`, once it is durable: what has been issued to this name is refused. Absent `role`: the one that
+    /// is known of the name.
+    Revoke { role: Option<String>, name: String },
+    /// → `Cluster`: a new CA signs, and the former one is trusted until every process has a certificate of the new
+    /// one; or, with `finish`, no longer.
+    RotateCa { finish: bool },
 }
 
 /// A run to create.
@@ -206,7 +212,17 @@ pub struct ClusterStatus {
     pub nodes: Vec<NodeStatus>,
     /// Nodes that are drained and not there.
     pub drained_away: Vec<String>,
+    pub trust: TrustStatus,
     pub runs: Vec<RunInfo>,
+}
+
+/// Who is trusted, for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct TrustStatus {
+    /// While the CA is being changed: the processes that have no certificate of the new one.
+    pub rotation: Option<Vec<String>>,
+    /// Processes of which certificates were revoked: role and name.
+    pub revoked: Vec<String>,
 }
 
 /// One node, for people.
@@ -217,6 +233,8 @@ pub struct NodeStatus {
     pub trainers: u32,
     pub samplers: u32,
     pub numerics: String,
+    /// Until when its certificate is good, in seconds since the Unix epoch; absent where nobody has one.
+    pub certified_until: Option<u64>,
     /// Absent: it takes work.
     pub drain: Option<NodeDrain>,
 }

@@ -32,12 +32,12 @@ mod stream;
 pub use call::{Call, Quota, Trace};
 pub use client::{
     ClientRequest, ClientResponse, ClusterStatus, CreateRun, NodeDrain, NodeStatus, OperationStatus,
-    Replayed, RunInfo, SampleRequest, SampleTarget, SubmitOperation,
+    Replayed, RunInfo, SampleRequest, SampleTarget, SubmitOperation, TrustStatus,
 };
 pub use codec::{CodecError, decode, decode_compressed, encode, encode_compressed};
 pub use figures::{EndedOperations, Figures};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
-pub use join::{JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE};
+pub use join::{HeldCertificate, JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE, TrustReply};
 pub use node::{
     Blame, CoordinatorMessage, Generate, GenerateReply, MicroBatchPart, ModelOffer, NodeHello, NodeMemory,
     NodeMessage, Numerics, RankPart, RankSeat, RunSpec,

@@ -135,6 +135,9 @@ pub enum CoordinatorMessage {
     Ping { nonce: u64 },
     /// Finish what runs and exit.
     Shutdown,
+    /// Certificates of these nodes that were issued up to then (seconds since the Unix epoch) are refused; all
+    /// that there are.
+    Revoked { nodes: Vec<(String, u64)> },
 }
 
 /// Node → coordinator, in order.

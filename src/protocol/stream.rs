@@ -6,6 +6,7 @@ use super::{
     call::Call,
     client::ClientRequest,
     ids::{Epoch, Generation, RankIndex},
+    join::HeldCertificate,
     node::{Generate, NodeHello},
 };
 
@@ -31,6 +32,11 @@ pub enum StreamOpen {
     GetBlobPart { digest: Digest, offset: u64, length: u64 },
     /// Client or gateway → coordinator: one [`Figures`](super::Figures) frame answers.
     Figures,
+    /// Node, client or gateway → coordinator: one [`TrustReply`](super::TrustReply) frame answers.
+    Trust(HeldCertificate),
+    /// Node, client or gateway → coordinator: a certificate of the same name and role for this key, an
+    /// uncompressed point on P-256. One [`JoinReply`](super::JoinReply) frame answers.
+    Renew { public_key: Vec<u8> },
 }
 
 /// Answer to `PutBlob` and `GetBlob`.

@@ -6,7 +6,7 @@ use std::{
 
 use crate::{
     client::{CLIENT_IDENTITY, ENDPOINT_FILE},
-    transport::{ClusterCa, Identity, Role},
+    transport::{ClusterCa, Identity, Role, unix_now},
 };
 
 use super::ServiceError;
@@ -78,13 +78,21 @@ impl DataDirectory {
         self.prepare(Role::Node, name)
     }
 
+    /// What a running coordinator keeps fresh ([`Authority::tend`](crate::join::Authority::tend)) begins here.
     fn prepare(&self, role: Role, name: &str) -> Result<(), ServiceError> {
         let (ca, identities) = (ClusterCa::open_or_create(&self.path)?, self.identities());
         let present = Identity::load(&identities, name);
-        if present.is_ok_and(|identity| identity.ca_fingerprint() == ca.fingerprint()) {
+        let good =
+            |present: &Identity| present.trusts(&ca.certificates()) && !present.validity().is_due(unix_now());
+        if present.as_ref().is_ok_and(good) {
             return Ok(());
         }
-        Ok(ca.issue(role, name)?.save(&identities, name)?)
+        let made = ca.issue(role, name)?;
+        let made = match &present {
+            Ok(present) => made.succeeding(present),
+            Err(_) => made,
+        };
+        Ok(made.save(&identities, name)?)
     }
 
     /// The identity of a local part.

@@ -5,6 +5,7 @@ use std::{
     io::{self, Read},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
@@ -12,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     coordinator::{self, CoordinatorConfig},
-    join::{self, Desk, JoinToken},
+    join::{self, Authority, Desk, JoinToken},
     node::{self, NodeConfig},
     protocol::{ALPN, JOIN_ALPN},
     store::BucketLocation,
@@ -34,6 +35,10 @@ pub const LISTENING: &str = "listening";
 
 /// Between two attempts to join.
 const JOIN_AGAIN: Duration = Duration::from_secs(2);
+
+/// Longest between two looks at the certificates of this machine, and looks in the life of one.
+const TEND_EVERY: Duration = Duration::from_secs(60);
+const TENDINGS: u32 = 20;
 
 /// Control threads of a process. They decide and copy; computing has threads of its own.
 const CONTROL_THREADS: usize = 2;
@@ -75,30 +80,53 @@ pub struct CoordinatorProcess {
     pub history: u32,
     /// Holds the blobs; absent: the bucket of an earlier start, or else the data directory.
     pub store: Option<BucketLocation>,
+    /// How long the certificates are good that it signs, at least 10 s.
+    pub certificate_life: Duration,
 }
 
 /// Runs the coordinator of a data directory until it is told to stop; prints
 /// `listening ADDRESS` once it is bound.
 pub fn run_coordinator(process: CoordinatorProcess) -> Result<(), ServiceError> {
-    let CoordinatorProcess { data_dir, listen, join, history, store } = process;
+    let CoordinatorProcess { data_dir, listen, join, history, store, certificate_life } = process;
     let data = DataDirectory::open(data_dir)?;
     data.prepare_identities()?;
     in_system("coordinator", async move {
         let identity = data.identity("coordinator")?;
+        let authority = Arc::new(Authority::open(data.path(), certificate_life)?);
         let doorway = join.map(|at| Doorway::bind(at, &identity, JOIN_ALPN)).transpose()?;
         let endpoint = Endpoint::quic(listen, identity, ALPN)?;
+        let face = endpoint.clone();
+        authority.show_by(move |identity| face.present(identity.clone()))?;
         let address = endpoint.local_address();
         let stop = shutdown_requested()?;
         if let Some(doorway) = doorway {
             tracing::info!("processes with a token join at {}", doorway.local_address());
-            tokio::spawn(Desk::open(data.path())?.serve(doorway));
+            let doorway = Arc::new(doorway);
+            let face = doorway.clone();
+            authority.show_by(move |identity| face.present(identity))?;
+            tokio::spawn(Desk::open(data.path(), authority.clone())?.serve(doorway));
         }
+        tokio::spawn(tend(authority.clone(), certificate_life));
         let mut config = CoordinatorConfig::new(data.path());
         config.limits.history_snapshots = history as usize;
         config.store = store;
+        config.authority = Some(authority);
         config.opened = Some(Box::new(move || announce(&data, &address)));
         Ok(coordinator::serve(config, endpoint, stop).await?)
     })
+}
+
+/// Keeps the certificates of this machine's processes fresh, the coordinator's own among them.
+async fn tend(authority: Arc<Authority>, life: Duration) {
+    loop {
+        tokio::time::sleep((life / TENDINGS).min(TEND_EVERY)).await;
+        let authority = authority.clone();
+        match tokio::task::spawn_blocking(move || authority.tend()).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::error!("certificates of this machine are not renewed: {error}"),
+            Err(panic) => tracing::error!("certificates of this machine are not renewed: {panic}"),
+        }
+    }
 }
 
 /// Tells local clients and the supervisor where the coordinator is.
@@ -158,10 +186,10 @@ async fn identity_of(
 ) -> Result<Identity, ServiceError> {
     let present = data.identity(name);
     let Some((address, token)) = join else { return present };
-    if let Ok(identity) = present
-        && identity.ca_fingerprint() == token.ca
+    if let Ok(identity) = &present
+        && identity.knows_ca(&token.ca)
     {
-        return Ok(identity);
+        return present;
     }
     loop {
         match join::apply(address, token, name).await {
@@ -172,11 +200,18 @@ async fn identity_of(
             Ok(identity) => {
                 identity.save(&data.identities(), name)?;
                 tracing::info!("joined the cluster as {name}");
-                return Ok(identity);
+                return data.identity(name);
             }
             Err(error) if error.is_retryable() => {
                 tracing::warn!("{error}; trying again in {JOIN_AGAIN:?}");
                 tokio::time::sleep(JOIN_AGAIN).await;
+            }
+            // The CA may have changed since the token was made, and the certificate with it.
+            Err(error) if present.is_ok() => {
+                tracing::warn!(
+                    "the token is of no use ({error}); going on with the certificate that is there"
+                );
+                return present;
             }
             Err(error) => return Err(error.into()),
         }

@@ -72,6 +72,8 @@ pub struct SupervisorConfig {
     pub history: u32,
     /// Holds the blobs; absent: the bucket of an earlier start, or else the data directory.
     pub store: Option<BucketLocation>,
+    /// How long certificates are good.
+    pub certificate_life: Duration,
     pub nodes: u32,
     pub trainers: u32,
     pub samplers: u32,
@@ -204,6 +206,8 @@ impl Part {
         let mut arguments = vec![COORDINATOR.into(), "--listen".into(), config.listen.to_string()];
         arguments.extend(config.join.iter().flat_map(|join| ["--join-listen".to_owned(), join.to_string()]));
         arguments.extend(["--history".to_owned(), config.history.to_string()]);
+        let life = format!("{}s", config.certificate_life.as_secs());
+        arguments.extend(["--certificate-life".to_owned(), life]);
         arguments.extend(config.store.iter().flat_map(|store| ["--store".to_owned(), store.to_string()]));
         Self {
             name: COORDINATOR.into(),

@@ -24,7 +24,7 @@ const COORDINATOR_DEADLINE: Duration = Duration::from_secs(60);
 /// Between two looks whether the coordinator is there.
 const COORDINATOR_POLL: Duration = Duration::from_millis(200);
 
-/// Digits of the CA's fingerprint that tell clusters apart on Weights & Biases.
+/// Digits of a cluster's name that tell clusters apart on Weights & Biases.
 const CLUSTER_ID: usize = 8;
 
 /// What `lockstep up` runs.
@@ -64,7 +64,7 @@ async fn supervise(config: UpConfig) -> Result<(), ServiceError> {
         // The watchdog is gone only if all of this is.
         let _ = found.send(client.clone());
         if let Some(wandb) = config.wandb {
-            let cluster = ClusterCa::open_or_create(data.path())?.fingerprint();
+            let cluster = ClusterCa::open_or_create(data.path())?.cluster().to_owned();
             follower = Some(RunFollower::start(client.clone(), wandb, &cluster[..CLUSTER_ID])?);
         }
         tracing::info!("for Rust clients: ServiceClient::connect({:?})", data.path().display().to_string());

@@ -1,9 +1,9 @@
 //! A process that asks for an identity: its key never leaves it.
 
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SignatureAlgorithm};
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
-use super::{Identity, TransportError};
+use super::{Identity, TransportError, ca};
 
 /// An uncompressed point on P-256 (SEC 1, 2.3.3): 4, then two coordinates of 32 bytes.
 const POINT: (u8, usize) = (4, 65);
@@ -15,11 +15,13 @@ pub struct Applicant(KeyPair);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublicKey(Vec<u8>);
 
-/// What it gets: certificate and CA, in DER.
+/// What it gets, in DER.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admission {
-    pub certificate: Vec<u8>,
-    pub ca: Vec<u8>,
+    /// The certificate, then what leads from it to a former CA.
+    pub chain: Vec<Vec<u8>>,
+    /// CAs to trust; the first has signed.
+    pub cas: Vec<Vec<u8>>,
 }
 
 impl Applicant {
@@ -33,15 +35,23 @@ impl Applicant {
         PublicKey(self.0.der_bytes().to_vec())
     }
 
-    /// The identity, once certificate and CA are there. Refuses a CA of another fingerprint (SHA-256,
-    /// hexadecimal) than was promised, and a certificate of another key.
+    /// The identity, once certificate and CAs are there. Refuses a certificate of another key, and CAs without
+    /// the promised one (SHA-256, hexadecimal).
     pub fn admitted(self, admission: Admission, ca_fingerprint: &str) -> Result<Identity, TransportError> {
-        let ca = CertificateDer::from(admission.ca);
-        let identity = Identity::new(admission.certificate.into(), self.0.into(), ca)?;
-        if identity.ca_fingerprint() != ca_fingerprint {
+        let (key, chain, cas) = self.parts(admission);
+        if !cas.iter().any(|ca| ca::fingerprint(ca) == ca_fingerprint) {
             return Err(TransportError::Certificate("it is of another cluster than was asked".into()));
         }
-        Ok(identity)
+        Identity::new(chain, key, cas)
+    }
+
+    /// Key, chain and CAs.
+    pub(super) fn parts(
+        self,
+        admission: Admission,
+    ) -> (PrivatePkcs8KeyDer<'static>, Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>) {
+        let certificates = |der: Vec<Vec<u8>>| der.into_iter().map(CertificateDer::from).collect();
+        (self.0.into(), certificates(admission.chain), certificates(admission.cas))
     }
 }
 
@@ -70,7 +80,7 @@ impl PublicKeyData for PublicKey {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{ClusterCa, Role},
+        super::{CERTIFICATE_LIFE, ClusterCa, Role, Validity, unix_now},
         *,
     };
 
@@ -79,7 +89,9 @@ mod tests {
         let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (ca, other) =
             (ClusterCa::open_or_create(a.path()).unwrap(), ClusterCa::open_or_create(b.path()).unwrap());
-        let admit = |ca: &ClusterCa, key: &PublicKey| ca.admit(Role::Node, "far-away", key).unwrap();
+        let validity = Validity::lasting(unix_now(), CERTIFICATE_LIFE);
+        let admit =
+            |ca: &ClusterCa, key: &PublicKey| ca.admit(Role::Node, "far-away", key, validity).unwrap();
 
         let applicant = Applicant::new().unwrap();
         let key = PublicKey::from_bytes(applicant.public_key().bytes()).unwrap();

@@ -1,12 +1,12 @@
 use std::{fmt, sync::Arc};
 
-use super::{Peer, Stream, TransportError, memory, quic};
+use super::{Peer, Proof, Stream, TransportError, memory, quic};
 
 /// One authenticated connection, cheap to clone. It closes when its last clone and its last stream
 /// are dropped.
 #[derive(Clone)]
 pub struct Connection {
-    peer: Arc<Peer>,
+    known: Arc<(Peer, Option<Proof>)>,
     wire: Wire,
 }
 
@@ -17,13 +17,18 @@ pub(super) enum Wire {
 }
 
 impl Connection {
-    pub(super) fn new(peer: Peer, wire: Wire) -> Self {
-        Self { peer: Arc::new(peer), wire }
+    pub(super) fn new(peer: Peer, proof: Option<Proof>, wire: Wire) -> Self {
+        Self { known: Arc::new((peer, proof)), wire }
     }
 
     /// Who is at the other end.
     pub fn peer(&self) -> &Peer {
-        &self.peer
+        &self.known.0
+    }
+
+    /// What else its certificate says; nothing in memory, where nobody has one.
+    pub fn proof(&self) -> Option<&Proof> {
+        self.known.1.as_ref()
     }
 
     pub(super) fn wire(&self) -> &Wire {
@@ -57,6 +62,21 @@ impl Connection {
         }
     }
 
+    /// Whether it is a clone of the other.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.known, &other.known)
+    }
+
+    /// Closes it as that of a process that is put out of the cluster, which hears
+    /// [`ShutOut`](TransportError::ShutOut) and should not come back.
+    pub fn shut_out(&self, reason: &str) {
+        let reason = &reason[..reason.floor_char_boundary(super::MAX_CLOSE_REASON)];
+        match &self.wire {
+            Wire::Quic(link) => link.shut_out(reason),
+            Wire::Memory(side) => side.close(reason),
+        }
+    }
+
     /// Closes it, telling the other end why (the first 512 bytes of it). Bytes that have not
     /// reached the other end are lost: [`finish`](super::SendHalf::finish) what must arrive.
     pub fn close(&self, reason: &str) {
@@ -70,6 +90,6 @@ impl Connection {
 
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Connection({})", self.peer)
+        write!(f, "Connection({})", self.peer())
     }
 }

@@ -35,6 +35,7 @@ const WINDOW: u32 = 16 << 10;
 /// Where strangers come in.
 pub struct Doorway {
     endpoint: quinn::Endpoint,
+    alpn: Vec<u8>,
     opened: Mutex<mpsc::Receiver<(Stream, SocketAddr)>>,
     acceptor: AbortHandle,
     local: SocketAddr,
@@ -44,14 +45,19 @@ impl Doorway {
     /// Binds a UDP socket (port 0: any), proving `identity` to whoever comes. Must be called inside
     /// a tokio runtime.
     pub fn bind(bind: SocketAddr, identity: &Identity, alpn: &[u8]) -> Result<Self, TransportError> {
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls::doorway_config(identity, alpn)?));
-        server.transport_config(Arc::new(transport_config()));
+        let server = server_config(identity, alpn)?;
         let failed = |source| quic::bind_error(bind, source);
         let endpoint = quinn::Endpoint::server(server, bind).map_err(failed)?;
         let local = endpoint.local_addr().map_err(failed)?;
         let (ready, opened) = mpsc::channel(MAX_STRANGERS);
         let acceptor = tokio::spawn(accept_all(endpoint.clone(), ready)).abort_handle();
-        Ok(Self { endpoint, opened: Mutex::new(opened), acceptor, local })
+        Ok(Self { endpoint, alpn: alpn.to_vec(), opened: Mutex::new(opened), acceptor, local })
+    }
+
+    /// Proves another identity to whoever comes from now on.
+    pub fn present(&self, identity: &Identity) -> Result<(), TransportError> {
+        self.endpoint.set_server_config(Some(server_config(identity, &self.alpn)?));
+        Ok(())
     }
 
     /// Where strangers knock: `IP:PORT`.
@@ -103,6 +109,12 @@ pub async fn knock(
     timeout(deadline, knocking)
         .await
         .unwrap_or_else(|_| Err(TransportError::ConnectTimeout { address: address.into(), deadline }))
+}
+
+fn server_config(identity: &Identity, alpn: &[u8]) -> Result<quinn::ServerConfig, TransportError> {
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls::doorway_config(identity, alpn)?));
+    server.transport_config(Arc::new(transport_config()));
+    Ok(server)
 }
 
 fn transport_config() -> TransportConfig {

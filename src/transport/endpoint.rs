@@ -1,6 +1,6 @@
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
-use super::{Connection, Identity, MemoryNetwork, Role, TransportError, memory, quic};
+use super::{Connection, Identity, MemoryNetwork, Revocation, Role, TransportError, memory, quic};
 
 /// A socket that accepts and makes connections: QUIC or in memory. Dropping the last clone stops
 /// accepting; connections live on until they are dropped.
@@ -40,6 +40,32 @@ impl Endpoint {
         match &self.0 {
             Kind::Quic(socket) => socket.cluster(),
             Kind::Memory(station) => station.cluster(),
+        }
+    }
+
+    /// Shows another identity of the same process from the next handshake on, and trusts the CAs that come with
+    /// it. Connections that are there stay. Nothing in memory.
+    pub fn present(&self, identity: Identity) -> Result<(), TransportError> {
+        match &self.0 {
+            Kind::Quic(socket) => socket.present(identity),
+            Kind::Memory(_) => Ok(()),
+        }
+    }
+
+    /// What it shows; nobody has an identity in memory.
+    pub fn identity(&self) -> Option<Identity> {
+        match &self.0 {
+            Kind::Quic(socket) => Some(socket.identity()),
+            Kind::Memory(_) => None,
+        }
+    }
+
+    /// From the next handshake on, has nothing to do with whom these revocations concern, and tells them so;
+    /// replaces what was refused before. Nothing in memory.
+    pub fn refuse(&self, revoked: Vec<Revocation>) {
+        match &self.0 {
+            Kind::Quic(socket) => socket.refuse(revoked),
+            Kind::Memory(_) => {}
         }
     }
 

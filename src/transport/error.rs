@@ -23,6 +23,11 @@ pub enum TransportError {
     /// A certificate or key could not be made or used.
     #[error("certificate: {0}")]
     Certificate(String),
+    /// A certificate's time is over.
+    #[error(
+        "the certificate of {who} expired {ago}, and nothing renewed it; it needs a new token (`lockstep token create`)"
+    )]
+    Expired { who: String, ago: String },
     /// Another process has the port, or another endpoint the in-memory name.
     #[error("{address} is in use by another process: stop it or choose another port (0: any)")]
     AddressInUse { address: String },
@@ -43,6 +48,9 @@ pub enum TransportError {
     /// The other end has too many handshakes or connections waiting.
     #[error("{address} takes no connection at the moment")]
     Busy { address: String },
+    /// The cluster has put this process out.
+    #[error("put out of the cluster: {reason}")]
+    ShutOut { reason: String },
     /// Nobody answered within the deadline.
     #[error("{address} did not answer within {deadline:?}")]
     ConnectTimeout { address: String, deadline: Duration },
@@ -100,6 +108,8 @@ impl TransportError {
             | Self::File { .. }
             | Self::Damaged { .. }
             | Self::Certificate(_)
+            | Self::Expired { .. }
+            | Self::ShutOut { .. }
             | Self::AddressInUse { .. }
             | Self::Bind { .. }
             | Self::Untrusted { .. }

@@ -52,7 +52,37 @@ pub(super) fn read_key(path: &Path) -> Result<PrivatePkcs8KeyDer<'static>, Trans
         .map_err(|e| damaged(path, format!("no private key in it ({e})")))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TransportError> {
+/// The certificates of a PEM file, at least one.
+pub(super) fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TransportError> {
+    let all = CertificateDer::pem_slice_iter(&read(path)?)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| damaged(path, format!("no certificate in it ({e})")))?;
+    if all.is_empty() { Err(damaged(path, "no certificate in it")) } else { Ok(all) }
+}
+
+/// Certificates one behind the other.
+pub(super) fn pem_certificates(certificates: &[CertificateDer<'_>]) -> String {
+    certificates.iter().map(|certificate| pem("CERTIFICATE", certificate)).collect()
+}
+
+/// RFC 7468: base64 in lines of 64 characters between two markers.
+pub(super) fn pem(label: &str, der: &[u8]) -> String {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    let body = STANDARD.encode(der);
+    let mut text = format!("-----BEGIN {label}-----\n");
+    let mut rest = body.as_str();
+    while !rest.is_empty() {
+        // Base64 is ASCII: every index is a boundary.
+        let (line, tail) = rest.split_at(rest.len().min(64));
+        text.push_str(line);
+        text.push('\n');
+        rest = tail;
+    }
+    text.push_str(&format!("-----END {label}-----\n"));
+    text
+}
+
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, TransportError> {
     fs::read(path).map_err(|source| TransportError::File { path: path.into(), source })
 }
 

@@ -112,8 +112,8 @@ impl Station {
         let (near, far) = link();
         note(&self.links, &near);
         note(&target.links, &far);
-        let there = Connection::new(self.me.clone(), Wire::Memory(far));
-        let here = Connection::new(Peer { role, name: name.into() }, Wire::Memory(near));
+        let there = Connection::new(self.me.clone(), None, Wire::Memory(far));
+        let here = Connection::new(Peer { role, name: name.into() }, None, Wire::Memory(near));
         // Fails when the other station closed meanwhile.
         target
             .visitors

@@ -19,7 +19,9 @@ mod applicant;
 mod ca;
 mod files;
 mod identity;
+mod revocation;
 mod tls;
+mod validity;
 
 mod endpoint;
 
@@ -45,8 +47,10 @@ pub use https::HttpsIdentity;
 pub use identity::Identity;
 pub use memory::MemoryNetwork;
 pub use name::{Peer, Role, check_name};
+pub use revocation::{Proof, Revocation};
 pub use stream::{RecvHalf, SendHalf, Stream};
 pub use tls::offer_crypto_provider;
+pub use validity::{CERTIFICATE_LIFE, Validity, unix_now};
 
 /// Streams of one connection that its peer may have open at once. A coordinator holds one per
 /// waiting request of a gateway; the next opener waits.

@@ -79,13 +79,13 @@ pub(super) fn role_dns_name(role: Role, cluster: &str) -> String {
     format!("{role}.{cluster}.{DOMAIN}")
 }
 
-/// Reads what [`process_dns_name`] wrote for this cluster.
-pub(super) fn parse_process_dns_name(dns_name: &str, cluster: &str) -> Option<Peer> {
-    let label = dns_name.strip_suffix(DOMAIN)?.strip_suffix('.')?.strip_suffix(cluster)?.strip_suffix('.')?;
+/// Reads what [`process_dns_name`] wrote: who it is, and the cluster.
+pub(super) fn parse_process_dns_name(dns_name: &str) -> Option<(Peer, &str)> {
+    let (label, cluster) = dns_name.strip_suffix(DOMAIN)?.strip_suffix('.')?.split_once('.')?;
     let (role, name) = label.split_once('-')?;
     let role = Role::parse(role)?;
     check_name(name).ok()?;
-    Some(Peer { role, name: name.into() })
+    Some((Peer { role, name: name.into() }, cluster))
 }
 
 #[cfg(test)]
@@ -97,12 +97,8 @@ mod tests {
         for role in Role::ALL {
             let dns = process_dns_name(role, "gpu-07", "0123456789abcdef");
             let peer = Peer { role, name: "gpu-07".into() };
-            assert_eq!(parse_process_dns_name(&dns, "0123456789abcdef"), Some(peer));
-            assert_eq!(parse_process_dns_name(&dns, "fedcba9876543210"), None);
-            assert_eq!(
-                parse_process_dns_name(&role_dns_name(role, "0123456789abcdef"), "0123456789abcdef"),
-                None
-            );
+            assert_eq!(parse_process_dns_name(&dns), Some((peer, "0123456789abcdef")));
+            assert_eq!(parse_process_dns_name(&role_dns_name(role, "0123456789abcdef")), None);
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     collections::VecDeque,
     io,
     net::{SocketAddr, UdpSocket},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -20,8 +20,6 @@ use quinn::{
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
-use rustls_pki_types::CertificateDer;
-use sha2::{Digest as _, Sha256};
 use tokio::{
     sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc},
     task::AbortHandle,
@@ -29,12 +27,13 @@ use tokio::{
 };
 
 use super::{
-    Connection, Identity, MAX_STREAMS, Peer, Role, Stream, TransportError,
-    connection::Wire,
-    name,
+    Connection, Identity, MAX_STREAMS, Revocation, Role, Stream, TransportError, name,
     stream::{RecvWire, SendWire},
-    tls,
 };
+
+mod face;
+
+use face::{Face, Shared, server_config};
 
 /// Silence after which the other end counts as gone. Control threads answer within milliseconds;
 /// 30 s outlives a machine that swaps or a switch that restarts.
@@ -79,13 +78,14 @@ const CODE_CLOSED: u32 = 0;
 /// Pieces taken from quinn under one lock.
 const PIECES: usize = 32;
 
+/// Application error code of a connection whose other end is put out of the cluster.
+const CODE_SHUT_OUT: u32 = 1;
+
 /// A bound socket.
 pub(super) struct Socket {
     endpoint: quinn::Endpoint,
-    /// Towards nodes, and towards all others.
-    to_node: quinn::ClientConfig,
-    to_others: quinn::ClientConfig,
-    cluster: String,
+    alpn: Vec<u8>,
+    shared: Arc<Shared>,
     accepted: Mutex<mpsc::Receiver<Connection>>,
     acceptor: AbortHandle,
     local: SocketAddr,
@@ -93,21 +93,7 @@ pub(super) struct Socket {
 
 impl Socket {
     pub(super) fn bind(bind: SocketAddr, identity: Identity, alpn: &[u8]) -> Result<Self, TransportError> {
-        let transport = Arc::new(transport_config(IDLE_TIMEOUT));
-        let mut to_others = quinn::ClientConfig::new(Arc::new(tls::client_config(&identity, alpn)?));
-        to_others.transport_config(transport.clone());
-        let mut to_node = to_others.clone();
-        to_node.transport_config(Arc::new(transport_config(PEER_IDLE_TIMEOUT)));
-        let server = match identity.role() {
-            Role::Client => None,
-            Role::Coordinator | Role::Node | Role::Gateway => {
-                let mut server =
-                    quinn::ServerConfig::with_crypto(Arc::new(tls::server_config(&identity, alpn)?));
-                server.transport_config(transport);
-                Some(server)
-            }
-        };
-
+        let server = server_config(&identity, alpn)?;
         let bind_error = |source| bind_error(bind, source);
         let socket = UdpSocket::bind(bind).map_err(bind_error)?;
         let endpoint =
@@ -116,9 +102,30 @@ impl Socket {
         let local = endpoint.local_addr().map_err(bind_error)?;
 
         let (ready, accepted) = mpsc::channel(ACCEPT_QUEUE);
-        let cluster = identity.cluster().to_owned();
-        let acceptor = tokio::spawn(accept_all(endpoint.clone(), cluster.clone(), ready)).abort_handle();
-        Ok(Self { endpoint, to_node, to_others, cluster, accepted: Mutex::new(accepted), acceptor, local })
+        let shared = Arc::new(Shared {
+            cluster: identity.cluster().to_owned(),
+            face: RwLock::new(Face::new(identity, alpn)?),
+            revoked: RwLock::default(),
+        });
+        let acceptor = tokio::spawn(accept_all(endpoint.clone(), shared.clone(), ready)).abort_handle();
+        let accepted = Mutex::new(accepted);
+        Ok(Self { endpoint, alpn: alpn.to_vec(), shared, accepted, acceptor, local })
+    }
+
+    /// Shows another identity from the next handshake on; connections stay.
+    pub(super) fn present(&self, identity: Identity) -> Result<(), TransportError> {
+        let (server, face) = (server_config(&identity, &self.alpn)?, Face::new(identity, &self.alpn)?);
+        self.endpoint.set_server_config(server);
+        *self.shared.face.write().unwrap_or_else(PoisonError::into_inner) = face;
+        Ok(())
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        self.shared.face().identity
+    }
+
+    pub(super) fn refuse(&self, revoked: Vec<Revocation>) {
+        *self.shared.revoked.write().unwrap_or_else(PoisonError::into_inner) = revoked;
     }
 
     pub(super) fn local_address(&self) -> String {
@@ -126,15 +133,16 @@ impl Socket {
     }
 
     pub(super) fn cluster(&self) -> &str {
-        &self.cluster
+        &self.shared.cluster
     }
 
     pub(super) async fn connect(&self, address: &str, role: Role) -> Result<Connection, TransportError> {
         let to = resolve(address, self.local).await?;
-        let config = if role == Role::Node { &self.to_node } else { &self.to_others };
+        let face = self.shared.face();
+        let config = if role == Role::Node { face.to_node } else { face.to_others };
         let connecting = self
             .endpoint
-            .connect_with(config.clone(), to, &name::role_dns_name(role, &self.cluster))
+            .connect_with(config, to, &name::role_dns_name(role, &self.shared.cluster))
             .map_err(|e| match e {
                 quinn::ConnectError::EndpointStopping => TransportError::EndpointClosed,
                 other => {
@@ -145,8 +153,7 @@ impl Socket {
         let connection = connecting.await.map_err(failed)?;
         // The welcome.
         connection.accept_uni().await.map_err(failed)?;
-        let peer = peer_of(&connection, &self.cluster)?;
-        Ok(Connection::new(peer, Wire::Quic(Link(connection))))
+        self.shared.admit(connection)
     }
 
     pub(super) async fn accept(&self) -> Option<Connection> {
@@ -183,18 +190,12 @@ pub(super) async fn resolve(address: &str, local: SocketAddr) -> Result<SocketAd
         .ok_or_else(|| unreachable(format!("it has no IPv4 address, and this process listens on {}", local)))
 }
 
-/// Connection ids and reset tokens come from the identity's key, so that a process that was killed and
+/// Connection ids and reset tokens come from the identity's secret, so that a process that was killed and
 /// started again recognises packets of its former life and resets those connections (RFC 9000,
 /// 10.3): the peer hears of it at once, and not when the idle timeout is over.
 fn endpoint_config(identity: &Identity) -> EndpointConfig {
-    let derive = |purpose: &[u8]| -> [u8; 32] {
-        let mut hash = Sha256::new();
-        hash.update(purpose);
-        hash.update(identity.key().secret_pkcs8_der());
-        hash.finalize().into()
-    };
-    let reset = hmac::Key::new(hmac::HMAC_SHA256, &derive(b"lockstep stateless reset"));
-    let [a, b, c, d, e, f, g, h, ..] = derive(b"lockstep connection ids");
+    let reset = hmac::Key::new(hmac::HMAC_SHA256, &identity.secret("lockstep stateless reset"));
+    let [a, b, c, d, e, f, g, h, ..] = identity.secret("lockstep connection ids");
     let ids = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let mut config = EndpointConfig::new(Arc::new(reset));
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
@@ -220,15 +221,15 @@ fn transport_config(idle_timeout: Duration) -> TransportConfig {
 }
 
 /// Runs every handshake in a task of its own, so that a slow one holds up nobody.
-async fn accept_all(endpoint: quinn::Endpoint, cluster: String, ready: mpsc::Sender<Connection>) {
+async fn accept_all(endpoint: quinn::Endpoint, shared: Arc<Shared>, ready: mpsc::Sender<Connection>) {
     let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = endpoint.accept().await {
         let busy = MAX_HANDSHAKES - slots.available_permits() >= UNVALIDATED_HANDSHAKES;
         let Some((incoming, slot)) = take_slot(incoming, &slots, busy) else { continue };
-        let (cluster, ready) = (cluster.clone(), ready.clone());
+        let (shared, ready) = (shared.clone(), ready.clone());
         tokio::spawn(async move {
             let from = incoming.remote_address();
-            match timeout(HANDSHAKE_DEADLINE, welcome(incoming, &cluster, &ready)).await {
+            match timeout(HANDSHAKE_DEADLINE, welcome(incoming, &shared, &ready)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%from, %error, "refused a connection"),
                 Err(_) => tracing::warn!(%from, "refused a connection: its handshake did not end in time"),
@@ -268,34 +269,18 @@ pub(super) fn bind_error(bind: SocketAddr, source: io::Error) -> TransportError 
 /// Completes one handshake, reads who it is and queues it.
 async fn welcome(
     incoming: quinn::Incoming,
-    cluster: &str,
+    shared: &Shared,
     ready: &mpsc::Sender<Connection>,
 ) -> Result<(), TransportError> {
     let connection = incoming.await.map_err(stream_error)?;
-    let peer = match peer_of(&connection, cluster) {
-        Ok(peer) => peer,
-        Err(error) => {
-            connection.close(CODE_CLOSED.into(), error.to_string().as_bytes());
-            return Err(error);
-        }
-    };
+    let admitted = shared.admit(connection.clone())?;
     let place = ready.reserve().await.map_err(|_| TransportError::EndpointClosed)?;
     let mut welcome = connection.open_uni().await.map_err(stream_error)?;
     // Fails only if it was finished before.
     let _ = welcome.finish();
-    tracing::debug!(%peer, from = %connection.remote_address(), "accepted a connection");
-    place.send(Connection::new(peer, Wire::Quic(Link(connection))));
+    tracing::debug!(peer = %admitted.peer(), from = %connection.remote_address(), "accepted a connection");
+    place.send(admitted);
     Ok(())
-}
-
-/// Who the verified certificate names.
-fn peer_of(connection: &quinn::Connection, cluster: &str) -> Result<Peer, TransportError> {
-    let chain =
-        connection.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
-    match chain.as_deref().map(Vec::as_slice) {
-        Some([certificate, ..]) => tls::peer_of_certificate(certificate, cluster),
-        _ => Err(TransportError::Certificate("the other end showed none".into())),
-    }
 }
 
 /// An established connection.
@@ -334,6 +319,10 @@ impl Link {
 
     pub(super) fn close(&self, reason: &str) {
         self.0.close(CODE_CLOSED.into(), reason.as_bytes());
+    }
+
+    pub(super) fn shut_out(&self, reason: &str) {
+        self.0.close(CODE_SHUT_OUT.into(), reason.as_bytes());
     }
 }
 
@@ -455,7 +444,11 @@ fn read_error(error: ReadError) -> TransportError {
 pub(super) fn stream_error(error: ConnectionError) -> TransportError {
     match error {
         ConnectionError::ApplicationClosed(e) => {
-            TransportError::ClosedByPeer { reason: String::from_utf8_lossy(&e.reason).into_owned() }
+            let reason = String::from_utf8_lossy(&e.reason).into_owned();
+            match e.error_code == CODE_SHUT_OUT.into() {
+                true => TransportError::ShutOut { reason },
+                false => TransportError::ClosedByPeer { reason },
+            }
         }
         ConnectionError::LocallyClosed => TransportError::ClosedLocally,
         ConnectionError::TimedOut => TransportError::TimedOut,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::{
-    CertificateError, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
         Resumption, WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -24,8 +24,8 @@ pub(super) fn client_config(identity: &Identity, alpn: &[u8]) -> Result<QuicClie
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(tls_error)?
-        .with_root_certificates(roots(identity.ca())?)
-        .with_client_auth_cert(vec![identity.certificate().clone()], identity.key().clone_key().into())
+        .with_root_certificates(roots(identity.cas())?)
+        .with_client_auth_cert(identity.chain().to_vec(), identity.key().clone_key().into())
         .map_err(tls_error)?;
     config.alpn_protocols = vec![alpn.to_vec()];
     // Each handshake proves both identities anew; connections are few and long-lived.
@@ -38,8 +38,8 @@ pub(super) fn server_config(identity: &Identity, alpn: &[u8]) -> Result<QuicServ
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(tls_error)?
-        .with_client_cert_verifier(client_verifier(identity.ca())?)
-        .with_single_cert(vec![identity.certificate().clone()], identity.key().clone_key().into())
+        .with_client_cert_verifier(client_verifier(identity.cas())?)
+        .with_single_cert(identity.chain().to_vec(), identity.key().clone_key().into())
         .map_err(tls_error)?;
     config.alpn_protocols = vec![alpn.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -47,10 +47,10 @@ pub(super) fn server_config(identity: &Identity, alpn: &[u8]) -> Result<QuicServ
     QuicServerConfig::try_from(config).map_err(|e| TransportError::Certificate(e.to_string()))
 }
 
-/// Presents `identity` with its CA behind it, so that whoever knows the CA's fingerprint can check
+/// Presents `identity` with its CAs behind it, so that whoever knows the fingerprint of one can check
 /// both, and asks for nothing.
 pub(super) fn doorway_config(identity: &Identity, alpn: &[u8]) -> Result<QuicServerConfig, TransportError> {
-    let chain = vec![identity.certificate().clone(), identity.ca().clone()];
+    let chain = [identity.chain(), identity.cas()].concat();
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(tls_error)?
@@ -77,6 +77,10 @@ pub(super) fn stranger_config(ca_fingerprint: &str, alpn: &[u8]) -> Result<QuicC
     QuicClientConfig::try_from(config).map_err(|e| TransportError::Certificate(e.to_string()))
 }
 
+/// Said where a token is of another CA.
+const NOT_THE_PINNED_CA: &str = "its CA is not the one that the token names: the token is of another cluster, or older \
+                                 than a change of the CA that is finished; `lockstep token create` makes one that fits";
+
 /// Trusts what the CA of one fingerprint has signed; the CA itself comes with the server's chain.
 #[derive(Debug)]
 struct PinnedCa {
@@ -93,13 +97,13 @@ impl ServerCertVerifier for PinnedCa {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let ca = intermediates.iter().find(|ca| ca::fingerprint(ca) == self.fingerprint);
-        let ca = ca.ok_or(CertificateError::UnknownIssuer)?;
+        let ca = ca.ok_or_else(|| rustls::Error::General(NOT_THE_PINNED_CA.into()))?;
         let mut roots = RootCertStore::empty();
         roots.add(ca.clone().into_owned())?;
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
             .build()
             .map_err(|e| rustls::Error::General(e.to_string()))?
-            .verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+            .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(
@@ -130,20 +134,31 @@ pub(super) fn peer_of_certificate(
     certificate: &CertificateDer<'_>,
     cluster: &str,
 ) -> Result<Peer, TransportError> {
+    match subject_of_certificate(certificate)? {
+        (peer, of) if of == cluster => Ok(peer),
+        _ => Err(TransportError::Certificate(format!("it names no process of cluster {cluster}"))),
+    }
+}
+
+/// Who a certificate names, and the cluster.
+pub(super) fn subject_of_certificate(
+    certificate: &CertificateDer<'_>,
+) -> Result<(Peer, String), TransportError> {
     let parsed = webpki::EndEntityCert::try_from(certificate)
         .map_err(|e| TransportError::Certificate(format!("unreadable: {e}")))?;
     parsed
         .valid_dns_names()
-        .find_map(|dns_name| name::parse_process_dns_name(dns_name, cluster))
-        .ok_or_else(|| TransportError::Certificate(format!("it names no process of cluster {cluster}")))
+        .find_map(name::parse_process_dns_name)
+        .map(|(peer, cluster)| (peer, cluster.to_owned()))
+        .ok_or_else(|| TransportError::Certificate("it names no process of a cluster".into()))
 }
 
-/// That `ca` signed `certificate`.
+/// That one of these CAs signed `certificate`.
 pub(super) fn check_issued(
     certificate: &CertificateDer<'_>,
-    ca: &CertificateDer<'_>,
+    cas: &[CertificateDer<'static>],
 ) -> Result<(), TransportError> {
-    client_verifier(ca)?.verify_client_cert(certificate, &[], UnixTime::now()).map_err(tls_error)?;
+    client_verifier(cas)?.verify_client_cert(certificate, &[], UnixTime::now()).map_err(tls_error)?;
     Ok(())
 }
 
@@ -157,15 +172,15 @@ pub(super) fn check_key(
     Ok(())
 }
 
-fn client_verifier(ca: &CertificateDer<'_>) -> Result<Arc<dyn ClientCertVerifier>, TransportError> {
-    WebPkiClientVerifier::builder_with_provider(Arc::new(roots(ca)?), provider())
+fn client_verifier(cas: &[CertificateDer<'static>]) -> Result<Arc<dyn ClientCertVerifier>, TransportError> {
+    WebPkiClientVerifier::builder_with_provider(Arc::new(roots(cas)?), provider())
         .build()
         .map_err(|e| TransportError::Certificate(e.to_string()))
 }
 
-fn roots(ca: &CertificateDer<'_>) -> Result<RootCertStore, TransportError> {
+fn roots(cas: &[CertificateDer<'static>]) -> Result<RootCertStore, TransportError> {
     let mut roots = RootCertStore::empty();
-    roots.add(ca.clone().into_owned()).map_err(tls_error)?;
+    cas.iter().try_for_each(|ca| roots.add(ca.clone())).map_err(tls_error)?;
     Ok(roots)
 }
 
@@ -182,4 +197,10 @@ pub fn offer_crypto_provider() {
 
 pub(super) fn tls_error(error: rustls::Error) -> TransportError {
     TransportError::Certificate(error.to_string())
+}
+
+/// Which of `cas` signed a certificate, by its SHA-256; none did where a bridge leads to it.
+pub(super) fn signer(certificate: &CertificateDer<'_>, cas: &[CertificateDer<'static>]) -> Option<[u8; 32]> {
+    let signer = cas.chunks(1).find(|ca| check_issued(certificate, ca).is_ok())?;
+    Some(ca::digest(&signer[0]))
 }

@@ -79,7 +79,7 @@ pub fn messages() -> Vec<Vec<u8>> {
         encode(&BlobReply::Found { size: 1 << 40 }),
         encode(&BlobReply::Refused(error)),
         encode(&join),
-        encode(&JoinReply::Admitted { certificate: vec![48; 300], ca: vec![48; 300] }),
+        encode(&JoinReply::Admitted { chain: vec![vec![48; 300]; 2], cas: vec![vec![48; 300]; 2] }),
     ]
 }
 

@@ -3,7 +3,8 @@
 //! the bit.
 //!
 //! A failure names its seed: `LOCKSTEP_SEED=N cargo test --test service chaos` repeats the order of
-//! accidents (not their exact moments). `LOCKSTEP_CHAOS_STEPS=N` makes the run longer.
+//! accidents (not their exact moments). For ten minutes, or as long as `LOCKSTEP_CHAOS_STEPS` and
+//! `LOCKSTEP_CHAOS_ACCIDENTS` say: `cargo test --test service -- --ignored --nocapture long_chaos`.
 
 use std::{
     collections::VecDeque,
@@ -58,19 +59,39 @@ const ACCIDENTS: [Accident; 5] = [
     Accident::KillEverything,
 ];
 
+/// Of the long run, if nobody says otherwise.
+const LONG_STEPS: usize = 400;
+const LONG_ACCIDENTS: usize = 40;
+
 #[test]
 fn accidents_cost_time_and_nothing_else() {
-    let seed = std::env::var("LOCKSTEP_SEED").map_or(1, |seed| seed.parse().expect("LOCKSTEP_SEED"));
-    let steps =
-        std::env::var("LOCKSTEP_CHAOS_STEPS").map_or(STEPS, |n| n.parse().expect("a number of steps"));
+    weather(STEPS, ACCIDENTS.len());
+}
+
+#[test]
+#[ignore = "takes ten minutes"]
+fn a_long_chaos_costs_time_and_nothing_else() {
+    weather(setting("LOCKSTEP_CHAOS_STEPS", LONG_STEPS), setting("LOCKSTEP_CHAOS_ACCIDENTS", LONG_ACCIDENTS));
+}
+
+fn setting(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+/// The same run twice: undisturbed, and with so many accidents.
+fn weather(steps: usize, accidents: usize) {
+    let seed = setting("LOCKSTEP_SEED", 1) as u64;
     let (calm, calm_took) = run(steps, None);
-    let (stormy, took) = run(steps, Some(seed));
+    let (stormy, took) = run(steps, Some((seed, accidents)));
     assert_eq!(stormy, calm, "LOCKSTEP_SEED={seed}: other weights than without accidents");
-    eprintln!("{steps} steps: {calm_took:.1?} undisturbed, {took:.1?} with accidents (seed {seed})");
+    eprintln!(
+        "{steps} steps: {calm_took:.1?} undisturbed, {took:.1?} with {accidents} accidents (seed {seed}), and both end with {}",
+        calm.digest.short()
+    );
 }
 
 /// Trains on three ranks on three nodes; returns the policy that it ends with.
-fn run(steps: usize, seed: Option<u64>) -> (PolicyId, Duration) {
+fn run(steps: usize, storm: Option<(u64, usize)>) -> (PolicyId, Duration) {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let directory = directory.path();
     let mut up = start(directory);
@@ -83,9 +104,9 @@ fn run(steps: usize, seed: Option<u64>) -> (PolicyId, Duration) {
     let (published, policies) = mpsc::channel();
     thread::scope(|scope| {
         let sampler = scope.spawn(|| sample_all_along(policies));
-        if let Some(seed) = seed {
+        if let Some((seed, count)) = storm {
             let (up, finished) = (&mut up, &finished);
-            scope.spawn(move || accidents(directory, up, seed, steps, finished));
+            scope.spawn(move || accidents(directory, up, seed, (steps, count), finished));
         }
         train(&training, steps, &finished, published);
         assert!(sampler.join().expect("samples are served") >= steps / PUBLISH_EVERY);
@@ -149,14 +170,23 @@ fn sample_all_along(policies: Receiver<SamplingClient>) -> usize {
     }
 }
 
-/// Each kind of accident once, in an order and at steps that the seed chooses.
-fn accidents(directory: &Path, up: &mut Up, seed: u64, steps: usize, finished: &AtomicUsize) {
+/// `count` accidents over the steps, each kind once before any comes again, in an order and at steps that the
+/// seed chooses.
+fn accidents(
+    directory: &Path,
+    up: &mut Up,
+    seed: u64,
+    (steps, count): (usize, usize),
+    finished: &AtomicUsize,
+) {
     let mut dice = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let mut left = ACCIDENTS.to_vec();
-    let share = steps / ACCIDENTS.len();
-    for number in 0..ACCIDENTS.len() {
+    let mut left = Vec::new();
+    for number in 0..count {
+        if left.is_empty() {
+            left = ACCIDENTS.to_vec();
+        }
         let accident = left.swap_remove(dice.next_u32() as usize % left.len());
-        let at = number * share + dice.next_u32() as usize % (share / 2).max(1);
+        let at = number * steps / count + dice.next_u32() as usize % (steps / count / 2).max(1);
         let moment = Duration::from_millis(u64::from(dice.next_u32() % 100));
         while finished.load(Ordering::Relaxed) < at {
             thread::sleep(Duration::from_millis(1));

@@ -13,7 +13,7 @@ use crate::up::{
 };
 
 /// Runs a subcommand on the service of `directory`; what it prints, or its error.
-fn cli(directory: &Path, arguments: &[&str]) -> Result<String, String> {
+pub fn cli(directory: &Path, arguments: &[&str]) -> Result<String, String> {
     let mut command = lockstep();
     let Output { status, stdout, stderr } =
         command.args(arguments).arg("--data-dir").arg(directory.join("data")).output().expect("it runs");

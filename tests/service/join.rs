@@ -17,24 +17,47 @@ pub struct Coordinator {
     process: Child,
     pub address: String,
     doorway: String,
+    arguments: Vec<String>,
 }
 
 impl Coordinator {
     /// Listens on any ports of this address of ours.
     pub fn start(directory: &Path, host: &str) -> Self {
+        Self::start_with(directory, host, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn start_with(directory: &Path, host: &str, arguments: &[&str]) -> Self {
         // Free a moment ago; whoever takes it in between fails the test loudly.
         let any = format!("{host}:0");
         let doorway = UdpSocket::bind(&any).and_then(|s| s.local_addr()).expect("a port").to_string();
+        Self::spawn(
+            directory,
+            &any,
+            doorway,
+            arguments.iter().map(|argument| (*argument).to_owned()).collect(),
+        )
+    }
+
+    /// Kills it, and starts it again where it was.
+    pub fn restarted(mut self, directory: &Path) -> Self {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        Self::spawn(directory, &self.address.clone(), self.doorway.clone(), self.arguments.clone())
+    }
+
+    fn spawn(directory: &Path, listen: &str, doorway: String, arguments: Vec<String>) -> Self {
         let mut process = lockstep()
-            .args(["coordinator", "--listen", &any, "--join-listen", &doorway, "--data-dir"])
+            .args(["coordinator", "--listen", listen, "--join-listen", &doorway, "--data-dir"])
             .arg(directory.join("data"))
+            .args(&arguments)
             .stdout(Stdio::piped())
             .spawn()
             .expect("the binary starts");
         let mut lines = BufReader::new(process.stdout.take().expect("piped")).lines();
         let line = lines.next().expect("it says where it listens, or dies").expect("text");
         let address = line.strip_prefix("listening ").unwrap_or_else(|| panic!("{line:?}")).to_owned();
-        Self { process, address, doorway }
+        Self { process, address, doorway, arguments }
     }
 }
 
@@ -57,7 +80,7 @@ pub fn token(directory: &Path, arguments: &[&str]) -> String {
 }
 
 /// A node with a disk of its own.
-fn node(coordinator: &Coordinator, directory: &Path, name: &str, token: Option<&str>) -> Command {
+pub fn node(coordinator: &Coordinator, directory: &Path, name: &str, token: Option<&str>) -> Command {
     node_of(lockstep(), coordinator, directory, name, token)
 }
 
@@ -91,7 +114,7 @@ pub fn wait_for_nodes(service: &ServiceClient, count: usize) {
 }
 
 /// What a node says that must refuse to run.
-fn refused(mut command: Command) -> String {
+pub fn refused(mut command: Command) -> String {
     let mut process = command.spawn().expect("the binary starts");
     let deadline = Instant::now() + PATIENCE;
     while process.try_wait().expect("waited for").is_none() {

@@ -1,5 +1,6 @@
 //! `lockstep up` as a user runs it: real processes on loopback, a model of a few kilobytes.
 
+mod certificates;
 mod chaos;
 mod checkpoints;
 mod device;

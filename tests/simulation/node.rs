@@ -191,7 +191,7 @@ impl ModelNode {
                 Vec::new()
             }
             CoordinatorMessage::Ping { nonce } => vec![NodeMessage::Pong { nonce }],
-            CoordinatorMessage::Shutdown => Vec::new(),
+            CoordinatorMessage::Shutdown | CoordinatorMessage::Revoked { .. } => Vec::new(),
         }
     }
 

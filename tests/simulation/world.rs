@@ -272,6 +272,9 @@ impl World {
             }
             Effect::CancelGenerate { .. } | Effect::Ended(_) => {}
             Effect::Recall { .. } => unreachable!("nobody here looks into the past"),
+            Effect::Revoked { .. } | Effect::FinishRotation => {
+                unreachable!("nobody here has a certificate")
+            }
             Effect::Stop => {
                 assert!(self.journal.queue.is_empty() || self.dice.accidents, "stopped with facts to write");
                 self.stopped = true;

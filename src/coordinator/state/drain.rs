@@ -46,7 +46,8 @@ impl State {
 
     /// Whether an operation, a snapshot or a write is still under way.
     fn drain_waits(&self) -> bool {
-        let outcomes = self.appends.values().any(|a| !matches!(a, Appending::Session { .. }));
+        let outcomes =
+            self.appends.values().any(|a| !matches!(a, Appending::Session { .. } | Appending::Noted));
         outcomes
             || self.runs.values().any(|run| {
                 let executing = match &run.work {

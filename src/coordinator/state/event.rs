@@ -1,12 +1,13 @@
 //! What reaches the state machine and what it wants done.
 
 use crate::{
-    journal::{Goal, JournalError, Record, Way},
+    journal::{Goal, JournalError, KnownCertificate, Record, Way},
     protocol::{
         Call, ClientRequest, ClientResponse, CoordinatorMessage, Generate, GenerateReply, NodeHello, NodeId,
         NodeMessage, OperationSeq, RequestId, Trace,
     },
-    types::{ErrorKind, RunId},
+    transport::Revocation,
+    types::{Digest, ErrorKind, RunId},
 };
 
 /// A request whose answer somebody waits for; numbered by whoever feeds the state machine.
@@ -38,6 +39,11 @@ pub enum Event {
     Generated { request: RequestId, attempt: u32, reply: Result<GenerateReply, String> },
     /// The answer to one [`Effect::Recall`].
     Recalled { waiter: WaiterId, way: Result<Way, JournalError> },
+    /// A process has shown this certificate, or says that it has it.
+    Certified(KnownCertificate),
+    /// Which CA signs, by the SHA-256 of its certificate, and whether a former one is trusted beside it. At the
+    /// start, and after each change; never where nobody has certificates.
+    Ca { ca: Digest, rotating: bool },
     /// Every [`TICK_MS`](super::TICK_MS): deadlines are looked at here only.
     Tick,
     /// Shut down: finish what executes, take snapshots, let the nodes go.
@@ -80,6 +86,10 @@ pub enum Effect {
     Ended(Ended),
     /// Look up how a run came to a step, after the appends before → [`Event::Recalled`].
     Recall { waiter: WaiterId, run: RunId, goal: Goal },
+    /// Refuse these and no others from now on, and end the connections that they concern.
+    Revoked { revocations: Vec<Revocation> },
+    /// Trust the former CA no more → [`Event::Ca`].
+    FinishRotation,
     /// Everything is durable and told: close the journal and end. The last effect ever.
     Stop,
 }

@@ -58,6 +58,7 @@ impl State {
         }
         self.membership_changed_ms = self.now_ms;
         self.send(id, CoordinatorMessage::Welcome { node: id, epoch: self.epoch });
+        self.tell_revoked(id);
         self.want_refill();
         self.stage_on_newcomer(id);
         self.release_held();

@@ -36,6 +36,7 @@ mod run;
 mod sampling;
 mod severed;
 mod snapshots;
+mod trust;
 mod unpublished;
 mod versions;
 
@@ -49,12 +50,13 @@ use crate::{
         BlobRef, Call, ClientRequest, ClientResponse, CoordinatorMessage, CreateRun, Epoch, ModelOffer,
         NodeId, OperationSeq, RequestId,
     },
+    transport::Role,
     types::{CheckpointId, OperationError, RunId, SessionId},
 };
 
 use self::{
     checkpoints::Checkpoints, drain::Drain, membership::Node, recall::Recall, run::Run, sampling::Sample,
-    severed::Severed, versions::Policies,
+    severed::Severed, trust::Trust, versions::Policies,
 };
 use super::{Limits, error::Refusal};
 
@@ -121,6 +123,7 @@ pub struct State {
     evacuated: BTreeSet<String>,
     /// Pairs of nodes that can't reach each other.
     severed: Severed,
+    trust: Trust,
     next_tending_ms: u64,
     effects: Vec<Effect>,
 }
@@ -182,6 +185,13 @@ enum Appending {
         seq: OperationSeq,
         error: OperationError,
     },
+    /// What is known of certificates.
+    Noted,
+    Revoked {
+        process: (Role, String),
+        upto: u64,
+        waiter: WaiterId,
+    },
     Drained {
         node: String,
         drained: bool,
@@ -215,6 +225,8 @@ impl State {
             Event::Appended { append, result } => self.appended(append, result),
             Event::Generated { request, attempt, reply } => self.generated(request, attempt, reply),
             Event::Recalled { waiter, way } => self.recalled(waiter, way),
+            Event::Certified(known) => self.certified(known),
+            Event::Ca { ca, rotating } => self.ca_is(ca, rotating),
             Event::Tick => self.tick(),
             Event::Drain => self.begin_drain(),
         }
@@ -245,6 +257,7 @@ impl State {
             self.advance(run);
         }
         self.expire_severed();
+        self.tend_trust();
         self.expire_stages();
         self.expire_samples();
         self.tend_history();
@@ -265,6 +278,10 @@ impl State {
             Appending::Drop { checkpoints, waiter } => self.dropped(checkpoints, waiter, result),
             Appending::Fork { run, waiter } => self.fork_durable(*run, waiter, result),
             Appending::DropRun { run, waiter } => self.run_dropped(run, waiter, result),
+            Appending::Noted => self.noted(result),
+            Appending::Revoked { process, upto, waiter } => {
+                self.revoked_durable(process, upto, waiter, result);
+            }
             Appending::Drained { node, drained, waiter } => {
                 self.drained_durable(node, drained, waiter, result);
             }

@@ -14,6 +14,7 @@ use super::{
     history::Kept,
     ms,
     run::{Entry, Publication, Run, after},
+    trust::Trust,
     versions::Policies,
 };
 
@@ -65,6 +66,7 @@ impl State {
             recalls: BTreeMap::new(),
             evacuated: recovered.drained,
             severed: Default::default(),
+            trust: Trust::recovered(recovered.certificates, recovered.revoked),
             next_tending_ms: now_ms,
             effects: Vec::new(),
         };

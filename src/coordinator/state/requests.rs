@@ -59,7 +59,9 @@ impl State {
             | ClientRequest::ForkRun { .. }
             | ClientRequest::ReplayRun { .. }
             | ClientRequest::BackUp
-            | ClientRequest::DrainNode { .. } => false,
+            | ClientRequest::DrainNode { .. }
+            | ClientRequest::Revoke { .. }
+            | ClientRequest::RotateCa { .. } => false,
         }
     }
 
@@ -96,6 +98,11 @@ impl State {
             ClientRequest::ReplayRun { run, step } => self.replay_run(waiter, run, step),
             // Seen to where the journal and the store are.
             ClientRequest::BackUp => Err(Refusal::Fault("a backup was asked of the state machine".into())),
+            ClientRequest::Revoke { role, name } => self.revoke(waiter, role, name),
+            // Seen to where the CA's key is, and asked again as `ClusterStatus`.
+            ClientRequest::RotateCa { .. } => {
+                Err(Refusal::Fault("a change of the CA was asked of the state machine".into()))
+            }
             ClientRequest::DrainNode { name, drain } => self.drain_node(waiter, name, drain),
         };
         match answered {
@@ -318,6 +325,7 @@ impl State {
             trainers: node.hello.trainers,
             samplers: node.hello.samplers,
             numerics: node.numerics(),
+            certified_until: self.certified_until(&node.hello.name),
             drain: self.drain_of(*id),
         });
         let there = |name: &&String| self.nodes.values().any(|node| node.hello.name == **name);
@@ -325,6 +333,7 @@ impl State {
         ClusterStatus {
             nodes: nodes.collect(),
             drained_away,
+            trust: self.trust_status(),
             runs: self.runs.values().map(|run| self.described(run)).collect(),
         }
     }

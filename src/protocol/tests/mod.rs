@@ -177,6 +177,8 @@ fn client_requests() -> Vec<ClientRequest> {
         ClientRequest::ReplayRun { run: RunId(1), step: 2 },
         ClientRequest::BackUp,
         ClientRequest::DrainNode { name: "node".into(), drain: true },
+        ClientRequest::Revoke { role: Some("node".into()), name: "a".into() },
+        ClientRequest::RotateCa { finish: true },
     ]
 }
 
@@ -200,8 +202,10 @@ fn client_responses() -> Vec<ClientResponse> {
         trainers: 2,
         samplers: 3,
         numerics: "avx2".into(),
+        certified_until: Some(4),
         drain: Some(NodeDrain { runs: 1, samples: 2 }),
     };
+    let trust = TrustStatus { rotation: Some(vec!["node a".into()]), revoked: vec!["client b".into()] };
     let checkpoint = Checkpoint {
         id: CheckpointId(1),
         run_id: RunId(2),
@@ -239,6 +243,7 @@ fn client_responses() -> Vec<ClientResponse> {
         ClientResponse::Cluster(ClusterStatus {
             nodes: vec![node],
             drained_away: vec!["m".into()],
+            trust,
             runs: vec![run_info()],
         }),
         ClientResponse::Error(error()),
@@ -309,6 +314,8 @@ fn stream_opens() -> Vec<StreamOpen> {
         collective,
         StreamOpen::GetBlobPart { digest: digest(), offset: 1, length: 2 },
         StreamOpen::Figures,
+        StreamOpen::Trust(HeldCertificate { ca: [7; 32], issued_at: 1, expires_at: 2 }),
+        StreamOpen::Renew { public_key: vec![4; 65] },
     ]
 }
 
@@ -342,6 +349,7 @@ fn coordinator_messages() -> Vec<CoordinatorMessage> {
         CoordinatorMessage::Retire { policy: policy() },
         CoordinatorMessage::Ping { nonce: 1 },
         CoordinatorMessage::Shutdown,
+        CoordinatorMessage::Revoked { nodes: vec![("a".into(), 3)] },
     ]
 }
 

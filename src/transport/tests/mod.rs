@@ -5,6 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use super::*;
 
 mod one_twin;
+mod trust;
 
 const ALPN: &[u8] = b"lockstep-test/1";
 

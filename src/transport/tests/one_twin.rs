@@ -15,7 +15,7 @@ impl Stranger {
     /// How its connection ends.
     async fn fate(self, server: &Endpoint) -> quinn::ConnectionError {
         let mut roots = rustls::RootCertStore::empty();
-        roots.add(self.trusts.ca().clone()).unwrap();
+        roots.add(self.trusts.cas()[0].clone()).unwrap();
         let config =
             rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
                 .with_protocol_versions(&[&rustls::version::TLS13])
@@ -23,10 +23,7 @@ impl Stranger {
                 .with_root_certificates(roots);
         let mut config = match self.shows {
             Some(identity) => config
-                .with_client_auth_cert(
-                    vec![identity.certificate().clone()],
-                    identity.key().clone_key().into(),
-                )
+                .with_client_auth_cert(identity.chain().to_vec(), identity.key().clone_key().into())
                 .unwrap(),
             None => config.with_no_client_auth(),
         };

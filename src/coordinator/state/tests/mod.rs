@@ -14,3 +14,4 @@ mod replicas;
 mod runs;
 mod samplers;
 mod severed;
+mod trust;
