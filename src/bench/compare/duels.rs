@@ -76,10 +76,17 @@ fn train(config: &CompareConfig, dtype: WeightDtype) -> Duel {
     let model = config.model.display();
     let mut arguments = words(&format!("--batch {batch} --seq {seq} --rank {RANK} --dtype {dtype}"));
     arguments.extend(common(config, &model.to_string()));
+    let of_lockstep = [words("train"), arguments.clone()].concat();
+    let compiled = config.compile.then(|| Peer {
+        name: format!("PEFT {dtype}, compiled"),
+        script: peer::TRAIN,
+        arguments: [arguments.clone(), words("--compile")].concat(),
+    });
+    let plain = Peer { name: format!("PEFT {dtype}"), script: peer::TRAIN, arguments };
     Duel {
         work: format!("training {batch} x {seq}, {dtype}"),
-        arguments: [words("train"), arguments.clone()].concat(),
-        peers: vec![Peer { name: format!("PEFT {dtype}"), script: peer::TRAIN, arguments }],
+        arguments: of_lockstep,
+        peers: [plain].into_iter().chain(compiled).collect(),
         figures: TRAIN,
     }
 }

@@ -36,6 +36,8 @@ pub struct CompareConfig {
     pub batches: Vec<u32>,
     /// Sequences of a training batch, and their length.
     pub train: (u32, u32),
+    /// Whether PEFT trains under `torch.compile`, too.
+    pub compile: bool,
     /// Turns; the median of them is shown.
     pub turns: u32,
     /// Repeats within a turn.

@@ -35,6 +35,9 @@ pub struct Compare {
     /// Training: sequences of a batch, and their tokens, as BxT.
     #[arg(long, default_value = "8x256", value_parser = batch_by_seq)]
     train: (u32, u32),
+    /// Train PEFT under `torch.compile`, too; it compiles for minutes in each turn.
+    #[arg(long)]
+    compile: bool,
     /// Turns of Lockstep and each peer; the median of them is shown.
     #[arg(long, default_value_t = 3)]
     turns: u32,
@@ -65,6 +68,7 @@ impl Compare {
             dtypes: self.dtype,
             batches: self.batch,
             train: self.train,
+            compile: self.compile,
             turns: self.turns,
             repeats: self.repeats,
         };
