@@ -79,8 +79,8 @@ struct Move {
 /// Measures [`Bulk`] with so many MB each way.
 pub(super) fn bulk(program: &Path, trust: &Trust, megabytes: u64, repeats: u32) -> Result<Bulk, BenchError> {
     let mut pair = [
-        Worker::start(program, WorkerKind::Bulk, trust, 0)?,
-        Worker::start(program, WorkerKind::Bulk, trust, 1)?,
+        Worker::start(program, WorkerKind::Bulk, trust, 0, &[])?,
+        Worker::start(program, WorkerKind::Bulk, trust, 1, &[])?,
     ];
     let address = pair[0].address.clone();
     let meet = |i| if i == 0 { Meet::Accept } else { Meet::Connect(address.clone()) };

@@ -81,8 +81,14 @@ impl Drop for Trust {
 }
 
 impl Worker {
-    /// Starts worker `index` and waits until it listens.
-    pub fn start(program: &Path, kind: WorkerKind, trust: &Trust, index: u32) -> Result<Self, BenchError> {
+    /// Starts worker `index` with these variables and waits until it listens.
+    pub fn start(
+        program: &Path,
+        kind: WorkerKind,
+        trust: &Trust,
+        index: u32,
+        variables: &[(&str, &str)],
+    ) -> Result<Self, BenchError> {
         let (who, kind) = match kind {
             WorkerKind::Rank => (format!("rank-{index}"), "rank"),
             WorkerKind::Bulk => (format!("bulk-{index}"), "bulk"),
@@ -91,6 +97,7 @@ impl Worker {
         let mut child = Command::new(program)
             .args(["bench", "worker", kind, &who])
             .arg(&trust.directory)
+            .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -19,6 +19,11 @@ pub(super) trait Exchange: Send {
 
     fn abort_handle(&self) -> Box<dyn Fn() + Send + Sync>;
 
+    /// Tells every rank what this one contributes, and hears it from each: the nodes, by rank. Whoever
+    /// does not come is named, and what does not fit `header` is refused.
+    #[cfg(any(test, feature = "nccl"))]
+    fn meet(&mut self, call: &Call, header: &Header) -> Result<Vec<Vec<(u32, u32)>>, CollectiveError>;
+
     /// Adds up my slice over everyone's partial sums, gives it to each other rank, and fills in theirs:
     /// piece by piece, so that the next is on its way while one is added. What the others contribute is
     /// checked against `header`.

@@ -3,8 +3,7 @@ use std::{ffi::CStr, fs, os::unix::fs::MetadataExt, time::Instant};
 use tokio::runtime::Handle;
 
 use super::{
-    Collective, CollectiveInbox, StreamKey,
-    exchange::Exchanged,
+    Collective, CollectiveInbox, Reduction, StreamKey, nccl,
     quic::Quic,
     shared_memory::{Places, SharedMemory, process_namespace},
     solo::Solo,
@@ -26,6 +25,17 @@ pub struct RankSet<'a> {
     /// Ranks `0..n`, in any order.
     pub roster: &'a [RankSeat],
     pub me: RankIndex,
+    /// Where this rank computes, if that is not the CPU.
+    pub gpu: Option<GpuSeat>,
+}
+
+/// The GPU of a rank, and how it would add up gradients through NCCL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuSeat {
+    /// Its number in this process.
+    pub ordinal: u32,
+    /// The same on every rank of a set.
+    pub reduction: Reduction,
 }
 
 /// Why a rank could not meet the others.
@@ -42,7 +52,8 @@ pub enum JoinError {
 }
 
 /// Meets the other ranks, and returns when all are there: through shared memory when all sit on one
-/// host, through `endpoint` and `inbox` otherwise.
+/// host, through `endpoint` and `inbox` otherwise. If each has a GPU of its own, the gradients then go
+/// through NCCL.
 ///
 /// Blocks until `deadline` at most; call it on a rank's own thread, never on one of `runtime`, which
 /// is the one on which `endpoint` lives. A rank set meets once: after an error the ranks need a new
@@ -55,18 +66,18 @@ pub fn join(
     deadline: Instant,
 ) -> Result<Box<dyn Collective>, JoinError> {
     check_roster(&set)?;
-    let RankSet { cluster, run, epoch, generation, roster, me } = set;
+    let RankSet { cluster, run, epoch, generation, roster, me, .. } = set;
     if let [_] = roster {
         return Ok(Box::new(Solo::default()));
     }
     if roster.iter().all(|seat| seat.host == roster[0].host) {
         let name = format!("{}-{run}-{}-{}", file_name(cluster), epoch.0, generation.0);
         let memory = SharedMemory::join(Places::of_this_host(), &name, me, roster.len() as u32, deadline)?;
-        return Ok(Box::new(Exchanged::new(memory)));
+        return nccl::join(memory, &set, deadline);
     }
     let key_of = |from, to| StreamKey { run, epoch, generation, from, to };
     let quic = Quic::join(roster, me, key_of, endpoint, inbox, runtime, deadline)?;
-    Ok(Box::new(Exchanged::new(quic)))
+    nccl::join(quic, &set, deadline)
 }
 
 fn check_roster(set: &RankSet<'_>) -> Result<(), JoinError> {

@@ -1,4 +1,4 @@
-//! All-reduce between the ranks of a run: shared memory on one host, QUIC between hosts.
+//! All-reduce between the ranks of a run: shared memory on one host, QUIC between hosts, NCCL between GPUs.
 //! Reduces flat vectors of f32 in a fixed tree and doesn't know what they mean.
 //!
 //! ```text
@@ -32,12 +32,15 @@ mod quic;
 mod shared_memory;
 mod solo;
 
+mod nccl;
+
 mod join;
 
 pub use assign::assign_leaves;
 pub use error::CollectiveError;
 pub use inbox::{CollectiveInbox, StreamKey};
-pub use join::{JoinError, RankSet, host_id, join};
+pub use join::{GpuSeat, JoinError, RankSet, host_id, join};
+pub use nccl::Reduction;
 pub use tree::{Partial, TreeAccumulator, TreeError, reduce_tree};
 
 /// One rank's side of a rank set's collectives. Every rank calls the same methods with the

@@ -20,8 +20,9 @@ pub(super) enum Read<'a> {
     Filled,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Step {
+/// One move of the machine, by the place of the partial sum in the caller's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
     /// Push this partial sum.
     Load(usize),
     /// Add this partial sum, a right child, to the top: push and add, in one.
@@ -56,6 +57,12 @@ impl ReducePlan {
             Some(&(first, ..)) => Err(TreeError::DoubleLeaf(first as u32)),
             None => Ok(Self { steps: planner.steps, depth: root as usize + 1, stack: Vec::new() }),
         }
+    }
+
+    /// The moves, for a machine that is elsewhere: one that adds up on a GPU. None for a tree of no leaves.
+    #[cfg(any(test, feature = "nccl"))]
+    pub(super) fn steps(&self) -> &[Step] {
+        &self.steps
     }
 
     /// Adds up the partial sums into `out`. `read` says where the values of one of them are, at these

@@ -37,9 +37,10 @@ enum Carrier {
     SharedMemory,
     Memory,
     Quic,
+    Nccl,
 }
 
-const CARRIERS: [Carrier; 3] = [Carrier::SharedMemory, Carrier::Memory, Carrier::Quic];
+const CARRIERS: [Carrier; 4] = [Carrier::SharedMemory, Carrier::Memory, Carrier::Quic, Carrier::Nccl];
 
 /// A rank set, and what keeps it up.
 struct Ranks {
@@ -106,15 +107,19 @@ fn meet(carrier: Carrier, world_size: u32) -> Ranks {
         _ => roster(&["here", "there"], &addresses),
     };
     let handle = runtime.handle();
+    let name = unique("met");
     let ranks = thread::scope(|scope| {
         let joining = endpoints.iter().zip(0..).map(|(endpoint, me)| {
-            let roster = &roster;
+            let (roster, name) = (&roster, &name);
             scope.spawn(move || {
+                if carrier == Carrier::Nccl {
+                    return nccl::tests::collective(name, me, world_size);
+                }
                 let inbox = CollectiveInbox::default();
                 handle.spawn(serve(endpoint.clone(), inbox.clone()));
                 let cluster = endpoint.cluster();
                 let (epoch, generation, me) = (Epoch(2), Generation(3), RankIndex(me));
-                let set = RankSet { cluster, run: RUN, epoch, generation, roster, me };
+                let set = RankSet { cluster, run: RUN, epoch, generation, roster, me, gpu: None };
                 join(set, endpoint, &inbox, handle.clone(), soon()).unwrap()
             })
         });
@@ -349,9 +354,9 @@ fn a_rank_that_does_not_join_is_named() {
     let addresses: Vec<String> = (0..3).map(|i| format!("memory:n{i}")).collect();
     let inbox = CollectiveInbox::default();
     let joined = |hosts: &[&str], me| {
-        let roster = roster(hosts, &addresses);
+        let (cluster, roster) = (endpoint.cluster(), roster(hosts, &addresses));
         let (run, epoch, generation, me) = (RUN, Epoch(2), Generation(3), RankIndex(me));
-        let set = RankSet { cluster: endpoint.cluster(), run, epoch, generation, roster: &roster, me };
+        let set = RankSet { cluster, run, epoch, generation, roster: &roster, me, gpu: None };
         join(set, &endpoint, &inbox, runtime.handle().clone(), Instant::now() + SHORT).err().unwrap()
     };
     assert_eq!(joined(&["here"], 0), JoinError::Deadline { missing: RankIndex(1) });
@@ -446,7 +451,7 @@ fn real_processes_agree_and_a_killed_one_is_noticed() {
 #[test]
 fn nothing_stays_in_shared_memory() {
     let name = unique("clean");
-    let ranks: Vec<_> = thread::scope(|scope| {
+    let mut ranks: Vec<_> = thread::scope(|scope| {
         let joining: Vec<_> = (0..2)
             .map(|r| {
                 scope.spawn({
@@ -457,7 +462,6 @@ fn nothing_stays_in_shared_memory() {
             .collect();
         joining.into_iter().map(|r| r.join().unwrap()).collect()
     });
-    let mut ranks = ranks;
     on_each(&mut ranks, |rank| operation(rank, 1, &[1, 2, 3], 100));
     assert_eq!(left_behind(&name), HashSet::new(), "while the rank set lives");
 }

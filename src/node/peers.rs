@@ -46,6 +46,7 @@ impl Peers {
                 generation: formation.generation,
                 roster: &formation.roster,
                 me: formation.rank,
+                gpu: None,
             };
             let deadline = Instant::now() + JOIN_DEADLINE;
             collective::join(set, &peers.endpoint, &peers.inbox, runtime.clone(), deadline).map_err(|error| {

@@ -268,6 +268,7 @@ fn join_by(endpoint: Endpoint) -> Join {
             generation: formation.generation,
             roster: &formation.roster,
             me: formation.rank,
+            gpu: None,
         };
         collective::join(set, &endpoint, &inbox, runtime.clone(), Instant::now() + JOIN_PATIENCE)
             .map_err(|e| OperationError::new(ErrorKind::Unavailable, e.to_string()).into())

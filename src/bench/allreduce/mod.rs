@@ -15,6 +15,7 @@ use super::{
     machine::round,
     worker::{Trust, Worker, tell_all},
 };
+use crate::{collective::Reduction, nvidia};
 
 mod gloo;
 mod rank;
@@ -42,6 +43,11 @@ pub struct AllReduceConfig {
 pub enum Carrier {
     SharedMemory,
     Quic,
+    /// A GPU for each process, added up in the tree's order; from host memory to host memory, as a rank
+    /// on the CPU would.
+    Nccl,
+    /// The same by `ncclAllReduce`.
+    NcclFast,
     /// The peer: gloo of torch.distributed, over TCP.
     Gloo,
 }
@@ -82,6 +88,20 @@ const VALUES_PER_MB: u64 = 1_000_000 / 4;
 /// MB each way of a bulk transfer: as many as the largest vector has, within these bounds. Fewer measure the
 /// start of a connection, more nothing new.
 const BULK_MB: RangeInclusive<u64> = 16..=256;
+
+/// What makes NCCL add up in one order, whatever the size and the load.
+const RING: &[(&str, &str)] = &[("NCCL_ALGO", "Ring"), ("NCCL_NVLS_ENABLE", "0")];
+
+impl Carrier {
+    /// How GPUs add up, if they do.
+    fn reduction(self) -> Option<Reduction> {
+        match self {
+            Self::Nccl => Some(Reduction::Tree),
+            Self::NcclFast => Some(Reduction::Fast),
+            Self::SharedMemory | Self::Quic | Self::Gloo => None,
+        }
+    }
+}
 
 /// Runs it all; `each` gets every row as it is there.
 pub fn all_reduce(
@@ -129,7 +149,24 @@ fn check(config: &AllReduceConfig) -> Result<(), BenchError> {
     if config.repeats == 0 {
         return refused("--repeats", "a median takes at least one");
     }
+    if config.carriers.iter().any(|carrier| carrier.reduction().is_some()) {
+        let most = config.processes.iter().max().copied().unwrap_or(0);
+        check_gpus(most).map_err(|problem| BenchError::Refused { flag: "--carrier", problem })?;
+    }
     Ok(())
+}
+
+/// Without a GPU each, the ranks would quietly take shared memory.
+fn check_gpus(processes: u32) -> Result<(), String> {
+    if cfg!(not(feature = "nccl")) {
+        return Err("nccl: this binary was built without the feature `nccl`".into());
+    }
+    let gpus = nvidia::gpus().map_err(|why| format!("nccl: {why}"))?.len();
+    nvidia::NCCL_LIBRARY.find().map_err(|why| format!("nccl: {why}"))?;
+    match gpus as u64 >= u64::from(processes) {
+        true => Ok(()),
+        false => Err(format!("nccl takes a GPU for each of {processes} processes; {gpus} are here")),
+    }
 }
 
 /// Processes that have met.
@@ -145,7 +182,8 @@ impl Ranks {
         carrier: Carrier,
         processes: u32,
     ) -> Result<Self, BenchError> {
-        let start = |index| Worker::start(&config.program, WorkerKind::Rank, trust, index);
+        let variables = if carrier == Carrier::NcclFast { RING } else { &[] };
+        let start = |index| Worker::start(&config.program, WorkerKind::Rank, trust, index, variables);
         let mut workers = (0..processes).map(start).collect::<Result<Vec<_>, _>>()?;
         let seat = |(rank, worker): (usize, &Worker)| Seat {
             // Ranks that say another host than rank 0's do not share memory with it.
@@ -153,7 +191,11 @@ impl Ranks {
             address: worker.address.clone(),
         };
         let seats: Vec<Seat> = workers.iter().enumerate().map(seat).collect();
-        tell_all::<(), _>(&mut workers, |me| Setup { me: me as u32, seats: seats.clone() })?;
+        tell_all::<(), _>(&mut workers, |me| Setup {
+            me: me as u32,
+            seats: seats.clone(),
+            reduction: carrier.reduction(),
+        })?;
         Ok(Self { carrier, workers })
     }
 

@@ -11,7 +11,7 @@ use crate::{
         figures::Span,
         worker::{PATIENCE, Parent},
     },
-    collective::{self, Collective, CollectiveInbox, Partial, RankSet, StreamKey},
+    collective::{self, Collective, CollectiveInbox, GpuSeat, Partial, RankSet, Reduction, StreamKey},
     protocol::{
         Epoch, Generation, MAX_MESSAGE, NodeId, OpToken, OperationSeq, RankIndex, RankSeat, StreamOpen,
         decode,
@@ -25,6 +25,8 @@ use crate::{
 pub(super) struct Setup {
     pub me: u32,
     pub seats: Vec<Seat>,
+    /// How the ranks' GPUs add up, each rank's being the one of its number; `None`: no GPU has a part.
+    pub reduction: Option<Reduction>,
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -90,6 +92,7 @@ fn meet(
         generation: Generation(1),
         roster: &roster,
         me: RankIndex(setup.me),
+        gpu: setup.reduction.map(|reduction| GpuSeat { ordinal: setup.me, reduction }),
     };
     collective::join(set, endpoint, &inbox, runtime.handle().clone(), Instant::now() + PATIENCE)
 }

@@ -21,7 +21,7 @@ pub struct AllReduce {
     /// Numbers of processes.
     #[arg(long, value_delimiter = ',', default_values_t = [2, 3, 4])]
     processes: Vec<u32>,
-    /// What carries it.
+    /// What carries it. `nccl` and `nccl-fast` (`ncclAllReduce`) take a GPU for each process.
     #[arg(long, value_delimiter = ',', default_value = "shm,quic")]
     carrier: Vec<CarrierName>,
     /// Of each figure, after one that is not counted; the median is shown.
@@ -39,6 +39,8 @@ pub struct AllReduce {
 enum CarrierName {
     Shm,
     Quic,
+    Nccl,
+    NcclFast,
 }
 
 #[derive(Args)]
@@ -91,6 +93,8 @@ impl AllReduce {
         let carriers = self.carrier.iter().map(|carrier| match carrier {
             CarrierName::Shm => Carrier::SharedMemory,
             CarrierName::Quic => Carrier::Quic,
+            CarrierName::Nccl => Carrier::Nccl,
+            CarrierName::NcclFast => Carrier::NcclFast,
         });
         let config = AllReduceConfig {
             program: std::env::current_exe()?,
@@ -118,6 +122,8 @@ fn line(row: &AllReduceResult) -> String {
     let carrier = match row.carrier {
         Carrier::SharedMemory => "shared memory",
         Carrier::Quic => "QUIC",
+        Carrier::Nccl => "NCCL, tree",
+        Carrier::NcclFast => "NCCL, its own",
         Carrier::Gloo => "gloo (TCP)",
     };
     let range = format!("{:.1} to {:.1}", row.seconds_min * 1e3, row.seconds_max * 1e3);

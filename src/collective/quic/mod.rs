@@ -199,6 +199,20 @@ impl Exchange for Quic {
         })
     }
 
+    #[cfg(any(test, feature = "nccl"))]
+    fn meet(&mut self, call: &Call, header: &Header) -> Result<Vec<Vec<(u32, u32)>>, CollectiveError> {
+        let (rank, call) = (self.rank, *call);
+        let head = &header.to_bytes().map_err(|e| call.mismatch(rank, e))?;
+        let mut nodes = self.with_each(&call, async |peer| {
+            let send = async |to: &mut SendHalf| to.send_frame(head).await;
+            let receive =
+                async |from: &mut RecvHalf, rank| Ok(receive_header(&call, header, from, rank).await?.nodes);
+            peer.exchange(&call, send, receive).await
+        })?;
+        nodes.insert(rank.0 as usize, header.nodes.clone());
+        Ok(nodes)
+    }
+
     fn reduce(
         &mut self,
         call: &Call,

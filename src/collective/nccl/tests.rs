@@ -1,0 +1,243 @@
+//! What is special about NCCL, with threads for ranks; the room's own tests run over it too.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{
+    agree::connect,
+    host::{self, Host, Trouble},
+    *,
+};
+use crate::{
+    collective::{
+        Collective, CollectiveError, Partial, TreeAccumulator,
+        contribution::{Call, Header, Method},
+        exchange::{Exchange, Exchanged},
+        reduce_tree,
+        shared_memory::{Places, SharedMemory},
+    },
+    protocol::{Epoch, Generation, OpToken, OperationSeq, RankIndex},
+    types::RunId,
+};
+
+/// For what must happen, on a machine that is busy with other things.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// For what must not.
+const SHORT: Duration = Duration::from_millis(300);
+
+pub(super) fn call(method: Method, seq: u64, patience: Duration) -> Call {
+    let (epoch, generation) = (Epoch(2), Generation(3));
+    let token = OpToken { run: RunId(7), epoch, generation, seq: OperationSeq(seq), incarnation: 1 };
+    Call { method, token, deadline: Instant::now() + patience }
+}
+
+pub(super) fn control(name: &str, rank: u32, world_size: u32) -> SharedMemory {
+    let deadline = Instant::now() + PATIENCE;
+    SharedMemory::join(Places::of_this_host(), name, RankIndex(rank), world_size, deadline).unwrap()
+}
+
+/// A rank whose GPU is a vector of this process.
+fn over_host(
+    control: SharedMemory,
+    reduction: Reduction,
+    trouble: Trouble,
+    patience: Duration,
+) -> Result<Nccl<SharedMemory, Host>, CollectiveError> {
+    let (me, world_size) = (control.rank(), control.world_size());
+    let start = |id: &[u8]| {
+        let mut link = Host::start(id, me, world_size)?;
+        link.trouble = trouble;
+        Ok(link)
+    };
+    connect(control, reduction, &call(Method::AllGather, 0, patience), host::unique_id, start)
+}
+
+/// For the tests of the room.
+pub(in crate::collective) fn collective(name: &str, rank: u32, world_size: u32) -> Box<dyn Collective> {
+    let control = control(name, rank, world_size);
+    Box::new(Exchanged::new(over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap()))
+}
+
+pub(super) fn unique(what: &str) -> String {
+    format!("nccl{}{what}{:?}", std::process::id(), thread::current().id())
+}
+
+/// Runs `body` as each rank at once.
+pub(super) fn as_each<T: Send>(world_size: u32, body: impl Fn(u32) -> T + Sync) -> Vec<T> {
+    thread::scope(|scope| {
+        let body = &body;
+        let ranks: Vec<_> = (0..world_size).map(|rank| scope.spawn(move || body(rank))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+fn leaf(i: u32, len: usize) -> Vec<f32> {
+    (0..len as u32)
+        .map(|j| ((i * 31 + j * 17) % 97) as f32 * 10f32.powi((i * 7 + j) as i32 % 9 - 4))
+        .collect()
+}
+
+/// Leaf r at rank r, summed up; the last rank has another one.
+pub(super) fn reduce(
+    rank: &mut dyn Collective,
+    seq: u64,
+    len: usize,
+    patience: Duration,
+) -> Result<Vec<f32>, CollectiveError> {
+    let (me, world_size) = (rank.rank().0, rank.world_size());
+    let mut sums = TreeAccumulator::new(me, len);
+    sums.push(leaf(me, len));
+    if me + 1 == world_size {
+        sums.push(leaf(world_size, len));
+    }
+    let call = call(Method::AllReduce, seq, patience);
+    let mut out = vec![f32::NAN; len];
+    let leaves = world_size + 1;
+    rank.all_reduce(call.token, leaves, sums.finish(leaves), &mut out, call.deadline).map(|()| out)
+}
+
+pub(super) fn reference(leaves: u32, len: usize) -> Vec<f32> {
+    let all: Vec<_> =
+        (0..leaves).map(|index| Partial { level: 0, index, values: leaf(index, len) }).collect();
+    reduce_tree(leaves, len, &all).unwrap()
+}
+
+pub(super) fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Several pieces, of which the last is short, and more than the pinned memory holds.
+pub(super) const LEN: usize = 50_001;
+
+#[test]
+fn the_tree_has_its_bits_and_the_fast_sum_is_near() {
+    for world_size in 1..=4 {
+        let (tree, fast) = (unique("tree"), unique("fast"));
+        let expected = reference(world_size + 1, LEN);
+        for (name, reduction) in [(tree, Reduction::Tree), (fast, Reduction::Fast)] {
+            let sums = as_each(world_size, |rank| {
+                let control = control(&name, rank, world_size);
+                let mut rank =
+                    Exchanged::new(over_host(control, reduction, Trouble::None, PATIENCE).unwrap());
+                // Three of one collective, the second longer: what the first left in memory shows.
+                reduce(&mut rank, 1, 100, PATIENCE).unwrap();
+                reduce(&mut rank, 2, LEN, PATIENCE).unwrap();
+                reduce(&mut rank, 3, LEN, PATIENCE).unwrap()
+            });
+            assert!(sums.iter().all(|sum| bits(sum) == bits(&sums[0])), "the same on each rank");
+            if reduction == Reduction::Tree {
+                assert!(bits(&sums[0]) == bits(&expected), "{world_size} ranks");
+            }
+            for (i, (sum, expected)) in sums[0].iter().zip(&expected).enumerate() {
+                // At most five addends, each sum rounded to 2^-24 of it; all addends are positive.
+                assert!((sum - expected).abs() <= expected * 1e-6, "{i}: {sum} for {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_gpu_that_gets_stuck_ends_at_the_deadline_and_blames_nobody_who_is_there() {
+    let name = unique("stuck");
+    let errors = as_each(2, |rank| {
+        let trouble = if rank == 1 { Trouble::Stuck } else { Trouble::None };
+        let mut rank =
+            Exchanged::new(over_host(control(&name, rank, 2), Reduction::Tree, trouble, PATIENCE).unwrap());
+        let error = reduce(&mut rank, 1, LEN, SHORT).unwrap_err();
+        (error, reduce(&mut rank, 2, LEN, PATIENCE).unwrap_err())
+    });
+    for (error, after) in errors {
+        assert_eq!(error.missing(), None, "{error}");
+        assert!(error.to_string().contains("every rank is there"), "{error}");
+        assert!(matches!(after, CollectiveError::UsedUp { .. }), "{after}");
+    }
+}
+
+#[test]
+fn what_nccl_refuses_is_said_in_its_words() {
+    let name = unique("refused");
+    let errors = as_each(2, |rank| {
+        let control = control(&name, rank, 2);
+        let mut nccl = over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap();
+        if rank == 1 {
+            nccl.link().trouble = Trouble::Refused;
+        }
+        reduce(&mut Exchanged::new(nccl), 1, LEN, SHORT).unwrap_err()
+    });
+    assert!(errors[1].to_string().contains("unhandled cuda error"), "{}", errors[1]);
+    // It waits for contributions that never come, and hears that rank 1 is still there, or has given up.
+    assert!(
+        matches!(
+            errors[0],
+            CollectiveError::System { .. } | CollectiveError::Lost { missing: RankIndex(1), .. }
+        ),
+        "{}",
+        errors[0]
+    );
+}
+
+#[test]
+fn a_rank_that_goes_in_the_middle_of_a_sum_is_named() {
+    let name = unique("gone");
+    let errors = as_each(2, |rank| {
+        let control = control(&name, rank, 2);
+        let mut nccl = over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap();
+        if rank == 0 {
+            return Some(reduce(&mut Exchanged::new(nccl), 1, LEN, SHORT).unwrap_err());
+        }
+        // It says that it takes part, and is gone.
+        let call = call(Method::AllReduce, 1, PATIENCE);
+        let (token, nodes) = (call.token, vec![(0, 1), (1, 1)]);
+        let header = Header { method: call.method, round: 1, token, leaves: 3, len: LEN as u64, nodes };
+        nccl.meet(&call, &header).unwrap();
+        None
+    });
+    let error = errors[0].as_ref().unwrap();
+    assert!(matches!(error, CollectiveError::Lost { missing: RankIndex(1), .. }), "{error}");
+}
+
+#[test]
+fn a_communicator_that_a_rank_does_not_join_ends_at_its_deadline() {
+    let name = unique("init");
+    let errors = as_each(2, |rank| {
+        let mut control = control(&name, rank, 2);
+        if rank == 0 {
+            return over_host(control, Reduction::Tree, Trouble::None, SHORT).err();
+        }
+        // It hears the identifier and does nothing with it.
+        let call = call(Method::AllGather, 0, PATIENCE);
+        let round = u64::MAX - 1;
+        let header =
+            Header { method: call.method, round, token: call.token, leaves: 0, len: 0, nodes: Vec::new() };
+        control.gather(&call, &header, Vec::new()).unwrap();
+        // Longer than rank 0 waits and asks.
+        thread::sleep(SHORT + Duration::from_secs(4));
+        None
+    });
+    let error = errors[0].as_ref().unwrap();
+    assert!(matches!(error, CollectiveError::Deadline { missing: RankIndex(1), .. }), "{error}");
+}
+
+#[test]
+fn an_abort_breaks_a_sum_in_progress() {
+    let name = unique("abort");
+    let begun = Instant::now();
+    let errors = as_each(2, |rank| {
+        let trouble = if rank == 0 { Trouble::Stuck } else { Trouble::None };
+        let nccl = over_host(control(&name, rank, 2), Reduction::Tree, trouble, PATIENCE).unwrap();
+        let mut rank = Exchanged::new(nccl);
+        let abort = rank.abort_handle();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(SHORT);
+                abort();
+            });
+            reduce(&mut rank, 1, LEN, PATIENCE).unwrap_err()
+        })
+    });
+    assert!(begun.elapsed() < PATIENCE);
+    assert!(errors.iter().all(|error| matches!(error, CollectiveError::Aborted { .. })), "{errors:?}");
+}
