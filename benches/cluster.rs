@@ -18,6 +18,7 @@ use lockstep::{
     model::ComputeOptions,
     pull,
     service::{DataDirectory, ServiceError, Supervisor, SupervisorConfig, run_here, wait_until_joined},
+    transport::CERTIFICATE_LIFE,
     types::{AdamParams, Datum, LossFn, LossSpec, ModelInput, SampleFlags, SamplingParams},
 };
 use rand_chacha::{
@@ -43,6 +44,7 @@ fn main() -> anyhow::Result<()> {
             data: data.clone(),
             join: None,
             history: 2,
+            certificate_life: CERTIFICATE_LIFE,
             store: None,
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             nodes: 1,

@@ -174,7 +174,7 @@ const TOLERANCE: f64 = 5e-6;
 
 /// Those whose products round nothing, as the reference. (The goldens of PyTorch round as bf16 does.)
 fn exact_models() -> impl Iterator<Item = &'static BaseModel> {
-    models().iter().filter(|model| model.weights.embed.dtype() == WeightDtype::F32)
+    models().iter().filter(|model| model.weights().embed.dtype() == WeightDtype::F32)
 }
 
 fn assert_close(model: &BaseModel, adapter: &Adapter, sequences: &[Vec<u32>]) {
