@@ -1,5 +1,6 @@
 //! What `--dtype bf16` and `--activation-checkpointing` cost and gain on a real model:
-//! `cargo bench --bench options -- MODEL [--threads N]`, MODEL being a GGUF file or a Hugging Face directory.
+//! `cargo bench --bench options -- MODEL [--threads N] [--steps N]`, MODEL being a GGUF file or a Hugging Face
+//! directory.
 //!
 //! The text is ARCHITECTURE.md's. Errors are of bf16 against f32, everything else being the same.
 
@@ -19,17 +20,18 @@ const TEXT: &str = include_str!("../ARCHITECTURE.md");
 /// Sequences of the comparison, and tokens of each.
 const SEQUENCES: (usize, usize) = (4, 128);
 
-/// Optimiser steps of the loss curves, and their learning rate.
-const STEPS: usize = 20;
+/// Optimiser steps of the loss curves, if `--steps` says no other number, and their learning rate.
+const STEPS: usize = 100;
 const LEARNING_RATE: f64 = 2e-4;
 
 fn main() {
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     let mut threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut model = None;
+    let (mut model, mut steps) = (None, STEPS);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--threads" => threads = arguments.next().and_then(|n| n.parse().ok()).expect("--threads N"),
+            "--steps" => steps = arguments.next().and_then(|n| n.parse().ok()).expect("--steps N"),
             _ => model = Some(argument),
         }
     }
@@ -37,12 +39,12 @@ fn main() {
     let budget = CoreBudget::new(threads);
     let lease = budget.lease(threads, Priority::Training);
     println!("kernel path {}, {} threads", path(), lease.team().width());
-    compare(Path::new(&model), lease.team());
+    compare(Path::new(&model), steps, lease.team());
     checkpoint(Path::new(&model), lease.team());
 }
 
-/// bf16 against f32: logits, gradients, and twenty steps of training.
-fn compare(path: &Path, team: &Team) {
+/// bf16 against f32: logits, gradients, and some steps of training.
+fn compare(path: &Path, steps: usize, team: &Team) {
     let [whole, half] = [WeightDtype::F32, WeightDtype::Bf16].map(|dtype| {
         let begun = Instant::now();
         let model = BaseModel::load_as(dtype, "model", path).expect("a model");
@@ -65,9 +67,9 @@ fn compare(path: &Path, team: &Team) {
     );
     let gradients = [&whole, &half].map(|pass| pass.pass(&pass.dense_adapter(), pass.options()).1);
     println!("gradient of the adapter: {:.2e} relative (Frobenius)", distance(&gradients[1], &gradients[0]));
-    let curves = [&whole, &half].map(Pass::curve);
-    println!("loss of {STEPS} steps, f32: {}", curve(&curves[0]));
-    println!("loss of {STEPS} steps, bf16: {}", curve(&curves[1]));
+    let curves = [&whole, &half].map(|pass| pass.curve(steps));
+    println!("loss of {steps} steps, f32: {}", curve(&curves[0]));
+    println!("loss of {steps} steps, bf16: {}", curve(&curves[1]));
     let most = curves[0].iter().zip(&curves[1]).map(|(a, b)| (a - b).abs() / a).fold(0.0, f64::max);
     println!("largest relative difference of the two: {most:.2e}");
 }
@@ -189,11 +191,11 @@ impl<'a> Pass<'a> {
         (output.loss_sum / output.active as f64, gradient, output.active)
     }
 
-    fn curve(&self) -> Vec<f64> {
+    fn curve(&self, steps: usize) -> Vec<f64> {
         let mut state = TrainState::fresh(self.layout.clone());
         let adam = AdamParams { learning_rate: LEARNING_RATE, ..AdamParams::default() };
         let mut losses = Vec::new();
-        for _ in 0..STEPS {
+        for _ in 0..steps {
             let (loss, gradient, active) = self.pass(&state.adapter(), self.options());
             losses.push(loss);
             state = state.accumulate(&gradient, active, GradientKind::TokenMean).expect("a gradient");

@@ -206,6 +206,7 @@ fn cluster(trainers: &[u32], test: impl AsyncFnOnce(Client)) {
 fn node_config(number: usize, trainers: u32, coordinator: &str, model: &Path) -> NodeConfig {
     NodeConfig {
         compute: ComputeOptions::default(),
+        cache: None,
         name: format!("node-{number}"),
         coordinator: coordinator.to_owned(),
         advertise: None,

@@ -65,7 +65,7 @@ impl Doctor {
         let mut findings = vec![
             ("lockstep", Fine(env!("CARGO_PKG_VERSION").into())),
             ("cpu", cpu()),
-            ("kernels", Fine(format!("{} of {} (f32)", kernels::path(), kernels::paths().join(", ")))),
+            ("kernels", Fine(format!("{} of {}", kernels::path(), kernels::paths().join(", ")))),
             ("memory", memory(&models)),
         ];
         findings.extend(gpu::findings());

@@ -149,6 +149,7 @@ impl Node {
             threads: self.threads.unwrap_or_else(all_cores),
             models: parse_models(&self.models)?,
             compute: self.compute.options(),
+            cache: Some(self.data_dir.join("cache")),
         };
         Ok(run_node(NodeProcess { config, data_dir: self.data_dir, listen: self.listen, join })?)
     }

@@ -60,7 +60,7 @@ pub(crate) struct EightBits {
 }
 
 /// A block of a panel.
-pub(crate) trait Codes: Copy + Element {
+pub(crate) trait Codes: Copy + Element<Input = f32> {
     /// All weights zero.
     const ZERO: Self;
 

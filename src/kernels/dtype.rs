@@ -2,16 +2,17 @@
 
 use std::{fmt, str::FromStr};
 
-use half::bf16;
+use super::pair::round_weight;
 
-/// What a base model's matrices are stored as. Products widen each weight to f32, which is exact, and
-/// everything else is f32 whatever this is: sums, activations, adapters, norms, biases.
+/// What a base model's matrices are multiplied as: the weights, and what they are multiplied with. Everything else is
+/// f32 whatever this is: sums, activations between products, adapters, norms, biases, attention, losses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum WeightDtype {
     #[default]
     F32,
-    /// The upper half of an f32, rounded to nearest, ties to even, when weights are loaded: half the
-    /// memory, 8 bits of precision.
+    /// The upper half of an f32, rounded to nearest, ties to even: 8 bits of precision, half the memory, and twice
+    /// the speed on a CPU with AVX512-BF16. Weights are rounded once, when they are loaded, activations and gradients on their
+    /// way into a product. Weights below 2⁻⁴⁰ and inputs below 2⁻⁷² are zero.
     Bf16,
 }
 
@@ -39,7 +40,7 @@ impl WeightDtype {
     pub fn round(self, value: f32) -> f32 {
         match self {
             Self::F32 => value,
-            Self::Bf16 => bf16::from_f32(value).to_f32(),
+            Self::Bf16 => round_weight(value).to_f32(),
         }
     }
 }

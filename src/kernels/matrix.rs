@@ -8,7 +8,8 @@ use super::{
     BLOCK, BlockRows, CodeBits, WeightDtype,
     blocks::{Codes, EightBits, FourBits, write_out},
     buffer::Buffer,
-    pack::{Widen, pack_transposed},
+    pack::pack_transposed,
+    pair::{Pair, round_weight},
     simd::{Kernel, LANES, Simd, run},
 };
 
@@ -26,6 +27,8 @@ pub(crate) const PANEL: usize = 32;
 ///   …
 /// ```
 ///
+/// Of bf16 two inputs are a line, an output's weights side by side as a [pair](super::pair).
+///
 /// So a product with one row, as in decoding, reads memory once from front to back and needs no
 /// horizontal sum, and one with a thousand rows needs no packing. The transposed product of the
 /// backward transposes blocks of 32 x 32, each of which is contiguous.
@@ -33,27 +36,30 @@ pub(crate) const PANEL: usize = 32;
 pub struct Matrix {
     out_features: usize,
     in_features: usize,
+    /// What rows are rounded to before they are multiplied with it.
+    inputs: WeightDtype,
     panels: Panels,
 }
 
 #[derive(Clone)]
 enum Panels {
     F32(Arc<Buffer>),
-    Bf16(Arc<Vec<HalfLine>>),
+    Bf16(Arc<Vec<PairLine>>),
     FourBits(Arc<Vec<FourBits>>),
     EightBits(Arc<Vec<EightBits>>),
 }
 
-/// The weights of one input and 32 outputs: one cache line.
+/// The weights of two inputs and 32 outputs: two cache lines.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct HalfLine([bf16; PANEL]);
+struct PairLine([Pair; PANEL]);
 
 /// Some inputs of a panel, `[inputs, 32]`.
 #[derive(Clone, Copy)]
 pub(crate) enum Panel<'a> {
     F32(&'a [f32]),
-    Bf16(&'a [bf16]),
+    /// `[inputs / 2, 32]`
+    Bf16(&'a [Pair]),
     FourBits(&'a [FourBits]),
     EightBits(&'a [EightBits]),
 }
@@ -68,28 +74,35 @@ impl Matrix {
         Self::with_dtype(WeightDtype::F32, out_features, in_features, rows)
     }
 
-    /// Packs `rows`, `[out_features, in_features]` row-major, each weight
-    /// [rounded](WeightDtype::round) to `dtype`.
+    /// Packs `rows`, `[out_features, in_features]` row-major, each weight [rounded](WeightDtype::round) to
+    /// `dtype`. Of bf16 the rows that it is multiplied with are rounded too, sums are f32.
     ///
     /// # Panics
     ///
     /// If `rows` has another length than `out_features * in_features`.
     pub fn with_dtype(dtype: WeightDtype, out_features: usize, in_features: usize, rows: &[f32]) -> Self {
         assert_eq!(rows.len(), out_features * in_features, "a matrix needs out x in values");
-        let lines = out_features.div_ceil(PANEL) * in_features;
         let panels = match dtype {
             WeightDtype::F32 => {
-                let mut panels = Buffer::zeroed(lines * PANEL);
-                pack(&mut panels, in_features, rows, |value| value);
+                let mut panels = Buffer::zeroed(out_features.div_ceil(PANEL) * in_features * PANEL);
+                pack(&mut panels, in_features, rows);
                 Panels::F32(Arc::new(panels))
             }
-            WeightDtype::Bf16 => {
-                let mut panels = vec![HalfLine([bf16::ZERO; PANEL]); lines];
-                pack(flat_mut(&mut panels), in_features, rows, bf16::from_f32);
-                Panels::Bf16(Arc::new(panels))
-            }
+            WeightDtype::Bf16 => Panels::Bf16(Arc::new(pack_pairs(in_features, rows, round_weight))),
         };
-        Self { out_features, in_features, panels }
+        Self { out_features, in_features, inputs: dtype, panels }
+    }
+
+    /// Packs rows of numbers that are bf16 in half the memory. It is multiplied as f32 weights are, with the same
+    /// bits.
+    ///
+    /// # Panics
+    ///
+    /// If `rows` has another length than `out_features * in_features`.
+    pub fn from_bf16(out_features: usize, in_features: usize, rows: &[f32]) -> Self {
+        assert_eq!(rows.len(), out_features * in_features, "a matrix needs out x in values");
+        let panels = Panels::Bf16(Arc::new(pack_pairs(in_features, rows, bf16::from_f32)));
+        Self { out_features, in_features, inputs: WeightDtype::F32, panels }
     }
 
     /// Packs rows that are made of blocks, as they are: nothing is rounded.
@@ -106,7 +119,7 @@ impl Matrix {
             CodeBits::Four => Panels::FourBits(Arc::new(pack_blocks(out_features, in_features, rows))),
             CodeBits::Eight => Panels::EightBits(Arc::new(pack_blocks(out_features, in_features, rows))),
         };
-        Self { out_features, in_features, panels }
+        Self { out_features, in_features, inputs: WeightDtype::F32, panels }
     }
 
     /// Number of outputs.
@@ -120,6 +133,11 @@ impl Matrix {
             Panels::Bf16(_) => WeightDtype::Bf16,
             Panels::F32(_) | Panels::FourBits(_) | Panels::EightBits(_) => WeightDtype::F32,
         }
+    }
+
+    /// Whether rows are rounded to bf16 before they are multiplied with it.
+    pub(super) fn rounds_inputs(&self) -> bool {
+        self.inputs == WeightDtype::Bf16
     }
 
     /// Whether both are the same weights in memory, as a tied head and its embedding.
@@ -148,7 +166,7 @@ impl Matrix {
         assert_eq!(row.len(), self.in_features, "a row has one value per input");
         match self.panel(output / PANEL) {
             Panel::F32(panel) => copy_column(panel, output % PANEL, row),
-            Panel::Bf16(panel) => copy_column(panel, output % PANEL, row),
+            Panel::Bf16(panel) => copy_halves(panel, output % PANEL, row),
             Panel::FourBits(blocks) => copy_coded(blocks, output % PANEL, row),
             Panel::EightBits(blocks) => copy_coded(blocks, output % PANEL, row),
         }
@@ -156,7 +174,11 @@ impl Matrix {
 
     /// [`bytes`](Self::bytes) of a matrix of numbers.
     pub fn bytes_of(out_features: usize, in_features: usize, dtype: WeightDtype) -> usize {
-        out_features.next_multiple_of(PANEL) * in_features * dtype.bytes()
+        let inputs = match dtype {
+            WeightDtype::F32 => in_features,
+            WeightDtype::Bf16 => in_features.next_multiple_of(2),
+        };
+        out_features.next_multiple_of(PANEL) * inputs * dtype.bytes()
     }
 
     /// [`bytes`](Self::bytes) of a matrix of blocks.
@@ -189,14 +211,18 @@ impl Matrix {
         self.panel_inputs(panel, 0..self.in_features)
     }
 
-    /// Some inputs of a panel; of coded weights, whole blocks.
+    /// Some inputs of a panel; of coded weights, whole blocks; of bf16, whole pairs.
     pub(crate) fn panel_inputs(&self, panel: usize, inputs: Range<usize>) -> Panel<'_> {
         assert!(inputs.end <= self.in_features, "inputs {inputs:?} of {}", self.in_features);
         let first = panel * self.in_features;
         let lines = first + inputs.start..first + inputs.end;
         match &self.panels {
             Panels::F32(panels) => Panel::F32(&panels[lines.start * PANEL..lines.end * PANEL]),
-            Panels::Bf16(panels) => Panel::Bf16(flat(&panels[lines])),
+            Panels::Bf16(panels) => {
+                assert!(inputs.start.is_multiple_of(2), "inputs from half a pair on");
+                let first = panel * self.in_features.div_ceil(2);
+                Panel::Bf16(flat(&panels[first + inputs.start / 2..first + inputs.end.div_ceil(2)]))
+            }
             Panels::FourBits(blocks) => Panel::FourBits(&blocks[whole_blocks(lines)]),
             Panels::EightBits(blocks) => Panel::EightBits(&blocks[whole_blocks(lines)]),
         }
@@ -214,12 +240,7 @@ impl Panel<'_> {
             fn run<S: Simd>(self, s: S) {
                 match self.0 {
                     Panel::F32(panel) => self.1.copy_from_slice(panel),
-                    Panel::Bf16(panel) => {
-                        for (to, from) in self.1.chunks_exact_mut(LANES).zip(panel.chunks_exact(LANES)) {
-                            // SAFETY: the chunk has 16 values.
-                            s.write(to, unsafe { s.load_bf16(from.as_ptr()) });
-                        }
-                    }
+                    Panel::Bf16(panel) => widen_pairs(s, panel, self.1),
                     Panel::FourBits(blocks) => write_out(s, blocks, self.1),
                     Panel::EightBits(blocks) => write_out(s, blocks, self.1),
                 }
@@ -232,11 +253,26 @@ impl Panel<'_> {
     pub(super) fn transpose(self, columns: usize, transposed: &mut [f32]) {
         match self {
             Self::F32(block) => pack_transposed(block, PANEL, columns, PANEL, transposed),
-            Self::Bf16(block) => pack_transposed(block, PANEL, columns, PANEL, transposed),
-            Self::FourBits(_) | Self::EightBits(_) => {
+            Self::Bf16(_) | Self::FourBits(_) | Self::EightBits(_) => {
                 let mut weights = [0.0; BLOCK * PANEL];
                 self.widen(&mut weights[..columns * PANEL]);
                 pack_transposed(&weights, PANEL, columns, PANEL, transposed);
+            }
+        }
+    }
+}
+
+/// Writes out pairs as f32, the upper halves' line before the lower halves'; of an odd number of lines the last
+/// has no lower halves.
+#[inline(always)]
+fn widen_pairs<S: Simd>(s: S, panel: &[Pair], weights: &mut [f32]) {
+    for (lines, pairs) in weights.chunks_mut(2 * PANEL).zip(panel.chunks_exact(PANEL)) {
+        for (half, pairs) in pairs.chunks_exact(LANES).enumerate() {
+            // SAFETY: the chunk has 16 pairs, which have the size of numbers.
+            let [upper, lower] = s.widen_pairs(unsafe { s.load(pairs.as_ptr().cast()) });
+            s.write(&mut lines[half * LANES..], upper);
+            if lines.len() > PANEL {
+                s.write(&mut lines[PANEL + half * LANES..], lower);
             }
         }
     }
@@ -274,30 +310,46 @@ fn copy_coded<C: Codes>(blocks: &[C], output: usize, row: &mut [f32]) {
 }
 
 /// Brings rows into the order of panels.
-fn pack<T>(panels: &mut [T], in_features: usize, rows: &[f32], store: impl Fn(f32) -> T) {
+fn pack(panels: &mut [f32], in_features: usize, rows: &[f32]) {
     for (output, row) in rows.chunks_exact(in_features.max(1)).enumerate() {
         let start = output / PANEL * in_features * PANEL + output % PANEL;
         for (value, slot) in row.iter().zip(panels[start..].iter_mut().step_by(PANEL)) {
-            *slot = store(*value);
+            *slot = *value;
         }
     }
 }
 
+/// Brings rows into the order of panels of pairs.
+fn pack_pairs(in_features: usize, rows: &[f32], round: fn(f32) -> bf16) -> Vec<PairLine> {
+    let lines = in_features.div_ceil(2);
+    let outputs = rows.len() / in_features.max(1);
+    let mut panels = vec![PairLine([Pair::default(); PANEL]); outputs.div_ceil(PANEL) * lines];
+    for (output, row) in rows.chunks_exact(in_features.max(1)).enumerate() {
+        let panel = &mut panels[output / PANEL * lines..][..lines];
+        for (inputs, line) in row.chunks(2).zip(panel) {
+            let half = |input: usize| inputs.get(input).map_or(bf16::ZERO, |value| round(*value));
+            line.0[output % PANEL] = Pair::new(half(0), half(1));
+        }
+    }
+    panels
+}
+
 /// The weights of one output of a panel.
-fn copy_column<T: Widen>(panel: &[T], output: usize, row: &mut [f32]) {
+fn copy_column(panel: &[f32], output: usize, row: &mut [f32]) {
     for (slot, value) in row.iter_mut().zip(panel[output..].iter().step_by(PANEL)) {
-        *slot = value.widen();
+        *slot = *value;
     }
 }
 
-fn flat(lines: &[HalfLine]) -> &[bf16] {
-    // SAFETY: a line is 32 values without padding.
-    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * PANEL) }
+fn copy_halves(panel: &[Pair], output: usize, row: &mut [f32]) {
+    for (slots, pair) in row.chunks_mut(2).zip(panel[output..].iter().step_by(PANEL)) {
+        slots.copy_from_slice(&pair.widen()[..slots.len()]);
+    }
 }
 
-fn flat_mut(lines: &mut [HalfLine]) -> &mut [bf16] {
-    // SAFETY: as in `flat`, and they are borrowed exclusively.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * PANEL) }
+fn flat(lines: &[PairLine]) -> &[Pair] {
+    // SAFETY: a line is 32 pairs without padding.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * PANEL) }
 }
 
 impl fmt::Debug for Matrix {
@@ -325,10 +377,13 @@ mod tests {
                     let expected: Vec<f32> = given.iter().map(|value| dtype.round(*value)).collect();
                     assert_eq!(row, expected);
                 }
-                let padding = matrix.panels() * PANEL * inputs - rows.len();
+                let lines = if dtype == WeightDtype::F32 { inputs } else { inputs.next_multiple_of(2) };
+                let padding = matrix.panels() * PANEL * lines - rows.len();
                 let zeros = (0..matrix.panels()).map(|panel| match matrix.panel(panel) {
                     Panel::F32(values) => values.iter().filter(|value| **value == 0.0).count(),
-                    Panel::Bf16(values) => values.iter().filter(|value| **value == bf16::ZERO).count(),
+                    Panel::Bf16(pairs) => {
+                        pairs.iter().flat_map(|pair| pair.widen()).filter(|value| *value == 0.0).count()
+                    }
                     Panel::FourBits(_) | Panel::EightBits(_) => unreachable!("made of numbers"),
                 });
                 assert_eq!(zeros.sum::<usize>(), padding, "what no output fills is zero");

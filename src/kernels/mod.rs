@@ -9,6 +9,7 @@ mod linear;
 mod matrix;
 mod norm;
 mod pack;
+mod pair;
 mod rotary;
 mod route;
 mod rows;
@@ -23,7 +24,7 @@ mod tile;
 pub use blocks::{BLOCK, BlockRows, CodeBits};
 pub use dtype::WeightDtype;
 pub use matrix::Matrix;
-pub use simd::{choose_path, path, paths};
+pub use simd::{choose_path, numerics, path, paths};
 pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};
 
 pub(crate) use attention::{

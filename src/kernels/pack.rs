@@ -1,28 +1,6 @@
 //! Operands brought into the order in which a tile reads them.
 
-use half::bf16;
-
 use super::{matrix::PANEL, simd::LANES};
-
-/// A stored number that is an f32 with nothing lost.
-pub(super) trait Widen: Copy {
-    fn widen(self) -> f32;
-}
-
-impl Widen for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-}
-
-impl Widen for bf16 {
-    /// Its bits are the upper half of the f32's. (`to_f32` also quiets NaN, which no weight is.)
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-}
 
 /// Width of a panel that holds so many columns.
 pub(super) fn panel_width(columns: usize) -> usize {
@@ -33,20 +11,14 @@ pub(super) fn panel_width(columns: usize) -> usize {
 /// each; the panel is `panel_width(columns)` wide and zero beyond `columns`.
 ///
 /// Goes block by block of 16 x 32, so that what it writes stays in the first-level cache.
-pub(super) fn pack_transposed<T: Widen>(
-    rows: &[T],
-    row_len: usize,
-    columns: usize,
-    depth: usize,
-    panel: &mut [f32],
-) {
+pub(super) fn pack_transposed(rows: &[f32], row_len: usize, columns: usize, depth: usize, panel: &mut [f32]) {
     let width = panel_width(columns);
     for (block, lines) in panel[..depth * width].chunks_mut(LANES * width).enumerate() {
         let first = block * LANES;
         for j in 0..columns {
             let row = &rows[j * row_len + first..][..lines.len() / width];
             for (line, value) in lines.chunks_exact_mut(width).zip(row) {
-                line[j] = value.widen();
+                line[j] = *value;
             }
         }
         for line in lines.chunks_exact_mut(width) {

@@ -11,17 +11,16 @@
 //! element (i, k) of A is at i·a_row + k·a_step: either order of A is fine
 //! ```
 
-use half::bf16;
-
 use super::{
     blocks::{EightBits, FourBits, chain_blocks},
-    simd::{Kernel, LANES, Simd, run},
+    pair::Pair,
+    simd::{Kernel, LANES, Simd, run, run_dot},
 };
 
-/// A product's operands; `B` is made of `E`, widened to f32 as it is read.
+/// A product's operands; `B` is made of `E`, widened to f32 as it is read. Of pairs, `depth` counts the pairs.
 #[derive(Clone, Copy)]
-pub(super) struct Factors<E = f32> {
-    pub a: *const f32,
+pub(super) struct Factors<E: Element = f32> {
+    pub a: *const E::Input,
     pub a_row: usize,
     pub a_step: usize,
     pub b: *const E,
@@ -39,7 +38,7 @@ pub(super) enum Start {
 
 /// A block of `C = A·B`, or `C = A·B + A'·B'` if there is a second product.
 #[derive(Clone, Copy)]
-pub(super) struct Block<E = f32> {
+pub(super) struct Block<E: Element = f32> {
     pub rows: usize,
     /// At most 32.
     pub columns: usize,
@@ -61,7 +60,7 @@ impl<E: Element> Block<E> {
     /// the block starts from them). Nobody else may touch `C` meanwhile.
     pub(super) unsafe fn compute(self) {
         debug_assert!(self.columns <= 2 * LANES);
-        run(self)
+        if E::IS_DOT { run_dot(self) } else { run(self) }
     }
 }
 
@@ -161,10 +160,10 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const N: usize>(
 
 /// Adds the terms of one product, in order, to a tile's sums.
 #[inline(always)]
-unsafe fn chain<S: Simd, E: Load, const R: usize, const N: usize>(
+unsafe fn chain<S: Simd, const R: usize, const N: usize>(
     s: S,
     sums: &mut [[S::V; N]; R],
-    factors: &Factors<E>,
+    factors: &Factors,
     row: usize,
     column: usize,
 ) {
@@ -174,14 +173,79 @@ unsafe fn chain<S: Simd, E: Load, const R: usize, const N: usize>(
         let mut a = factors.a.add(row * a_row);
         let mut b = factors.b.add(column);
         for _ in 0..factors.depth {
-            let mut b_columns = [s.splat(0.0); N];
-            for (j, b_column) in b_columns.iter_mut().enumerate() {
-                *b_column = E::load(s, b.add(j * LANES));
+            let b_columns: [S::V; N] = std::array::from_fn(|j| s.load(b.add(j * LANES)));
+            add_terms(s, sums, a, a_row, b_columns);
+            a = a.wrapping_add(factors.a_step);
+            b = b.wrapping_add(factors.b_step);
+        }
+    }
+}
+
+/// The same for bf16 weights, widened, and inputs in f32; `depth` counts inputs.
+#[inline(always)]
+unsafe fn chain_wide<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    sums: &mut [[S::V; N]; R],
+    factors: &Factors<WidePair>,
+    row: usize,
+    column: usize,
+) {
+    // SAFETY: the caller's promise, that the operands cover the tile.
+    unsafe {
+        let a_row = factors.a_row;
+        let mut a = factors.a.add(row * a_row);
+        let mut b = factors.b.cast::<f32>().add(column);
+        for pair in 0..factors.depth.div_ceil(2) {
+            let halves: [[S::V; 2]; N] = std::array::from_fn(|j| s.widen_pairs(s.load(b.add(j * LANES))));
+            add_terms(s, sums, a, a_row, halves.map(|[upper, _]| upper));
+            a = a.wrapping_add(factors.a_step);
+            if 2 * pair + 1 < factors.depth {
+                add_terms(s, sums, a, a_row, halves.map(|[_, lower]| lower));
+                a = a.wrapping_add(factors.a_step);
             }
+            b = b.wrapping_add(factors.b_step);
+        }
+    }
+}
+
+/// One term for each sum.
+#[inline(always)]
+unsafe fn add_terms<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    sums: &mut [[S::V; N]; R],
+    a: *const f32,
+    a_row: usize,
+    b_columns: [S::V; N],
+) {
+    for (i, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's promise, that so many rows of A have this element.
+        let a_element = s.splat(unsafe { *a.add(i * a_row) });
+        for (sum, b_column) in sums.iter_mut().zip(b_columns) {
+            *sum = s.fma(a_element, b_column, *sum);
+        }
+    }
+}
+
+/// The same for pairs, two terms at a time.
+#[inline(always)]
+unsafe fn chain_pairs<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    sums: &mut [[S::V; N]; R],
+    factors: &Factors<Pair>,
+    row: usize,
+    column: usize,
+) {
+    // SAFETY: the caller's promise, that the operands cover the tile.
+    unsafe {
+        let a_row = factors.a_row;
+        let mut a = factors.a.add(row * a_row);
+        let mut b = factors.b.cast::<f32>().add(column);
+        for _ in 0..factors.depth {
+            let b_columns: [S::V; N] = std::array::from_fn(|j| s.load(b.add(j * LANES)));
             for (i, sums) in sums.iter_mut().enumerate() {
-                let a_element = s.splat(*a.add(i * a_row));
+                let a_pair = s.splat((*a.add(i * a_row)).as_f32());
                 for (sum, b_column) in sums.iter_mut().zip(b_columns) {
-                    *sum = s.fma(a_element, b_column, *sum);
+                    *sum = s.dot_pairs(a_pair, b_column, *sum);
                 }
             }
             a = a.wrapping_add(factors.a_step);
@@ -190,8 +254,26 @@ unsafe fn chain<S: Simd, E: Load, const R: usize, const N: usize>(
     }
 }
 
+/// Two bf16 weights whose inputs are f32.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct WidePair(Pair);
+
+impl WidePair {
+    pub(super) fn of(pairs: &[Pair]) -> &[Self] {
+        // SAFETY: it is a pair by another name, transparently.
+        unsafe { std::slice::from_raw_parts(pairs.as_ptr().cast(), pairs.len()) }
+    }
+}
+
 /// What `B` is made of.
 pub(super) trait Element: Copy {
+    /// What `A` is made of.
+    type Input: Copy;
+
+    /// Whether the chain is one of [`Simd::dot_pairs`].
+    const IS_DOT: bool;
+
     /// Adds the terms of one product, in order, to a tile's sums.
     ///
     /// # Safety
@@ -206,18 +288,14 @@ pub(super) trait Element: Copy {
     );
 }
 
-/// A number.
-trait Load: Copy {
-    /// # Safety
-    ///
-    /// 16 values must be readable at `from`.
-    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V;
-}
-
 /// Elements whose chain is that of another function.
 macro_rules! element {
-    ($element:ty, $chain:ident) => {
+    ($element:ty, $input:ty, $is_dot:literal, $chain:ident) => {
         impl Element for $element {
+            type Input = $input;
+
+            const IS_DOT: bool = $is_dot;
+
             #[inline(always)]
             unsafe fn chain<S: Simd, const R: usize, const N: usize>(
                 s: S,
@@ -233,26 +311,11 @@ macro_rules! element {
     };
 }
 
-element!(f32, chain);
-element!(bf16, chain);
-element!(FourBits, chain_blocks);
-element!(EightBits, chain_blocks);
-
-impl Load for f32 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { s.load(from) }
-    }
-}
-
-impl Load for bf16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { s.load_bf16(from) }
-    }
-}
+element!(f32, f32, false, chain);
+element!(WidePair, f32, false, chain_wide);
+element!(Pair, Pair, true, chain_pairs);
+element!(FourBits, f32, false, chain_blocks);
+element!(EightBits, f32, false, chain_blocks);
 
 /// The values of vector `j` in a row of `columns` values.
 #[inline(always)]

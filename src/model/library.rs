@@ -149,7 +149,7 @@ impl Library {
     /// gives the same bits.
     pub fn engine(&self) -> &str {
         match &self.gpu {
-            None => kernels::path(),
+            None => kernels::numerics(),
             Some(gpu) => gpu.engine(),
         }
     }

@@ -23,7 +23,7 @@ mod memory;
 mod peers;
 mod session;
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 pub use error::NodeError;
 
@@ -55,6 +55,8 @@ pub struct NodeConfig {
     pub threads: usize,
     pub models: Vec<ModelSource>,
     pub compute: ComputeOptions,
+    /// Where digests of model files are remembered, so that a start doesn't read gigabytes to hash them again.
+    pub cache: Option<PathBuf>,
 }
 
 /// How long a node that is told to stop waits for the requests it is generating for.
@@ -71,8 +73,12 @@ pub async fn serve(
     endpoint: Endpoint,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), NodeError> {
-    let (sources, options) = (config.models.clone(), config.compute);
-    let library = tokio::task::spawn_blocking(move || Library::open(sources, options))
+    let (sources, options, cache) = (config.models.clone(), config.compute, config.cache.clone());
+    let open = move || match cache {
+        Some(cache) => Library::open_cached(sources, options, &cache),
+        None => Library::open(sources, options),
+    };
+    let library = tokio::task::spawn_blocking(open)
         .await
         .map_err(|panic| NodeError::Died { what: panic.to_string() })??;
     let library = Arc::new(library);

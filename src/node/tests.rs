@@ -93,6 +93,7 @@ fn config(model: ModelSource) -> NodeConfig {
         samplers: 1,
         threads: 1,
         models: vec![model],
+        cache: None,
     }
 }
 

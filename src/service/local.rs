@@ -168,6 +168,7 @@ impl ClusterConfig {
             threads: share.threads,
             models: self.models.clone(),
             compute: self.compute,
+            cache: Some(self.data_dir.join("cache")),
         }
     }
 }

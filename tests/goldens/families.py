@@ -146,8 +146,7 @@ FAMILIES = {
     },
 }
 
-# The same with weights held as bf16: stored as they are, rounded by whoever loads them. What the goldens say
-# is computed in float32 from the rounded weights.
+# The same as `--dtype bf16` computes it (rounding.py): stored as they are, rounded by whoever loads them.
 FAMILIES["llama_bf16"] = FAMILIES["llama_untied"] | {
     "dtype": "bf16",
     "calls": FEW_CALLS,
@@ -187,15 +186,6 @@ def make_model(shape, random):
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model
-
-
-@torch.no_grad()
-def hold_as(dtype, model):
-    """Rounds every matrix (norms and biases stay as they are); products go on in float32."""
-    if dtype == "bf16":
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(parameter.bfloat16().float())
 
 
 class ExpertLora:

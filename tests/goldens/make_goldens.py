@@ -34,7 +34,8 @@ import pathlib
 import peft
 import torch
 import transformers
-from families import FAMILIES, ExpertLora, generate, has_gguf, hold_as, make_model, write_gguf
+from families import FAMILIES, ExpertLora, generate, has_gguf, make_model, write_gguf
+from rounding import hold_as_bf16
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -87,7 +88,8 @@ def make_family(directory, shape, seed):
     make_tokenizer(characters).save(str(directory / "tokenizer.json"), pretty=False)
     if has_gguf(base.config):
         write_gguf(directory / "model.gguf", base, characters)
-    hold_as(dtype, base)
+    if dtype == "bf16":
+        hold_as_bf16(base)
 
     model, parameters = make_adapter(base, lora, random)
     tensors = {f"adapter.{name}": parameter.detach().clone() for name, parameter in parameters.items()}

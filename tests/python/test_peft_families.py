@@ -8,6 +8,7 @@ directory, tokens, and what Lockstep gives for them).
 import json
 import os
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "goldens"))
+from rounding import hold_as_bf16  # noqa: E402
 
 ROOT = pathlib.Path(os.environ["LOCKSTEP_PEFT_FAMILIES"])
 FAMILIES = sorted(path.parent.name for path in ROOT.glob("*/logprobs.json"))
@@ -34,9 +38,7 @@ def report(family):
 def adapted(family, report):
     base = AutoModelForCausalLM.from_pretrained(report["model"], dtype=torch.float32)
     if report["dtype"] == "bf16":
-        for parameter in base.parameters():
-            if parameter.dim() > 1:
-                parameter.data.copy_(parameter.data.bfloat16().float())
+        hold_as_bf16(base)
     if getattr(base.config, "mlp_only_layers", None):
         # It takes every gate_proj, up_proj and down_proj of this architecture for an expert's.
         pytest.skip("PEFT cannot adapt the MLP of a layer without experts beside layers with them")

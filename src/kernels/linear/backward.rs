@@ -7,7 +7,10 @@ use crate::kernels::{
     tile::{Block, Factors, Start},
 };
 
-use super::{LowRank, NARROW_ROWS, part_of};
+use super::{
+    LowRank, NARROW_ROWS, part_of,
+    rounded::{rounded_input_gradient, rounded_tasks},
+};
 
 /// A layer on the way back: its output's gradient, and its adapter if it has one.
 pub(crate) struct Gradients<'a> {
@@ -31,10 +34,10 @@ pub(crate) struct Adapted<'a> {
 }
 
 /// Outputs whose weights are transposed at a time: 128 KiB of scratch.
-const CHUNK: usize = 1024;
+pub(super) const CHUNK: usize = 1024;
 
 /// Tasks per thread, so that an unlucky thread costs little.
-const TASKS_PER_THREAD: usize = 4;
+pub(super) const TASKS_PER_THREAD: usize = 4;
 
 /// The backward of [`linear`](super::linear) for rows of one adapter.
 ///
@@ -59,9 +62,19 @@ pub(crate) fn linear_backward(
 
     let input_panels = inputs.div_ceil(PANEL);
     let row_parts = (team.width() * TASKS_PER_THREAD).div_ceil(input_panels).min(rows.div_ceil(LANES));
-    let dx_tasks = if dx.is_some() { input_panels * row_parts } else { 0 };
+    let rounds = layers.iter().any(|layer| layer.weight.rounds_inputs());
+    let (blocks, groups) = rounded_tasks(rows, input_panels, team);
+    let dx_tasks = match (dx, rounds) {
+        (None, _) => 0,
+        (Some(_), false) => input_panels * row_parts,
+        (Some(_), true) => blocks * groups,
+    };
     let adapter_tasks: usize = layers.iter().map(|layer| layer.adapter_tasks()).sum();
     team.run(dx_tasks + adapter_tasks, |task| {
+        if let (Some(dx), true, true) = (dx, rounds, task < dx_tasks) {
+            let rows = part_of(rows, blocks, task / groups);
+            return rounded_input_gradient(rows, layers, dx, part_of(input_panels, groups, task % groups));
+        }
         if let (Some(dx), true) = (dx, task < dx_tasks) {
             let rows = part_of(rows, row_parts, task / input_panels);
             return input_gradient(rows.start, rows.len(), layers, dx, task % input_panels);
@@ -122,7 +135,7 @@ fn input_gradient(first_row: usize, rows: usize, layers: &[Gradients<'_>], dx: S
 /// `transposed[n, k] = W[first + n, column + k]`, as wide as the columns need.
 ///
 /// The 32 x 32 values of a panel of outputs and a panel of inputs lie together.
-fn transpose_weights(
+pub(super) fn transpose_weights(
     weight: &Matrix,
     first: usize,
     depth: usize,
@@ -139,7 +152,7 @@ fn transpose_weights(
 
 impl Adapted<'_> {
     /// The product `d_low · A` for a panel of inputs.
-    fn input_product(
+    pub(super) fn input_product(
         &self,
         first_row: usize,
         inputs: usize,

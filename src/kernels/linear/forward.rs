@@ -5,10 +5,13 @@ use crate::kernels::{
     buffer::{Shared, with_scratch},
     matrix::{PANEL, Panel},
     pack::{pack_transposed, panel_width},
-    tile::{Block, Element, Factors, Start},
+    tile::{Block, Element, Factors, Start, WidePair},
 };
 
-use super::{LowRank, NARROW_ROWS, part_of};
+use super::{
+    LowRank, NARROW_ROWS, part_of,
+    rows::{Rows, with_rows},
+};
 
 /// One of the layers that read the same input.
 pub(crate) struct Layer<'a, F> {
@@ -47,17 +50,23 @@ where
     let panels: usize = layers.iter().map(|layer| layer.weight.panels()).sum();
     let blocks = rows.div_ceil(BLOCK_ROWS);
     let groups = (team.width() * TASKS_PER_THREAD).div_ceil(blocks).min(panels);
+    let inputs = layers[0].weight.in_features();
+    let rounds = layers.iter().any(|layer| layer.weight.rounds_inputs());
     team.run(blocks * groups, |task| {
         let block = part_of(rows, blocks, task / groups);
-        let mut first = 0;
         let group = part_of(panels, groups, task % groups);
-        for layer in layers {
-            let last = first + layer.weight.panels();
-            for panel in group.start.max(first)..group.end.min(last) {
-                layer.panel(x, segments, block.clone(), panel - first);
+        let x = &x[block.start * inputs..block.end * inputs];
+        with_rows(x, inputs, inputs, rounds, |plain, rounded| {
+            let mut first = 0;
+            for layer in layers {
+                let last = first + layer.weight.panels();
+                let x = if layer.weight.rounds_inputs() { rounded } else { plain };
+                for panel in group.start.max(first)..group.end.min(last) {
+                    layer.panel(x, segments, block.clone(), panel - first);
+                }
+                first = last;
             }
-            first = last;
-        }
+        });
     });
 }
 
@@ -143,42 +152,53 @@ where
         }
     }
 
-    /// One panel of outputs for a block of rows.
-    fn panel(&self, x: &[f32], segments: &[Range<usize>], rows: Range<usize>, panel: usize) {
-        match self.weight.panel(panel) {
-            Panel::F32(weights) => self.outputs(x, segments, rows, panel, weights),
+    /// One panel of outputs for a block of rows, `x`.
+    fn panel(&self, x: Rows<'_>, segments: &[Range<usize>], rows: Range<usize>, panel: usize) {
+        let weights = self.weight.panel(panel);
+        let inputs = self.weight.in_features();
+        let x = match x {
+            Rows::Pairs(pairs) => {
+                let Panel::Bf16(weights) = weights else { unreachable!("only bf16 rounds its inputs") };
+                return self.outputs(pairs, inputs.div_ceil(2), segments, rows, panel, weights);
+            }
+            Rows::F32 { values, .. } => values,
+        };
+        match weights {
+            Panel::F32(weights) => self.outputs(x, inputs, segments, rows, panel, weights),
             // Widened in registers for a few rows; for more, once for all of them.
-            weights if rows.len() > TALLEST_TILE => with_scratch(self.weight.in_features() * PANEL, |wide| {
+            weights if rows.len() > TALLEST_TILE => with_scratch(inputs * PANEL, |wide| {
                 weights.widen(wide);
-                self.outputs(x, segments, rows, panel, wide);
+                self.outputs(x, inputs, segments, rows, panel, wide);
             }),
-            Panel::Bf16(weights) => self.outputs(x, segments, rows, panel, weights),
-            Panel::FourBits(blocks) => self.outputs(x, segments, rows, panel, blocks),
-            Panel::EightBits(blocks) => self.outputs(x, segments, rows, panel, blocks),
+            Panel::Bf16(weights) => self.outputs(x, inputs, segments, rows, panel, WidePair::of(weights)),
+            Panel::FourBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
+            Panel::EightBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
         }
     }
 
+    /// The same with weights of one kind; rows of `x` have `row_len` elements.
     fn outputs<E: Element>(
         &self,
-        x: &[f32],
+        x: &[E::Input],
+        row_len: usize,
         segments: &[Range<usize>],
         rows: Range<usize>,
         panel: usize,
         weights: &[E],
     ) {
-        let (inputs, outputs) = (self.weight.in_features(), self.weight.out_features());
+        let outputs = self.weight.out_features();
         let column = panel * PANEL;
         let columns = PANEL.min(outputs - column);
-        let base = |rows: &Range<usize>| Block {
+        let base = Block {
             rows: rows.len(),
             columns,
             product: Factors {
-                a: x[rows.start * inputs..rows.end * inputs].as_ptr(),
-                a_row: inputs,
+                a: x[..rows.len() * row_len].as_ptr(),
+                a_row: row_len,
                 a_step: 1,
                 b: weights.as_ptr(),
                 b_step: PANEL,
-                depth: inputs,
+                depth: row_len,
             },
             second: None,
             c: self.y.at(rows.start * outputs + column),
@@ -188,25 +208,28 @@ where
         // All rows of one adapter: one pass. Else the base for all, then what each adds; parking a
         // sum between the two changes no bit of it.
         if let [_] = segments {
-            let up = (self.low_rank)(0).map(|low_rank| (low_rank, rows.clone()));
+            let up = (self.low_rank)(0).map(|low_rank| (low_rank, rows));
             self.with_up(up, column, columns, |second| {
                 // SAFETY: x has these rows, a panel of the matrix is 32 wide, and no other task
                 // has these rows and columns of this layer.
-                unsafe { Block { second, ..base(&rows) }.compute() }
+                unsafe { Block { second, ..base }.compute() }
             });
             return;
         }
         // SAFETY: as above.
-        unsafe { base(&rows).compute() };
+        unsafe { base.compute() };
         for (index, segment) in segments.iter().enumerate() {
             let rows = segment.start.max(rows.start)..segment.end.min(rows.end);
             if let (Some(low_rank), false) = ((self.low_rank)(index), rows.is_empty()) {
-                self.with_up(Some((low_rank, rows.clone())), column, columns, |up| {
-                    // SAFETY: as above; the sums that it starts from have just been written.
+                let c = self.y.at(rows.start * outputs + column);
+                let (count, c_row) = (rows.len(), outputs);
+                self.with_up(Some((low_rank, rows)), column, columns, |up| {
                     let Some(product) = up else { return };
-                    let Block { rows, columns, c, c_row, .. } = base(&rows);
                     let start = Start::Stored;
-                    unsafe { Block { rows, columns, product, second: None, c, c_row, start }.compute() }
+                    // SAFETY: as above; the sums that it starts from have just been written.
+                    unsafe {
+                        Block { rows: count, columns, product, second: None, c, c_row, start }.compute()
+                    }
                 });
             }
         }

@@ -2,10 +2,13 @@
 //!
 //! Layers that read the same input (queries, keys and values; gate and up) are computed together,
 //! so that a team meets seldom. Rows may belong to different adapters: they come in segments.
-//! Work is split over rows and outputs only.
+//! Work is split over rows and outputs only. Weights that [round their inputs](super::WeightDtype::Bf16) do so
+//! for `W x` and its gradient `dy W` alone.
 
 mod backward;
 mod forward;
+mod rounded;
+mod rows;
 
 use std::ops::Range;
 

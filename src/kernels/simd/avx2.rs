@@ -2,8 +2,6 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
-
 use super::Simd;
 
 /// Proof that the CPU has AVX2 and FMA.
@@ -46,12 +44,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
+    fn widen_pairs(self, pairs: Self::V) -> [Self::V; 2] {
         unsafe {
-            [0, 8].map(|half| {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(half).cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            })
+            let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let bits = pairs.map(|half| _mm256_castps_si256(half));
+            [
+                bits.map(|half| _mm256_castsi256_ps(_mm256_and_si256(half, upper))),
+                bits.map(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(half))),
+            ]
         }
     }
 

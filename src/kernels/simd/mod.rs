@@ -15,8 +15,6 @@ mod plain;
 
 use std::sync::OnceLock;
 
-use half::bf16;
-
 #[cfg(target_arch = "x86_64")]
 use self::{avx2::Avx2, avx512::Avx512};
 use plain::Plain;
@@ -27,6 +25,9 @@ pub(crate) const LANES: usize = 16;
 /// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Path {
+    /// AVX-512, and AVX512-BF16 for products of bf16 with bf16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -59,12 +60,15 @@ pub(crate) trait Simd: Copy {
     /// 16 values must be readable at `from`.
     unsafe fn load(self, from: *const f32) -> Self::V;
 
-    /// 16 values widened, which loses nothing.
-    ///
-    /// # Safety
-    ///
-    /// 16 values must be readable at `from`.
-    unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
+    /// The upper and the lower halves of 16 [pairs](crate::kernels::pair), whose bits the lanes are, widened.
+    fn widen_pairs(self, pairs: Self::V) -> [Self::V; 2];
+
+    /// `sum` plus the product of the upper halves of two pairs, plus that of the lower; each rounded once.
+    #[inline(always)]
+    fn dot_pairs(self, a: Self::V, b: Self::V, sum: Self::V) -> Self::V {
+        let ([a_upper, a_lower], [b_upper, b_lower]) = (self.widen_pairs(a), self.widen_pairs(b));
+        self.fma(a_lower, b_lower, self.fma(a_upper, b_upper, sum))
+    }
 
     /// The low (`half` 0) or high (1) halves of 16 bytes, as numbers.
     fn read_nibbles(self, bytes: &[u8; LANES], half: usize) -> Self::V;
@@ -162,7 +166,7 @@ pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
 pub(crate) fn run_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")]
-    fn avx512<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+    fn avx512<K: Kernel>(s: Avx512<false>, kernel: K) -> K::Output {
         kernel.run(s)
     }
     #[cfg(target_arch = "x86_64")]
@@ -174,7 +178,7 @@ pub(crate) fn run_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
     match path {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Path::best` and `Path::available` name only what the CPU has.
-        Path::Avx512 => unsafe { avx512(Avx512::new(), kernel) },
+        Path::Avx512Bf16 | Path::Avx512 => unsafe { avx512(Avx512::new(), kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Path::Avx2 => unsafe { avx2(Avx2::new(), kernel) },
@@ -182,10 +186,53 @@ pub(crate) fn run_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
     }
 }
 
-/// Name of the kernel path of this process: `avx512`, `avx2`, `neon` or `scalar`. The fastest of the
-/// machine, unless another was chosen.
+/// Runs a kernel of [`Simd::dot_pairs`] on a path of [`Path::available`]: one instruction where the path
+/// [has it](has_dot), the same bits in several elsewhere.
+#[inline]
+pub(crate) fn run_dot_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma")]
+    fn avx512_bf16<K: Kernel>(s: Avx512<true>, kernel: K) -> K::Output {
+        kernel.run(s)
+    }
+    debug_assert!(path.is_available());
+    match path {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as in `run_on`.
+        Path::Avx512Bf16 => unsafe { avx512_bf16(Avx512::new(), kernel) },
+        path => run_on(path, kernel),
+    }
+}
+
+/// The same on this machine's best path.
+#[inline]
+pub(crate) fn run_dot<K: Kernel>(kernel: K) -> K::Output {
+    run_dot_on(Path::best(), kernel)
+}
+
+/// Whether this process multiplies pairs with an instruction of their own. Else f32 are faster.
+pub(crate) fn has_dot() -> bool {
+    match Path::best() {
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx512Bf16 => true,
+        _ => false,
+    }
+}
+
+/// Name of the kernel path of this process: `avx512_bf16`, `avx512`, `avx2`, `neon` or `scalar`. The fastest of
+/// the machine, unless another was chosen.
 pub fn path() -> &'static str {
     Path::best().name()
+}
+
+/// Name of the bits that this process computes: machines on which it differs may differ in their last bits.
+/// The instruction of `avx512_bf16` has the bits of `avx512` without it.
+pub fn numerics() -> &'static str {
+    match Path::best() {
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx512Bf16 => Path::Avx512.name(),
+        path => path.name(),
+    }
 }
 
 /// Names of the kernel paths that this machine has, the fastest first.
@@ -207,6 +254,8 @@ impl Path {
     /// From the fastest to the slowest.
     const ALL: &[Self] = &[
         #[cfg(target_arch = "x86_64")]
+        Self::Avx512Bf16,
+        #[cfg(target_arch = "x86_64")]
         Self::Avx512,
         #[cfg(target_arch = "x86_64")]
         Self::Avx2,
@@ -215,6 +264,8 @@ impl Path {
 
     fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => "avx512_bf16",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -236,6 +287,13 @@ impl Path {
 
     fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                is_x86_feature_detected!("avx512bf16")
+                    && Self::Avx512.is_available()
+                    // SAFETY: the CPU has both, as just asked.
+                    && unsafe { avx512::dot_is_a_chain() }
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")

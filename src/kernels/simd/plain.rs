@@ -3,10 +3,6 @@
 //! On aarch64, where NEON and fused products are always there, it makes vector code of them.
 //! Elsewhere a fused product may be a call into the C library: right, and slow.
 
-use half::bf16;
-
-use crate::kernels::pack::Widen;
-
 use super::{LANES, Simd};
 
 #[derive(Clone, Copy)]
@@ -37,9 +33,9 @@ impl Simd for Plain {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16(self, from: *const bf16) -> V {
-        // SAFETY: the caller's promise; an array of bf16 has the alignment of one.
-        unsafe { from.cast::<[bf16; LANES]>().read() }.map(Widen::widen)
+    fn widen_pairs(self, pairs: V) -> [V; 2] {
+        let upper = pairs.map(|pair| f32::from_bits(pair.to_bits() & 0xffff_0000));
+        [upper, pairs.map(|pair| f32::from_bits(pair.to_bits() << 16))]
     }
 
     #[inline(always)]

@@ -125,7 +125,7 @@ fn every_path_reads_codes_alike() {
     }
 }
 
-fn product<E: Element>(path: Path, a: &[f32], b: &[E], c: &mut [f32]) {
+fn product<E: Element<Input = f32>>(path: Path, a: &[f32], b: &[E], c: &mut [f32]) {
     let depth = a.len() / (c.len() / 32);
     let product = Factors { a: a.as_ptr(), a_row: depth, a_step: 1, b: b.as_ptr(), b_step: 32, depth };
     let (rows, start) = (c.len() / 32, Start::Zero);

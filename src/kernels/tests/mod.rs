@@ -5,7 +5,7 @@ mod gradients;
 mod products;
 
 /// `len` numbers in ±1 that look random (the finaliser of splitmix64).
-fn noise(seed: u64, len: usize) -> Vec<f32> {
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<f32> {
     let number = |i| {
         let mut z = (seed << 32 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -3,10 +3,11 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::kernels::{
-    CoreBudget, Layer, LowRank, Matrix, Priority, Shared, Team, WeightDtype, linear,
-    pack::Widen,
-    simd::{Path, run_on},
-    tile::{Block, Factors, Start},
+    Adapted, CoreBudget, Gradients, Layer, LowRank, Matrix, Priority, Shared, Team, WeightDtype, linear,
+    linear_backward,
+    pair::{Pair, round_input, round_to_pairs, round_weight},
+    simd::{Path, run_dot_on, run_on},
+    tile::{Block, Factors, Start, WidePair},
 };
 
 use super::{bits, noise};
@@ -21,13 +22,41 @@ struct Shape {
     inputs: usize,
     outputs: usize,
     rank: usize,
-    dtype: WeightDtype,
+    kind: Kind,
+}
+
+/// How weights are held, and what they are multiplied with.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    F32,
+    /// As bf16, multiplied with f32.
+    HeldAsBf16,
+    /// As bf16, multiplied with bf16.
+    Bf16,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::F32, Self::HeldAsBf16, Self::Bf16];
+
+    fn matrix(self, outputs: usize, inputs: usize, rows: &[f32]) -> Matrix {
+        match self {
+            Self::F32 => Matrix::from_rows(outputs, inputs, rows),
+            Self::HeldAsBf16 => Matrix::from_bf16(outputs, inputs, rows),
+            Self::Bf16 => Matrix::with_dtype(WeightDtype::Bf16, outputs, inputs, rows),
+        }
+    }
+
+    /// What a product takes of a value.
+    fn input(self, value: f32) -> f32 {
+        if self == Self::Bf16 { round_input(value) } else { value }
+    }
 }
 
 impl Shape {
     /// As they are once they are stored.
     fn weights(&self) -> Vec<f32> {
-        noise(1, self.inputs * self.outputs).into_iter().map(|weight| self.dtype.round(weight)).collect()
+        let dtype = if self.kind == Kind::F32 { WeightDtype::F32 } else { WeightDtype::Bf16 };
+        noise(1, self.inputs * self.outputs).into_iter().map(|weight| dtype.round(weight)).collect()
     }
 
     fn adapter(&self, seed: u64) -> (Vec<f32>, Vec<f32>) {
@@ -43,7 +72,7 @@ impl Shape {
         team: &Team,
     ) -> Vec<f32> {
         let rows = x.len() / self.inputs;
-        let weight = Matrix::with_dtype(self.dtype, self.outputs, self.inputs, &self.weights());
+        let weight = self.kind.matrix(self.outputs, self.inputs, &self.weights());
         let mut y = vec![f32::NAN; rows * self.outputs];
         let mut low = vec![f32::NAN; rows * self.rank];
         let layer = Layer {
@@ -65,8 +94,9 @@ impl Shape {
         let low: Option<Vec<f32>> =
             adapter.map(|(a, _)| a.chunks(self.inputs).map(|a| 2.0 * chain(x, a)).collect());
         let weights = self.weights();
+        let inputs: Vec<f32> = x.iter().map(|value| self.kind.input(*value)).collect();
         let outputs = weights.chunks(self.inputs).enumerate().map(|(output, w)| {
-            let base = chain(x, w);
+            let base = chain(&inputs, w);
             match (&low, adapter) {
                 (Some(low), Some((_, b))) => {
                     let b = &b[output * self.rank..][..self.rank];
@@ -83,8 +113,8 @@ impl Shape {
 const SIZES: [[usize; 3]; 3] = [[5, 3, 2], [33, 70, 16], [64, 49, 37]];
 
 fn shapes() -> impl Iterator<Item = Shape> {
-    let of = |dtype| SIZES.map(|[inputs, outputs, rank]| Shape { inputs, outputs, rank, dtype });
-    [WeightDtype::F32, WeightDtype::Bf16].into_iter().flat_map(of)
+    let of = |kind| SIZES.map(|[inputs, outputs, rank]| Shape { inputs, outputs, rank, kind });
+    Kind::ALL.into_iter().flat_map(of)
 }
 
 #[test]
@@ -155,21 +185,129 @@ fn every_path_gives_the_same_bits() {
 #[test]
 fn every_path_widens_without_loss() {
     let all: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|value| value.is_finite()).collect();
-    let one = [1.0f32];
     for path in Path::available() {
-        for line in all.chunks_exact(32) {
-            let mut c = [f32::NAN; 32];
-            let product =
-                Factors { a: one.as_ptr(), a_row: 1, a_step: 1, b: line.as_ptr(), b_step: 32, depth: 1 };
-            let (columns, start) = (32, Start::Zero);
-            run_on(
-                path,
-                Block { rows: 1, columns, product, second: None, c: c.as_mut_ptr(), c_row: 32, start },
-            );
-            let expected: Vec<f32> = line.iter().map(|value| value.to_f32()).collect();
-            // A sum that starts at +0 has no -0.
-            assert!(c.iter().zip(&expected).all(|(found, expected)| found == expected), "{path:?}");
-            assert!(line.iter().all(|value| value.widen().to_bits() == value.to_f32().to_bits()));
+        for lines in all.chunks_exact(64) {
+            let (upper, lower) = lines.split_at(32);
+            let pairs: Vec<Pair> = upper.iter().zip(lower).map(|(u, l)| Pair::new(*u, *l)).collect();
+            for (x, expected) in [([1.0f32, 0.0], upper), ([0.0, 1.0], lower)] {
+                let mut c = [f32::NAN; 32];
+                let b = WidePair::of(&pairs).as_ptr();
+                let product = Factors { a: x.as_ptr(), a_row: 2, a_step: 1, b, b_step: 32, depth: 2 };
+                let (columns, start, to) = (32, Start::Zero, c.as_mut_ptr());
+                run_on(path, Block { rows: 1, columns, product, second: None, c: to, c_row: 32, start });
+                let expected: Vec<f32> = expected.iter().map(|value| value.to_f32()).collect();
+                // A sum that starts at +0 has no -0.
+                assert!(c.iter().zip(&expected).all(|(found, expected)| found == expected), "{path:?}");
+            }
+        }
+    }
+}
+
+/// Tiles of every height on every path, with numbers of all sizes that may pass: the least, whose products are
+/// the least that are normal, and sums that cancel; with and without the instruction for pairs.
+#[test]
+fn every_path_multiplies_pairs_as_a_chain() {
+    let (depth, rows) = (43, 14);
+    let wild = |seed, len: usize, least: i32| -> Vec<f32> {
+        let exponents =
+            noise(seed + 100, len).into_iter().map(|value| least / 2 + (value * (least as f32) / 2.0) as i32);
+        noise(seed, len)
+            .into_iter()
+            .zip(exponents)
+            .map(|(value, exponent)| value * (exponent as f32).exp2())
+            .collect()
+    };
+    for scale in [0, -72] {
+        let x = wild(1, rows * depth, scale);
+        let w: Vec<bf16> = wild(2, 32 * depth, scale.max(-40)).into_iter().map(round_weight).collect();
+        let mut x_pairs = vec![Pair::default(); rows * depth.div_ceil(2)];
+        round_to_pairs(&x, depth, depth, &mut x_pairs);
+        let zero = bf16::ZERO;
+        let w_pairs: Vec<Pair> = (0..depth.div_ceil(2))
+            .flat_map(|p| (0..32).map(move |j| (p, j)))
+            .map(|(p, j)| Pair::new(w[2 * p * 32 + j], *w.get((2 * p + 1) * 32 + j).unwrap_or(&zero)))
+            .collect();
+        let expected: Vec<f32> = (0..rows * 32)
+            .map(|place| {
+                let terms = (0..depth).map(|k| (x[place / 32 * depth + k], w[k * 32 + place % 32].to_f32()));
+                terms.fold(0.0, |sum, (x, w)| round_input(x).mul_add(w, sum))
+            })
+            .collect();
+        assert!(expected.iter().all(|sum| *sum == 0.0 || sum.is_normal()), "no sum is subnormal");
+        for path in Path::available() {
+            for height in 1..=rows {
+                let mut c = vec![f32::NAN; height * 32];
+                let (a, b) = (x_pairs.as_ptr(), w_pairs.as_ptr());
+                let lines = depth.div_ceil(2);
+                let product = Factors { a, a_row: lines, a_step: 1, b, b_step: 32, depth: lines };
+                let (to, start) = (c.as_mut_ptr(), Start::Zero);
+                run_dot_on(
+                    path,
+                    Block { rows: height, columns: 32, product, second: None, c: to, c_row: 32, start },
+                );
+                assert_eq!(bits(&c), bits(&expected[..height * 32]), "{path:?}, {height} rows, 2^{scale}");
+            }
+        }
+    }
+}
+
+/// `dx = Σ bf16(dy) W + d_low A`: first the products with the weights of all layers, then those of the adapters.
+#[test]
+fn a_rounded_gradient_has_the_bits_of_its_definition() {
+    let budget = CoreBudget::new(3);
+    let lease = budget.lease(3, Priority::Training);
+    let rank = 3;
+    // More outputs than are transposed at a time, an odd number of them, and panels that are not full.
+    for (inputs, outputs) in [(5, [3, 70]), (70, [33, 1061])] {
+        let weights = outputs.map(|outputs| {
+            let rows = noise(outputs as u64, outputs * inputs);
+            rows.into_iter().map(|weight| WeightDtype::Bf16.round(weight)).collect::<Vec<_>>()
+        });
+        let matrices = [0, 1].map(|i| Kind::Bf16.matrix(outputs[i], inputs, &weights[i]));
+        for rows in [1, 2, 37, 300] {
+            let x = noise(2, rows * inputs);
+            let dy = outputs.map(|outputs| noise(3 + outputs as u64, rows * outputs));
+            let [a, low] = [noise(5, rank * inputs), noise(6, rows * rank)];
+            let b = outputs.map(|outputs| noise(7, outputs * rank));
+            let mut expected = vec![0.0f32; rows * inputs];
+            let sums = expected.chunks_mut(inputs).enumerate();
+            let d_low = |i: usize, row: usize, r: usize| {
+                let dy = &dy[i][row * outputs[i]..][..outputs[i]];
+                2.0 * dy.iter().enumerate().fold(0.0, |sum: f32, (n, dy)| dy.mul_add(b[i][n * rank + r], sum))
+            };
+            for (row, sums) in sums {
+                for i in 0..2 {
+                    for n in 0..outputs[i] {
+                        let dy = round_input(dy[i][row * outputs[i] + n]);
+                        let w = &weights[i][n * inputs..][..inputs];
+                        sums.iter_mut().zip(w).for_each(|(sum, w)| *sum = dy.mul_add(*w, *sum));
+                    }
+                }
+                for i in 0..2 {
+                    for r in 0..rank {
+                        let (d, a) = (d_low(i, row, r), &a[r * inputs..][..inputs]);
+                        sums.iter_mut().zip(a).for_each(|(sum, a)| *sum = d.mul_add(*a, *sum));
+                    }
+                }
+            }
+            for team in [&Team::solo(), lease.team()] {
+                let mut dx = vec![f32::NAN; rows * inputs];
+                let mut own = [0, 1].map(|i| {
+                    (vec![0.0; rows * rank], vec![0.0; rank * inputs], vec![0.0; outputs[i] * rank])
+                });
+                let layers: Vec<Gradients<'_>> = own
+                    .iter_mut()
+                    .enumerate()
+                    .map(|(i, (d_low, d_a, d_b))| {
+                        let low_rank = LowRank { a: &a, b: &b[i], rank, scale: 2.0 };
+                        let [d_low, d_a, d_b] = [d_low, d_a, d_b].map(|values| Shared::new(values));
+                        let adapted = Some(Adapted { low_rank, low: &low, d_low, d_a, d_b });
+                        Gradients { weight: &matrices[i], dy: &dy[i], adapted }
+                    })
+                    .collect();
+                linear_backward(&x, rows, &layers, Some(Shared::new(&mut dx)), team);
+                assert_eq!(bits(&dx), bits(&expected), "{inputs} inputs, {rows} rows");
+            }
         }
     }
 }

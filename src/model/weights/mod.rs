@@ -351,8 +351,17 @@ pub(super) fn load(
                 }
             };
         }
-        let dtype = if held == Stored::Bf16 { WeightDtype::Bf16 } else { dtype };
-        Ok(Matrix::with_dtype(dtype, outputs, inputs, &values(weight)?))
+        let values = values(weight)?;
+        // Rounded scores would send rows to other experts, and the router is small.
+        let is_router = matches!(weight, Weight::Layer(_, LayerWeight::Router));
+        Ok(match (held, dtype) {
+            (Stored::Bf16, WeightDtype::Bf16) if is_router => {
+                let rounded: Vec<f32> = values.iter().map(|value| dtype.round(*value)).collect();
+                Matrix::from_bf16(outputs, inputs, &rounded)
+            }
+            (Stored::Bf16, WeightDtype::F32) => Matrix::from_bf16(outputs, inputs, &values),
+            _ => Matrix::with_dtype(dtype, outputs, inputs, &values),
+        })
     };
     let layer = |layer: usize| -> Result<LayerWeights, ModelError> {
         let values = |weight| values(Weight::Layer(layer, weight));
@@ -418,11 +427,11 @@ fn tied_head(config: &ModelConfig, source: &impl TensorSource, embed: &Matrix) -
     Ok(embed.clone())
 }
 
-/// Whether the matrix was made of `rows`.
+/// Whether the matrix was made of `rows`, of which it may be the rounded values.
 fn holds(matrix: &Matrix, rows: &[f32]) -> bool {
     let (mut row, dtype) = (vec![0.0; matrix.in_features()], matrix.dtype());
     rows.chunks_exact(matrix.in_features()).enumerate().all(|(output, expected)| {
         matrix.copy_row(output, &mut row);
-        row.iter().zip(expected).all(|(row, expected)| *row == dtype.round(*expected))
+        row.iter().zip(expected).all(|(row, expected)| row == expected || *row == dtype.round(*expected))
     })
 }
