@@ -27,7 +27,7 @@ pub(crate) const PANEL: usize = 32;
 ///   …
 /// ```
 ///
-/// Of bf16 two inputs are a line, an output's weights side by side as a [pair](super::pair).
+/// Of bf16 two inputs are a line, an output's weights side by side as a pair (`kernels/pair.rs`).
 ///
 /// So a product with one row, as in decoding, reads memory once from front to back and needs no
 /// horizontal sum, and one with a thousand rows needs no packing. The transposed product of the
