@@ -182,8 +182,10 @@ impl Reduction<'_> {
         let (all_contributions, all_sums) = (self.pieces.count(self.me), self.pieces.count(rank));
         let (mut contributions, mut sums) = (0, 0);
         while contributions < all_contributions || sums < all_sums {
+            let tag = receive_tag(call, from, rank).await?;
+            // Looked at behind the waiting: meanwhile a third rank's piece may have had some added up.
             let held = self.board.borrow().arrived[other].len();
-            match receive_tag(call, from, rank).await? {
+            match tag {
                 (CONTRIBUTION, piece)
                     if piece == contributions && piece < all_contributions && held < CREDIT =>
                 {
@@ -203,7 +205,9 @@ impl Reduction<'_> {
                     self.changed.notify_waiters();
                 }
                 (kind, piece) => {
-                    return Err(call.mismatch(rank, format!("piece {piece} of kind {kind} is out of turn")));
+                    let place = format!("{contributions} contributions ({held} held) and {sums} sums");
+                    let problem = format!("piece {piece} of kind {kind} is out of turn after {place}");
+                    return Err(call.mismatch(rank, problem));
                 }
             }
         }
