@@ -84,12 +84,17 @@ impl ModelConfig {
     /// `[head_dim / 2]`: `theta^(-2i/d)`, scaled.
     pub fn rope_frequencies(&self) -> Vec<f32> {
         let frequency = |i: usize| {
-            let exponent = (2 * i) as f64 / self.head_dim as f64;
-            let plain = 1.0 / f64::from(self.rope_theta).powf(exponent);
+            let plain = self.plain_frequency(i);
             // Without scaling the bits stay those of the plain frequency: x / 1.0 = x.
             (plain / self.rope_scaling.divisor(i, plain)) as f32
         };
         (0..self.head_dim / 2).map(frequency).collect()
+    }
+
+    /// Of pair `i`, before any scaling.
+    fn plain_frequency(&self, i: usize) -> f64 {
+        let exponent = (2 * i) as f64 / self.head_dim as f64;
+        1.0 / f64::from(self.rope_theta).powf(exponent)
     }
 
     /// The scaling, with divisors brought to the factors that make them where these are known: llama.cpp's
@@ -104,9 +109,8 @@ impl ModelConfig {
             original_positions: 8192,
         };
         let agrees = |(i, divisor): (usize, &f32)| {
-            let plain = 1.0 / f64::from(self.rope_theta).powf((2 * i) as f64 / self.head_dim as f64);
             // The converter rounds to f32.
-            (llama_3.divisor(i, plain) / f64::from(*divisor) - 1.0).abs() < 1e-5
+            (llama_3.divisor(i, self.plain_frequency(i)) / f64::from(*divisor) - 1.0).abs() < 1e-5
         };
         if divisors.iter().enumerate().all(agrees) { llama_3 } else { self.rope_scaling.clone() }
     }

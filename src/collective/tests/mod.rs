@@ -1,14 +1,15 @@
 //! Every implementation against the reference, to the bit; then what goes wrong, on each of them.
 
+mod quic;
+
 use std::{
     collections::HashSet,
     process::{Child, Command, Stdio},
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use super::{exchange::Exchanged, quic::Quic, shared_memory::SharedMemory, *};
+use super::{exchange::Exchanged, shared_memory::SharedMemory, *};
 use crate::{
     protocol::{Epoch, Generation, NodeId, OperationSeq, RankSeat, StreamOpen, decode},
     transport::{ClusterCa, Connection, Endpoint, MemoryNetwork, Role},
@@ -464,37 +465,4 @@ fn nothing_stays_in_shared_memory() {
     });
     on_each(&mut ranks, |rank| operation(rank, 1, &[1, 2, 3], 100));
     assert_eq!(left_behind(&name), HashSet::new(), "while the rank set lives");
-}
-
-#[test]
-fn a_stream_may_come_before_its_rank_or_after() {
-    let runtime = runtime();
-    let network = MemoryNetwork::default();
-    let (a, b) = ("a", "b");
-    let (a, b) = [a, b].map(|n| Endpoint::memory(&network, Role::Node, n).unwrap()).into();
-    let inboxes: [CollectiveInbox; 2] = Default::default();
-    for (endpoint, inbox) in [&a, &b].into_iter().zip(&inboxes) {
-        runtime.spawn(serve(endpoint.clone(), inbox.clone()));
-    }
-    let addresses = [a.local_address(), b.local_address()];
-    let roster = Arc::new(roster(&["x", "y"], &addresses));
-    for late in [0, 1] {
-        let key =
-            move |from, to| StreamKey { run: RUN, epoch: Epoch(1), generation: Generation(late), from, to };
-        let joined = thread::scope(|scope| {
-            let joining = [&a, &b].into_iter().zip(&inboxes).zip(0..).map(|((endpoint, inbox), me)| {
-                let (roster, handle) = (roster.clone(), runtime.handle().clone());
-                scope.spawn(move || {
-                    if me == late {
-                        thread::sleep(Duration::from_millis(50));
-                    }
-                    Quic::join(&roster, RankIndex(me), key, endpoint, inbox, handle, soon())
-                        .map(Exchanged::new)
-                })
-            });
-            joining.collect::<Vec<_>>().into_iter().map(|j| j.join().unwrap().unwrap()).collect::<Vec<_>>()
-        });
-        let mut ranks: Vec<Box<dyn Collective>> = joined.into_iter().map(|j| Box::new(j) as _).collect();
-        on_each(&mut ranks, |rank| operation(rank, 1, &[1, 2, 3], 100));
-    }
 }
