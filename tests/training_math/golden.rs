@@ -22,10 +22,16 @@ use safetensors::{Dtype, SafeTensors};
 /// left out, or stands elsewhere, shows as 3e-3 in logits and up to 1 in gradients of experts.
 const BF16_SLACK: f64 = 100.0;
 
+/// From a seed that nobody has looked at, four of which had logits up to 1.5e-3 apart. It only has to tell roundings from
+/// mistakes; the committed seed's numbers, which are the same bits on every CPU, tell the rest.
+const FRESH_BF16_SLACK: f64 = 1_000.0;
+
 /// One family's model and reference values.
 pub struct Golden {
     pub family: String,
     pub directory: PathBuf,
+    /// Of `LOCKSTEP_GOLDENS`.
+    is_fresh: bool,
     pub dtype: WeightDtype,
     pub model: BaseModel,
     pub file: GoldenFile,
@@ -73,20 +79,26 @@ pub struct Step {
     pub grad_norm: f64,
 }
 
-/// The committed families, and those of `LOCKSTEP_GOLDENS`.
+/// The committed families, and those of `LOCKSTEP_GOLDENS`: all but mixtures in bf16, where a rounding may send a token to
+/// another expert, which no tolerance covers.
 pub fn goldens() -> impl Iterator<Item = Golden> {
     let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
     let fresh = std::env::var_os("LOCKSTEP_GOLDENS").map(PathBuf::from);
     let mut families = Vec::new();
-    for root in [Some(committed), fresh].into_iter().flatten() {
+    for (root, is_fresh) in [(Some(committed), false), (fresh, true)] {
+        let Some(root) = root else { continue };
         let entries = std::fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
         let paths = entries.map(|entry| entry.unwrap().path());
         let before = families.len();
-        families.extend(paths.filter(|path| path.join("golden.json").is_file()));
+        families.extend(paths.filter(|path| path.join("golden.json").is_file()).map(|path| (path, is_fresh)));
         assert!(families.len() > before, "no golden.json below {}", root.display());
     }
     families.sort();
-    families.into_iter().map(|path| Golden::load(&path))
+    let goldens = families.into_iter().map(|(path, is_fresh)| Golden { is_fresh, ..Golden::load(&path) });
+    goldens.filter(|golden| {
+        let is_mixture = golden.model.config.experts.is_some();
+        !(golden.is_fresh && is_mixture && golden.dtype == WeightDtype::Bf16)
+    })
 }
 
 impl Golden {
@@ -115,7 +127,8 @@ impl Golden {
             };
             (name, TensorData::new(values, dtype, view.shape().to_vec()).unwrap())
         });
-        Self { family, directory: directory.to_owned(), dtype, model, file, tensors: tensors.collect() }
+        let (directory, tensors) = (directory.to_owned(), tensors.collect());
+        Self { family, directory, is_fresh: false, dtype, model, file, tensors }
     }
 
     /// The same with the model on a GPU, if that covers it. Families of bf16 weights are left out: there a GPU
@@ -133,6 +146,7 @@ impl Golden {
     pub fn slack(&self) -> f64 {
         match self.dtype {
             WeightDtype::F32 => 1.0,
+            WeightDtype::Bf16 if self.is_fresh => FRESH_BF16_SLACK,
             WeightDtype::Bf16 => BF16_SLACK,
         }
     }

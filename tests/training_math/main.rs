@@ -36,8 +36,7 @@ const LOSS_TOLERANCE: f64 = 1e-5;
 const LOGPROB_TOLERANCE: f64 = 1e-5;
 /// On a tensor's gradient, in the Frobenius norm.
 const GRADIENT_TOLERANCE: f64 = 1e-4;
-/// On a tensor's weights, `‖a − b‖ / ‖b − b₀‖`: element by element nothing can be said, since
-/// Adam turns rounding noise in a near-zero gradient into a full step.
+/// On a tensor's weights, `‖a − b‖ / ‖b − b₀‖` over those elements that are [`settled`].
 const WEIGHT_TOLERANCE: f64 = 1e-4;
 
 /// Micro-batch budgets: everything in one, a few each, each sequence alone.
@@ -263,13 +262,36 @@ fn weights_after_optimiser_steps_agree() {
             );
             golden.for_each_tensor(&state.layout, |tensor, range| {
                 let key = format!("step.{number}.{tensor}");
-                let expected = floats(&golden.tensors[&key]);
                 let what = format!("{} {key}", golden.family);
-                let (found, origin) = (&state.weights[range.clone()], &initial[range]);
-                assert_near(&what, found, expected, Some(origin), WEIGHT_TOLERANCE * golden.slack());
+                let settled = settled(&golden, tensor);
+                let of_settled = |values: &[f32]| -> Vec<f32> {
+                    values
+                        .iter()
+                        .zip(&settled)
+                        .filter_map(|(value, settled)| settled.then_some(*value))
+                        .collect()
+                };
+                let (found, expected) = (&state.weights[range.clone()], floats(&golden.tensors[&key]));
+                let [found, expected, origin] = [found, expected, &initial[range]].map(of_settled);
+                let tolerance = WEIGHT_TOLERANCE * golden.slack();
+                assert_near(&what, &found, &expected, Some(&origin), tolerance);
             });
         }
     }
+}
+
+/// Which elements of a tensor have a sure first step. With a tiny eps that is the sign of a gradient, so one within
+/// noise of zero may take its weight by a whole step to either side.
+fn settled(golden: &Golden, tensor: &str) -> Vec<bool> {
+    let of_call = |call| floats(&golden.tensors[&format!("{call}.gradient.{tensor}")]).to_vec();
+    let gradients = golden.file.steps[0].calls.iter().map(of_call);
+    let first = gradients.reduce(|sum, more| sum.iter().zip(more).map(|(a, b)| a + b).collect());
+    let first = first.expect("a first step has gradients");
+    let mean_square = first.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>() / first.len() as f64;
+    let settled: Vec<bool> = first.iter().map(|g| f64::from(g.abs()) >= 1e-3 * mean_square.sqrt()).collect();
+    let unsure = settled.iter().filter(|settled| !**settled).count();
+    assert!(unsure * 8 <= settled.len(), "{} {tensor}: {unsure} of {}", golden.family, settled.len());
+    settled
 }
 
 /// Writes each family's adapter in PEFT's layout with the log-probabilities that it gives, for
