@@ -4,6 +4,7 @@ use std::{
     fs,
     net::{SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
+    time::{Duration, UNIX_EPOCH},
 };
 
 use anyhow::bail;
@@ -14,7 +15,7 @@ use lockstep::{
     pull,
     service::{COORDINATOR_PORT, ServiceError, run_here},
     store::{BlobStore, BucketLocation},
-    transport::{ClusterCa, Identity},
+    transport::{ClusterCa, Identity, TransportError, unix_now},
 };
 
 use super::{
@@ -30,6 +31,12 @@ const FREE_BYTES: u64 = 2 << 30;
 
 /// Clocks before this are wrong: certificates are valid from 2020 on, and tokens expire.
 const YEAR_2024: u64 = 1_704_067_200;
+
+/// The last that is written with four digits.
+const YEAR_9999: u64 = 253_370_764_800;
+
+/// A CA is changed in good time: half a year before its end, in seconds.
+const CA_NEAR_ITS_END: u64 = 183 * 86_400;
 
 mod gpu;
 
@@ -182,7 +189,7 @@ fn free_bytes(directory: &Path) -> Option<u64> {
     (!failed).then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
 }
 
-/// Whether the certificates of the data directory belong together.
+/// Whether the certificates of the data directory belong together, and until when they are good.
 fn trust(directory: &Path) -> Finding {
     let identities = directory.join("identity");
     let names = fs::read_dir(&identities).map_or_else(
@@ -198,22 +205,39 @@ fn trust(directory: &Path) -> Finding {
     if names.is_empty() {
         return Fine("no certificates yet; they are made at first start, or with a token".into());
     }
-    let ca = directory.join("ca").exists().then(|| ClusterCa::open_or_create(directory));
+    let ca = directory.join("ca").exists().then(|| {
+        let ca = ClusterCa::open_or_create(directory)?;
+        Ok::<_, TransportError>((ca.fingerprint(), ca.expires_at()?))
+    });
     let ca = match ca.transpose() {
-        Ok(ca) => ca.map(|ca| ca.fingerprint()),
+        Ok(ca) => ca,
         Err(error) => return Broken(error.to_string(), "restore DATA/ca from a backup".into()),
     };
+    let mut good_until = u64::MAX;
     for name in &names {
         let advice = || format!("delete {}/{name}.* and start again", identities.display());
         match Identity::load(&identities, name) {
             Err(error) => return Broken(error.to_string(), advice()),
-            Ok(identity) if ca.as_ref().is_some_and(|ca| *ca != identity.ca_fingerprint()) => {
+            Ok(identity) if ca.as_ref().is_some_and(|(ca, _)| *ca != identity.ca_fingerprint()) => {
                 return Broken(format!("the certificate of {name} is of another cluster"), advice());
             }
-            Ok(_) => {}
+            Ok(identity) => good_until = good_until.min(identity.validity().expires_at),
         }
     }
-    Fine(format!("certificates of {}", names.join(", ")))
+    let (mut said, now) =
+        (format!("certificates of {}, good until {}", names.join(", "), day(good_until)), unix_now());
+    let Some((_, ca_until)) = ca else { return Fine(said) };
+    said += &format!("; the cluster's CA until {}", day(ca_until));
+    match ca_until.saturating_sub(now) < CA_NEAR_ITS_END {
+        true => Poor(said, "change it before then: lockstep cluster rotate-ca"),
+        false => Fine(said),
+    }
+}
+
+/// As `2026-11-30`.
+fn day(unix_seconds: u64) -> String {
+    let time = UNIX_EPOCH + Duration::from_secs(unix_seconds.min(YEAR_9999));
+    humantime::format_rfc3339_seconds(time).to_string()[..10].to_owned()
 }
 
 fn port(kind: &str, port: u16, free: impl Fn(SocketAddr) -> bool) -> Finding {

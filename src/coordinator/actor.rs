@@ -218,8 +218,8 @@ impl Coordinator {
                     runtime.spawn(async move { actor.send(Happened(Event::Recalled { waiter, way })).await });
                 });
             }
-            Effect::Revoked { revocations } => {
-                tokio::spawn(self.doorkeeper.clone().shut_out(revocations, ctx.address()));
+            Effect::Revoked { revocations, waiter } => {
+                tokio::spawn(self.doorkeeper.clone().shut_out(revocations, waiter, ctx.address()));
             }
             Effect::FinishRotation => {
                 let (doorkeeper, actor) = (self.doorkeeper.clone(), ctx.address());

@@ -23,7 +23,7 @@ use crate::{
 
 use super::{
     actor::{Coordinator, Happened},
-    state::Event,
+    state::{Event, WaiterId},
 };
 
 /// How long a client whose certificate was revoked stays connected: the answer to its own request may be on its way.
@@ -143,9 +143,15 @@ impl Doorkeeper {
         Ok(())
     }
 
-    /// Refuses these from now on, and ends their connections.
-    pub(super) async fn shut_out(self: Arc<Self>, revocations: Vec<Revocation>, actor: Addr<Coordinator>) {
+    /// Refuses these from now on, has that answered, and ends their connections.
+    pub(super) async fn shut_out(
+        self: Arc<Self>,
+        revocations: Vec<Revocation>,
+        waiter: WaiterId,
+        actor: Addr<Coordinator>,
+    ) {
         self.refuse(revocations.clone(), &actor).await;
+        tell(&actor, Event::ShutOut { waiter }).await;
         let guests: Vec<Connection> = self.guests().values().cloned().collect();
         for connection in guests {
             let Some(proof) = connection.proof() else { continue };

@@ -109,7 +109,7 @@ fn a_data_directory_in_use_is_refused_and_left_alone() {
     assert!(body.starts_with("HTTP/1.1 404"), "{body}");
 }
 
-fn http_get(base: &str, path: &str) -> String {
+pub fn http_get(base: &str, path: &str) -> String {
     use std::io::Write;
     let address = base.strip_prefix("http://").expect("a URL");
     let mut stream = std::net::TcpStream::connect(address).expect("HTTP is served");

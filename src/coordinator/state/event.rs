@@ -39,6 +39,8 @@ pub enum Event {
     Generated { request: RequestId, attempt: u32, reply: Result<GenerateReply, String> },
     /// The answer to one [`Effect::Recall`].
     Recalled { waiter: WaiterId, way: Result<Way, JournalError> },
+    /// The end of one [`Effect::Revoked`]: whoever it concerns is refused, this machine's processes can show others.
+    ShutOut { waiter: WaiterId },
     /// A process has shown this certificate, or says that it has it.
     Certified(KnownCertificate),
     /// Which CA signs, by the SHA-256 of its certificate, and whether a former one is trusted beside it. At the
@@ -86,8 +88,8 @@ pub enum Effect {
     Ended(Ended),
     /// Look up how a run came to a step, after the appends before → [`Event::Recalled`].
     Recall { waiter: WaiterId, run: RunId, goal: Goal },
-    /// Refuse these and no others from now on, and end the connections that they concern.
-    Revoked { revocations: Vec<Revocation> },
+    /// Refuse these and no others from now on → [`Event::ShutOut`]; then end the connections that they concern.
+    Revoked { revocations: Vec<Revocation>, waiter: WaiterId },
     /// Trust the former CA no more → [`Event::Ca`].
     FinishRotation,
     /// Everything is durable and told: close the journal and end. The last effect ever.

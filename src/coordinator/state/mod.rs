@@ -225,6 +225,7 @@ impl State {
             Event::Appended { append, result } => self.appended(append, result),
             Event::Generated { request, attempt, reply } => self.generated(request, attempt, reply),
             Event::Recalled { waiter, way } => self.recalled(waiter, way),
+            Event::ShutOut { waiter } => self.shut_out(waiter),
             Event::Certified(known) => self.certified(known),
             Event::Ca { ca, rotating } => self.ca_is(ca, rotating),
             Event::Tick => self.tick(),

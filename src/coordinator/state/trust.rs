@@ -181,10 +181,14 @@ impl State {
         for id in self.nodes.keys().copied().collect::<Vec<_>>() {
             self.tell_revoked(id);
         }
-        // Its answer first: the connection that brings it may be one of those that end.
-        self.respond(waiter, ClientResponse::Cluster(self.cluster_status()));
         let revocations = self.trust.revocations();
-        self.effects.push(Effect::Revoked { revocations });
+        self.effects.push(Effect::Revoked { revocations, waiter });
+    }
+
+    /// Nobody gets in any more whose certificate was revoked, and this machine's processes have theirs anew. The
+    /// connection that brings the answer may be one of those that are ended now.
+    pub(super) fn shut_out(&mut self, waiter: WaiterId) {
+        self.respond(waiter, ClientResponse::Cluster(self.cluster_status()));
     }
 
     /// Nodes connect to one another, too.

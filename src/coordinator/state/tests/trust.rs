@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     coordinator::state::{Effect, Event},
     journal::{KnownCertificate, Record, Recovered},
-    protocol::{ClientRequest, ClientResponse, CoordinatorMessage, NodeId, TrustStatus},
+    protocol::{ClientRequest, ClientResponse, ClusterStatus, CoordinatorMessage, NodeId, TrustStatus},
     transport::{Revocation, Role},
     types::{Digest, ErrorKind},
 };
@@ -39,6 +39,21 @@ fn revoke(role: Option<&str>, name: &str) -> ClientRequest {
     ClientRequest::Revoke { role: role.map(str::to_owned), name: name.into() }
 }
 
+/// Revokes, and says what is answered, once the certificates are refused and not before.
+fn revoked(desk: &mut Desk, role: Option<&str>, name: &str) -> ClusterStatus {
+    let asking = desk.ask(revoke(role, name));
+    assert!(desk.answer(asking).is_none(), "answered before anybody is refused");
+    let Some(Effect::Revoked { revocations, waiter }) = desk.others.pop() else {
+        panic!("nobody is refused")
+    };
+    assert_eq!(revocations, desk.state.revocations());
+    desk.feed(Event::ShutOut { waiter });
+    match desk.answer(asking) {
+        Some(ClientResponse::Cluster(status)) => status.clone(),
+        other => panic!("not revoked: {other:?}"),
+    }
+}
+
 fn finishes(desk: &Desk) -> usize {
     desk.others.iter().filter(|effect| **effect == Effect::FinishRotation).count()
 }
@@ -50,14 +65,14 @@ fn a_revoked_node_loses_its_ranks_and_everyone_is_told() {
     certify(&mut desk, Role::Node, "node2", "first", 1);
     desk.sent.clear();
     let now_s = desk.now_ms / 1_000;
-    let ClientResponse::Cluster(status) = desk.asked(revoke(None, "node2")) else { panic!("not revoked") };
+    let status = revoked(&mut desk, None, "node2");
     assert_eq!(status.nodes.len(), 1);
     assert_eq!(status.trust.revoked, ["node node2"]);
     let (role, name) = (Role::Node, "node2".to_owned());
     let durable = Record::Revoked { role, name: name.clone(), upto: now_s };
     assert!(desk.records.contains(&durable));
     let revocations = vec![Revocation { role, name, upto: now_s }];
-    assert!(desk.others.contains(&Effect::Revoked { revocations: revocations.clone() }));
+    assert_eq!(desk.state.revocations(), revocations);
     let told = CoordinatorMessage::Revoked { nodes: vec![("node2".into(), now_s)] };
     assert!(desk.sent.contains(&(NodeId(1), told.clone())));
     assert!(desk.sent.iter().all(|(node, _)| *node == NodeId(1)), "it is told nothing more");
@@ -71,7 +86,7 @@ fn a_revoked_node_loses_its_ranks_and_everyone_is_told() {
     certify(&mut desk, Role::Node, "node2", "first", now_s);
     assert_eq!(desk.refused(revoke(None, "node2")).kind, ErrorKind::InvalidInput);
     certify(&mut desk, Role::Node, "node2", "first", now_s + 1);
-    desk.asked(revoke(None, "node2"));
+    revoked(&mut desk, None, "node2");
 }
 
 #[test]
@@ -98,10 +113,10 @@ fn whom_a_name_means_is_said_where_it_is_not_clear() {
     certify(&mut desk, Role::Node, "a", "first", 1);
     let both = desk.refused(revoke(None, "a"));
     assert!(both.message.contains("node and a client"), "{both}");
-    desk.asked(revoke(Some("client"), "a"));
+    revoked(&mut desk, Some("client"), "a");
     assert_eq!(trust(&mut desk).revoked, ["client a"]);
     // One that was never seen can be revoked by its role; a coordinator can't.
-    desk.asked(revoke(Some("gateway"), "b"));
+    revoked(&mut desk, Some("gateway"), "b");
     for role in ["coordinator", "king"] {
         assert_eq!(desk.refused(revoke(Some(role), "a")).kind, ErrorKind::InvalidInput);
     }
@@ -155,7 +170,7 @@ fn nobody_is_waited_for_whose_certificate_is_revoked_or_over() {
     let short = KnownCertificate { expires_at: NOW_S + 100, ..known(Role::Node, "short", "first", 1) };
     desk.feed(Event::Certified(short));
     ca(&mut desk, "second", true);
-    desk.asked(revoke(None, "bad"));
+    revoked(&mut desk, None, "bad");
     desk.pass(50_000);
     assert_eq!(trust(&mut desk).rotation, Some(vec!["node short".into()]));
     desk.pass(120_000);
