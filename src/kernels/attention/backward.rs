@@ -84,27 +84,48 @@ struct Sequence<'a> {
     lse: &'a [f32],
 }
 
-/// A task's own memory: operands of a pair of blocks.
+/// Key blocks that meet a query block while that is at hand: each reads all queries behind it, and one block of keys at a
+/// time would wait for memory as soon as the sequence is longer than a cache.
+const KEY_BLOCKS: usize = 4;
+
+/// A task's own memory.
 struct Scratch<'a> {
+    keys: [KeyBlock<'a>; KEY_BLOCKS],
+    queries: QueryBlock<'a>,
+    /// `[rows]`: Σ out∘d_out.
+    dots: &'a mut [f32],
+}
+
+/// Keys and values of 32 positions, and their gradients so far.
+#[derive(Default)]
+struct KeyBlock<'a> {
     /// `[d, 32]`
     k_transposed: &'a mut [f32],
     v_transposed: &'a mut [f32],
     /// `[32, d padded]`
     k: &'a mut [f32],
-    q: &'a mut [f32],
-    d_out: &'a mut [f32],
     dk: &'a mut [f32],
     dv: &'a mut [f32],
+}
+
+/// Queries of 32 positions, and what they and a key block are for each other.
+struct QueryBlock<'a> {
+    /// `[32, d padded]`
+    q: &'a mut [f32],
+    d_out: &'a mut [f32],
     /// `[32, 32]`, queries by keys.
     weights: &'a mut [f32],
     d_scores: &'a mut [f32],
-    /// `[rows]`: Σ out∘d_out.
-    dots: &'a mut [f32],
 }
 
 impl Sequence<'_> {
+    fn key_blocks(&self) -> usize {
+        self.span.rows.div_ceil(BLOCK).min(KEY_BLOCKS)
+    }
+
     fn scratch_len(&self) -> usize {
-        BLOCK * (2 * self.heads.dim + 5 * self.heads.padded() + 2 * BLOCK) + self.span.rows
+        let (narrow, padded) = (self.heads.dim, self.heads.padded());
+        BLOCK * (self.key_blocks() * (2 * narrow + 3 * padded) + 2 * padded + 2 * BLOCK) + self.span.rows
     }
 
     fn scratch<'a>(&self, scratch: &'a mut [f32]) -> Scratch<'a> {
@@ -115,18 +136,23 @@ impl Sequence<'_> {
             taken
         };
         let (narrow, padded) = (BLOCK * self.heads.dim, BLOCK * self.heads.padded());
-        Scratch {
-            k_transposed: take(narrow),
-            v_transposed: take(narrow),
-            k: take(padded),
+        let mut keys = <[KeyBlock<'a>; KEY_BLOCKS]>::default();
+        for block in &mut keys[..self.key_blocks()] {
+            *block = KeyBlock {
+                k_transposed: take(narrow),
+                v_transposed: take(narrow),
+                k: take(padded),
+                dk: take(padded),
+                dv: take(padded),
+            };
+        }
+        let queries = QueryBlock {
             q: take(padded),
             d_out: take(padded),
-            dk: take(padded),
-            dv: take(padded),
             weights: take(BLOCK * BLOCK),
             d_scores: take(BLOCK * BLOCK),
-            dots: take(self.span.rows),
-        }
+        };
+        Scratch { keys, queries, dots: take(self.span.rows) }
     }
 
     /// Start of a row of this head in q, out and their gradients.
@@ -145,26 +171,30 @@ impl Sequence<'_> {
     }
 
     fn backward(&self, [dq, dk, dv]: [Shared<'_>; 3], scratch: &mut [f32]) {
-        let Heads { dim, .. } = self.heads;
-        let padded = self.heads.padded();
-        let mut scratch = self.scratch(scratch);
-        self.prepare_dots(scratch.dots);
+        let (dim, padded) = (self.heads.dim, self.heads.padded());
+        let Scratch { mut keys, mut queries, dots } = self.scratch(scratch);
+        self.prepare_dots(dots);
         let blocks = self.span.rows.div_ceil(BLOCK);
-        for key_block in 0..blocks {
-            let keys = self.rows_of(key_block);
-            self.load_keys(keys.clone(), &mut scratch);
-            scratch.dk.fill(0.0);
-            scratch.dv.fill(0.0);
-            for query_block in key_block..blocks {
-                let start = if key_block == 0 { Start::Zero } else { Start::Stored };
-                self.pair(query_block, key_block, keys.len(), start, dq, &mut scratch);
+        for first in (0..blocks).step_by(KEY_BLOCKS) {
+            let keys = &mut keys[..KEY_BLOCKS.min(blocks - first)];
+            for (block, keys) in (first..).zip(&mut *keys) {
+                self.load_keys(self.rows_of(block), keys);
             }
-            for (i, row) in keys.enumerate() {
-                let to = self.query(row)..self.query(row) + dim;
-                // SAFETY: no other task has this head of this sequence.
-                unsafe {
-                    dk.part(to.clone()).copy_from_slice(&scratch.dk[i * padded..][..dim]);
-                    dv.part(to).copy_from_slice(&scratch.dv[i * padded..][..dim]);
+            // Each query takes its key blocks in their order, each key block its queries in theirs.
+            for query_block in first..blocks {
+                self.load_queries(self.rows_of(query_block), &mut queries);
+                for (key_block, keys) in (first..=query_block).zip(&mut *keys) {
+                    self.pair(query_block, key_block, dq, keys, &mut queries, dots);
+                }
+            }
+            for (block, keys) in (first..).zip(&*keys) {
+                for (i, row) in self.rows_of(block).enumerate() {
+                    let to = self.query(row)..self.query(row) + dim;
+                    // SAFETY: no other task has this head of this sequence.
+                    unsafe {
+                        dk.part(to.clone()).copy_from_slice(&keys.dk[i * padded..][..dim]);
+                        dv.part(to).copy_from_slice(&keys.dv[i * padded..][..dim]);
+                    }
                 }
             }
         }
@@ -182,34 +212,34 @@ impl Sequence<'_> {
         }
     }
 
-    /// Keys and values of a block, as they are and transposed; missing rows are zero.
-    fn load_keys(&self, rows: Range<usize>, scratch: &mut Scratch<'_>) {
+    /// Keys and values of a block, as they are and transposed; missing rows are zero. They have no gradients yet.
+    fn load_keys(&self, rows: Range<usize>, to: &mut KeyBlock<'_>) {
         let (dim, padded) = (self.heads.dim, self.heads.padded());
-        scratch.k.fill(0.0);
-        scratch.k_transposed.fill(0.0);
-        scratch.v_transposed.fill(0.0);
+        for zeros in [&mut *to.k, &mut *to.k_transposed, &mut *to.v_transposed, &mut *to.dk, &mut *to.dv] {
+            zeros.fill(0.0);
+        }
         for (i, row) in rows.enumerate() {
             let k = &self.k[self.key(row)..][..dim];
             let v = &self.v[self.key(row)..][..dim];
-            scratch.k[i * padded..][..dim].copy_from_slice(k);
+            to.k[i * padded..][..dim].copy_from_slice(k);
             for (j, (k, v)) in k.iter().zip(v).enumerate() {
-                scratch.k_transposed[j * BLOCK + i] = *k;
-                scratch.v_transposed[j * BLOCK + i] = *v;
+                to.k_transposed[j * BLOCK + i] = *k;
+                to.v_transposed[j * BLOCK + i] = *v;
             }
         }
     }
 
     /// Scaled queries and output gradients of a block.
-    fn load_queries(&self, rows: Range<usize>, scratch: &mut Scratch<'_>) {
+    fn load_queries(&self, rows: Range<usize>, to: &mut QueryBlock<'_>) {
         let (dim, padded) = (self.heads.dim, self.heads.padded());
         for (i, row) in rows.enumerate() {
             let q = &self.q[self.query(row)..][..dim];
-            let to = &mut scratch.q[i * padded..][..padded];
-            to[..dim].iter_mut().zip(q).for_each(|(to, q)| *to = q * self.heads.scale());
-            to[dim..].fill(0.0);
-            let to = &mut scratch.d_out[i * padded..][..padded];
-            to[..dim].copy_from_slice(&self.d_out[self.query(row)..][..dim]);
-            to[dim..].fill(0.0);
+            let scaled = &mut to.q[i * padded..][..padded];
+            scaled[..dim].iter_mut().zip(q).for_each(|(to, q)| *to = q * self.heads.scale());
+            scaled[dim..].fill(0.0);
+            let d_out = &mut to.d_out[i * padded..][..padded];
+            d_out[..dim].copy_from_slice(&self.d_out[self.query(row)..][..dim]);
+            d_out[dim..].fill(0.0);
         }
     }
 
@@ -218,16 +248,16 @@ impl Sequence<'_> {
         &self,
         query_block: usize,
         key_block: usize,
-        keys: usize,
-        start: Start,
         dq: Shared<'_>,
-        scratch: &mut Scratch<'_>,
+        keys: &mut KeyBlock<'_>,
+        queries: &mut QueryBlock<'_>,
+        dots: &[f32],
     ) {
         let (dim, padded) = (self.heads.dim, self.heads.padded());
-        let rows = self.rows_of(query_block);
-        self.load_queries(rows.clone(), scratch);
-        let Scratch { k_transposed, v_transposed, q, d_out, weights, d_scores, dots, .. } = scratch;
-        for (a, b, c) in [(&*q, &*k_transposed, &mut *weights), (&*d_out, &*v_transposed, &mut *d_scores)] {
+        let (rows, key_rows) = (self.rows_of(query_block), self.rows_of(key_block).len());
+        let QueryBlock { q, d_out, weights, d_scores } = queries;
+        let scores = (&*q, &*keys.k_transposed, &mut *weights);
+        for (a, b, c) in [scores, (&*d_out, &*keys.v_transposed, &mut *d_scores)] {
             let product =
                 Factors { a: a.as_ptr(), a_row: padded, a_step: 1, b: b.as_ptr(), b_step: BLOCK, depth: dim };
             let c = (c.as_mut_ptr(), BLOCK);
@@ -244,60 +274,69 @@ impl Sequence<'_> {
             dots: &dots[rows.clone()],
             diagonal: query_block == key_block,
         });
+        let start = if key_block == 0 { Start::Zero } else { Start::Stored };
         if query_block != key_block {
-            self.key_gradients(0..rows.len(), 0..keys, scratch);
-            self.query_gradients(rows.start, 0..rows.len(), 0..keys, start, dq, scratch);
+            self.key_gradients(0..rows.len(), 0..key_rows, keys, queries);
+            self.query_gradients(rows.start, 0..rows.len(), 0..key_rows, start, dq, keys, queries);
             return;
         }
         // Each position with its own past. What is later has no weight, but no weight times an
         // infinite value is not nothing.
-        for i in 0..keys {
-            self.key_gradients(i..keys, i..i + 1, scratch);
-            self.query_gradients(rows.start, i..i + 1, 0..i + 1, start, dq, scratch);
+        for i in 0..key_rows {
+            self.key_gradients(i..key_rows, i..i + 1, keys, queries);
+            self.query_gradients(rows.start, i..i + 1, 0..i + 1, start, dq, keys, queries);
         }
     }
 
-    /// Adds what the `rows` of the query block mean for the `keys` of the key block.
-    fn key_gradients(&self, rows: Range<usize>, keys: Range<usize>, scratch: &mut Scratch<'_>) {
+    /// Adds what the `rows` of the query block mean for the keys `of` the key block.
+    fn key_gradients(
+        &self,
+        rows: Range<usize>,
+        of: Range<usize>,
+        keys: &mut KeyBlock<'_>,
+        queries: &QueryBlock<'_>,
+    ) {
         let padded = self.heads.padded();
-        let Scratch { q, d_out, dk, dv, weights, d_scores, .. } = scratch;
-        for (a, b, c) in [(&*weights, &*d_out, dv), (&*d_scores, &*q, dk)] {
+        let QueryBlock { q, d_out, weights, d_scores } = queries;
+        for (a, b, c) in [(weights, d_out, &mut *keys.dv), (d_scores, q, &mut *keys.dk)] {
             let product = Factors {
-                a: a[rows.start * BLOCK + keys.start..].as_ptr(),
+                a: a[rows.start * BLOCK + of.start..].as_ptr(),
                 a_row: 1,
                 a_step: BLOCK,
                 b: b[rows.start * padded..].as_ptr(),
                 b_step: padded,
                 depth: rows.len(),
             };
-            let c = (c[keys.start * padded..].as_mut_ptr(), padded);
+            let c = (c[of.start * padded..].as_mut_ptr(), padded);
             // SAFETY: all operands are this task's own memory, padded rows and 32 columns.
-            unsafe { product_of(keys.len(), padded, product, c, Start::Stored) };
+            unsafe { product_of(of.len(), padded, product, c, Start::Stored) };
         }
     }
 
-    /// Adds what the `keys` of the key block mean for the `rows` of the query block, which begins
+    /// Adds what the keys `of` the key block mean for the `rows` of the query block, which begins
     /// at row `first`.
+    #[allow(clippy::too_many_arguments)]
     fn query_gradients(
         &self,
         first: usize,
         rows: Range<usize>,
-        keys: Range<usize>,
+        of: Range<usize>,
         start: Start,
         dq: Shared<'_>,
-        scratch: &Scratch<'_>,
+        keys: &KeyBlock<'_>,
+        queries: &QueryBlock<'_>,
     ) {
-        let Heads { dim, queries, .. } = self.heads;
+        let Heads { dim, queries: heads, .. } = self.heads;
         let padded = self.heads.padded();
         let product = Factors {
-            a: scratch.d_scores[rows.start * BLOCK + keys.start..].as_ptr(),
+            a: queries.d_scores[rows.start * BLOCK + of.start..].as_ptr(),
             a_row: BLOCK,
             a_step: 1,
-            b: scratch.k[keys.start * padded..].as_ptr(),
+            b: keys.k[of.start * padded..].as_ptr(),
             b_step: padded,
-            depth: keys.len(),
+            depth: of.len(),
         };
-        let to = (dq.at(self.query(first + rows.start)), queries * dim);
+        let to = (dq.at(self.query(first + rows.start)), heads * dim);
         // SAFETY: as above, and no other task has this head of this sequence's dq.
         unsafe { product_of(rows.len(), dim, product, to, start) };
     }
