@@ -8,10 +8,8 @@ use super::*;
 
 pub(crate) use super::tensor::any_tensor;
 
-/// Floats that serde_json reads back exactly without its feature `float_roundtrip`: at most
-/// 15 digits.
 pub(crate) fn any_f64() -> impl Strategy<Value = f64> {
-    any::<i32>().prop_map(|n| f64::from(n) / 16.0)
+    prop::num::f64::NORMAL | prop::num::f64::ZERO
 }
 
 pub(crate) fn any_f32() -> impl Strategy<Value = f32> {
