@@ -83,6 +83,10 @@ impl Cuda {
         Ok(Self { ordinal, name, stream, blas, module, functions: Mutex::default() })
     }
 
+    pub(super) fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
     /// Its model, as NVIDIA calls it.
     pub(super) fn model(&self) -> &str {
         &self.name

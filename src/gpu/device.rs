@@ -89,6 +89,15 @@ impl Gpu {
         &self.0.name
     }
 
+    /// Its number in this process; an emulation has none.
+    pub fn ordinal(&self) -> Option<u32> {
+        match &self.0.backend {
+            Backend::Emulated(_) => None,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => Some(cuda.ordinal() as u32),
+        }
+    }
+
     /// Waits until everybody who asked before is done. Whoever computes holds a turn: a micro-batch, a
     /// step of decoding.
     pub fn turn(&self) -> Turn<'_> {
@@ -212,6 +221,17 @@ impl Memory {
             Self::Emulated(memory) => memory.address(),
             #[cfg(feature = "cuda")]
             Self::Cuda(memory) => memory.address(),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// That of node `index` of several that are started together on one machine: GPUs in the order of their numbers,
+    /// from the given one on.
+    pub fn of_node(self, index: u32) -> Self {
+        match self {
+            Self::Cuda(first) => Self::Cuda(first + index as usize),
+            Self::Cpu | Self::Auto | Self::Emulated => self,
         }
     }
 }

@@ -154,6 +154,11 @@ impl Library {
         }
     }
 
+    /// The GPU that computes, if one does.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        self.gpu.as_ref()
+    }
+
     /// How the models are computed.
     pub fn options(&self) -> ComputeOptions {
         self.options

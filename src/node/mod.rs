@@ -28,6 +28,7 @@ use std::{path::PathBuf, pin::pin, sync::Arc, time::Duration};
 pub use error::NodeError;
 
 use crate::{
+    collective::GpuSeat,
     kernels::CoreBudget,
     model::{ComputeOptions, Library, ModelSource},
     transport::Endpoint,
@@ -91,7 +92,7 @@ pub async fn serve(
         let _ = death.try_send(what.to_owned());
     });
     let stop = Arc::new(tokio::sync::Notify::new());
-    let peers = Peers::new(endpoint.clone());
+    let peers = Peers::new(endpoint.clone(), gpu_seat(&library));
     let node = NodeActor::launch(Parts {
         config: &config,
         library: library.clone(),
@@ -122,6 +123,12 @@ pub async fn serve(
     // Ranks and replicas stop with their addresses, and their threads with them.
     let _ = node.send(actor::Stop).await;
     outcome
+}
+
+/// Where the node's ranks compute, if NCCL may be able to reach it.
+fn gpu_seat(library: &Library) -> Option<GpuSeat> {
+    let ordinal = library.gpu()?.ordinal()?;
+    Some(GpuSeat { ordinal, reduction: library.options().reduction })
 }
 
 /// A task that ends with whoever started it.

@@ -26,7 +26,7 @@ use super::{
     AbortOnDrop, NodeConfig, NodeError,
     actor::{Connected, KV_BYTES, NodeActor, Notice, Uplink},
     blobs::BlobClient,
-    generate, memory,
+    generate, gpu_seat, memory,
     peers::Peers,
     state::{Event, SessionNumber},
 };
@@ -198,6 +198,8 @@ impl Sessions {
                 build: env!("CARGO_PKG_VERSION").to_owned(),
                 kernels: self.library.engine().to_owned(),
                 dtype: self.config.compute.dtype.to_string(),
+                // Others add up in one order, whatever they were told.
+                reduction: gpu_seat(&self.library).map(|seat| seat.reduction).unwrap_or_default().to_string(),
             },
             address: self.config.advertise.clone().unwrap_or_else(|| self.endpoint.local_address()),
             host: collective::host_id(),

@@ -49,7 +49,7 @@ pub use operation::{
 pub use stream::{BlobReply, StreamOpen};
 
 /// Version of these messages: part of the ALPN name and of every hello.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// ALPN name under which endpoints speak this protocol.
 pub const ALPN: &[u8] = b"lockstep/2";

@@ -24,6 +24,8 @@ pub struct Numerics {
     pub kernels: String,
     /// Type of the base weights: `f32`.
     pub dtype: String,
+    /// How ranks add up their gradients: `deterministic`, or `fast` where they are on GPUs.
+    pub reduction: String,
 }
 
 /// A base model that a node has on disk.

@@ -88,7 +88,12 @@ impl ModelNode {
                     .footprint(&lockstep::model::ComputeOptions::default()),
                 lora_rank_max: [64; 8],
             }],
-            numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
+            numerics: Numerics {
+                build: "1".into(),
+                kernels: "avx2".into(),
+                dtype: "f32".into(),
+                reduction: "deterministic".into(),
+            },
             address: format!("memory:{}", self.name),
             host: self.name.clone(),
             memory: None,

@@ -20,7 +20,7 @@ use cudarc::{
 };
 
 use super::{
-    Reduction,
+    NCCL_IN_ONE_ORDER, Reduction,
     abortable::Abortable,
     link::{Fault, Link, Transfer},
     program,
@@ -421,7 +421,7 @@ unsafe fn text(string: *const std::ffi::c_char) -> String {
 
 /// `Reduction::Fast` promises the same bits on the same GPUs; NCCL chooses by load and size unless it is told.
 fn warn_of_other_algorithms() {
-    for (variable, wanted) in [("NCCL_ALGO", "Ring"), ("NCCL_NVLS_ENABLE", "0")] {
+    for (variable, wanted) in NCCL_IN_ONE_ORDER {
         if std::env::var(variable).as_deref() != Ok(wanted) {
             tracing::warn!("{variable} is not {wanted}: fast sums may differ from run to run");
         }

@@ -277,7 +277,12 @@ fn hello() -> NodeHello {
         trainers: 2,
         samplers: 3,
         models: vec![model],
-        numerics: Numerics { build: "0.1.0".into(), kernels: "avx512".into(), dtype: "f32".into() },
+        numerics: Numerics {
+            build: "0.1.0".into(),
+            kernels: "avx512".into(),
+            dtype: "f32".into(),
+            reduction: "deterministic".into(),
+        },
         address: "127.0.0.1:1".into(),
         host: "host".into(),
         memory: Some(NodeMemory { machine_bytes: 1 << 34, cache_bytes: 1 << 31 }),
