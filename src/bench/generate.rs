@@ -49,6 +49,7 @@ pub struct GenerateReport {
 pub fn generate(config: &GenerateConfig) -> Result<GenerateReport, BenchError> {
     let machine = Machine::here();
     let local = Local::start(&config.subject, 0, 1)?;
+    let machine = machine.computing_on(&local.engine);
     let source = SamplingSource::BaseModel(local.model.clone());
     let sampling = local.service.create_sampling_client_blocking(source)?;
     let draw = |seed, new| whole_draw(&local, &sampling, config, seed, new);
