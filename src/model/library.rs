@@ -9,8 +9,9 @@ use std::{
 };
 
 use super::{
-    BaseModel, ComputeOptions, Footprint, ModelConfig, ModelError, ModelSource, Place, TextCodec,
-    device::DeviceModel,
+    BaseModel, ComputeOptions, Footprint, GpuFootprint, KvCache, ModelConfig, ModelError, ModelSource, Place,
+    TextCodec,
+    device::{DeviceCache, DeviceModel},
     digest_cache::DigestCache,
     files::{ModelFiles, Stamp},
     weights::base_digest,
@@ -112,7 +113,24 @@ impl Library {
     /// What a model of [`offers`](Self::offers) and its runs take of memory.
     pub fn footprint(&self, name: &str) -> Result<Footprint, ModelError> {
         let entry = self.entry(name)?;
-        Ok(Footprint { weights: entry.weight_bytes, ..entry.files.config.footprint(&self.options) })
+        let footprint =
+            Footprint { weights: entry.weight_bytes, ..entry.files.config.footprint(&self.options) };
+        Ok(if self.gpu.is_some() { footprint.beside_a_gpu() } else { footprint })
+    }
+
+    /// What it and its runs take of the GPU's memory, if it is on one.
+    pub fn gpu_footprint(&self, name: &str) -> Result<Option<GpuFootprint>, ModelError> {
+        let config = &self.entry(name)?.files.config;
+        Ok(self.gpu.as_ref().map(|_| config.gpu_footprint(&self.options)))
+    }
+
+    /// Bytes of keys and values of one position of a model of this shape, over all layers, and how many positions are
+    /// allocated together.
+    pub fn cache_shape(&self, config: &ModelConfig) -> (usize, usize) {
+        match &self.gpu {
+            None => (KvCache::bytes_per_position(config), KvCache::BLOCK),
+            Some(_) => (DeviceCache::bytes_per_position(config, self.options.dtype), DeviceCache::PAGE),
+        }
     }
 
     /// The model of this name or alias; loads it (blocking, seconds) when nobody has yet.

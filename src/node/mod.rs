@@ -37,6 +37,7 @@ use crate::{
 use self::{
     actor::{NodeActor, Parts},
     blobs::BlobClient,
+    memory::Memory,
     peers::Peers,
     session::Sessions,
 };
@@ -93,12 +94,14 @@ pub async fn serve(
     });
     let stop = Arc::new(tokio::sync::Notify::new());
     let peers = Peers::new(endpoint.clone(), gpu_seat(&library));
+    let limits = Memory::of_node(library.gpu(), config.samplers).replicas;
     let node = NodeActor::launch(Parts {
         config: &config,
         library: library.clone(),
         cores: CoreBudget::new(config.threads),
         blobs: blobs.clone(),
         join: peers.join(),
+        limits,
         stop: stop.clone(),
         on_death,
     })

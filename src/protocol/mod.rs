@@ -39,8 +39,8 @@ pub use figures::{EndedOperations, Figures};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
 pub use join::{HeldCertificate, JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE, TrustReply};
 pub use node::{
-    Blame, CoordinatorMessage, Generate, GenerateReply, MicroBatchPart, ModelOffer, NodeHello, NodeMemory,
-    NodeMessage, Numerics, RankPart, RankSeat, RunSpec,
+    Blame, CoordinatorMessage, Generate, GenerateReply, GpuMemory, MicroBatchPart, ModelOffer, NodeHello,
+    NodeMemory, NodeMessage, Numerics, RankPart, RankSeat, RunSpec,
 };
 pub use operation::{
     ADAPTER_FILE, BLOB_PATH, BlobRef, LoadSource, MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload,

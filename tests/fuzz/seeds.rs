@@ -47,6 +47,7 @@ pub fn messages() -> Vec<Vec<u8>> {
         address: "127.0.0.1:7700".into(),
         host: "host".into(),
         memory: None,
+        gpu_memory: None,
     };
     let create = CreateRun {
         session: SessionId(1),

@@ -86,6 +86,7 @@ impl ModelNode {
                 tokenizer_size: 9,
                 footprint: lockstep::model::tiny::config()
                     .footprint(&lockstep::model::ComputeOptions::default()),
+                gpu_footprint: None,
                 lora_rank_max: [64; 8],
             }],
             numerics: Numerics {
@@ -97,6 +98,7 @@ impl ModelNode {
             address: format!("memory:{}", self.name),
             host: self.name.clone(),
             memory: None,
+            gpu_memory: None,
         }
     }
 

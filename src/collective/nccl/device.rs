@@ -63,15 +63,13 @@ impl Gpu {
     /// The GPU's identity and the library's version, if both are there.
     pub(super) fn offer(ordinal: u32) -> Result<(String, u32), String> {
         nvidia::NCCL_LIBRARY.find()?;
-        let gpus = nvidia::gpus().map_err(|e| e.to_string())?;
-        let gpu = gpus.into_iter().find(|gpu| gpu.ordinal == ordinal);
-        let gpu = gpu.ok_or_else(|| format!("this process has no GPU {ordinal}"))?;
+        let uuid = nvidia::uuid(ordinal).map_err(|e| e.to_string())?;
         let mut version: c_int = 0;
         // SAFETY: writes one int, which is ours.
         let status = unsafe { sys::ncclGetVersion(&mut version) };
         check("ncclGetVersion", status, None).map_err(|e| e.to_string())?;
         match u32::try_from(version) {
-            Ok(version) if version >= OLDEST_NCCL => Ok((gpu.uuid, version)),
+            Ok(version) if version >= OLDEST_NCCL => Ok((uuid, version)),
             _ => Err(format!("NCCL {version} is older than {OLDEST_NCCL}")),
         }
     }

@@ -318,6 +318,7 @@ pub fn hello(name: &str, trainers: u32, samplers: u32) -> NodeHello {
             tokenizer: Digest::of(b"tokenizer"),
             tokenizer_size: 9,
             footprint: footprint(),
+            gpu_footprint: None,
             lora_rank_max: [512, 128, 128, 512, 512, 512, 512, 512],
         }],
         numerics: Numerics {
@@ -329,6 +330,7 @@ pub fn hello(name: &str, trainers: u32, samplers: u32) -> NodeHello {
         address: format!("memory:{name}"),
         host: name.to_owned(),
         memory: None,
+        gpu_memory: None,
     }
 }
 
