@@ -12,7 +12,7 @@ use rand_chacha::{
 use super::BenchError;
 use crate::{
     client::ServiceClient,
-    model::{ComputeOptions, ModelSource},
+    model::{ComputeOptions, ModelConfig, ModelSource},
     service::{Cluster, ClusterConfig},
     types::ModelInput,
 };
@@ -58,9 +58,7 @@ impl Local {
                 problem: "a median takes at least one".into(),
             });
         }
-        let source = source(&subject.model)?;
-        let config =
-            source.check().map_err(|e| BenchError::Refused { flag: "--model", problem: e.to_string() })?;
+        let (source, config) = checked(&subject.model)?;
         let data_dir = std::env::temp_dir().join(format!("lockstep-bench-{}-data", std::process::id()));
         let data = Folder(data_dir.clone());
         let model = source.name.clone();
@@ -101,6 +99,14 @@ fn engine(service: &ServiceClient, subject: &Subject) -> Result<String, BenchErr
     let [before, behind] = [format!("{} ", env!("CARGO_PKG_VERSION")), format!(" {}", subject.compute.dtype)];
     let engine = numerics.strip_prefix(&before).and_then(|rest| rest.strip_suffix(&behind));
     Ok(engine.unwrap_or(&numerics).to_owned())
+}
+
+/// A model by its path, and its configuration, if its files are whole.
+pub(super) fn checked(path: &Path) -> Result<(ModelSource, ModelConfig), BenchError> {
+    let source = source(path)?;
+    let config =
+        source.check().map_err(|e| BenchError::Refused { flag: "--model", problem: e.to_string() })?;
+    Ok((source, config))
 }
 
 /// A model's source by its path, under a name that the path gives.
