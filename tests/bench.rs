@@ -85,6 +85,37 @@ fn the_engine_is_measured_under_the_peers_keys() {
     assert!(said["gap_max_abs"].as_f64() < Some(1e-4), "{said}");
 }
 
+/// The emulation stands in for the GPU: what is measured of it means nothing, that it is measured and shared out does.
+#[test]
+fn a_gpu_is_measured_from_random_weights() {
+    let models = tempfile::tempdir().expect("a temporary directory");
+    let models = format!("--models-dir={}", models.path().display());
+    let sizes = "--shape tiny --train 2x16 --prefill 2x8 --decode 1,3 --prompt 8 --new 4 --rank 2";
+    let common = ["gpu", "--device", "emulated", "--repeats", "1", "--threads", "1", "--json", &models];
+    let run = |more: &[&str]| {
+        let sizes: Vec<&str> = sizes.split(' ').collect();
+        bench(&[&common[..], &sizes, more].concat())
+    };
+    let said = run(&["--peak-tflops", "1", "--peak-gb-per-s", "10"]);
+    let rows = said["rows"].as_array().expect("rows");
+    let works: Vec<_> = rows.iter().map(|row| row["work"].as_str().unwrap()).collect();
+    let expected = ["training step 2 x 16", "prefill 2 x 8", "decode, batch 1", "decode, batch 3", "publish"];
+    assert_eq!(works[..5], expected);
+    for row in &rows[..4] {
+        assert!(positive(&row["lockstep"]) && row["percent_of_peak"].is_f64(), "{row}");
+        assert_eq!((&row["model"], &row["unit"]), (&"tiny".into(), &"tokens/s".into()));
+    }
+    assert!(positive(&rows[4]["lockstep"]) && rows[4].get("percent_of_peak").is_none(), "{said}");
+    // What README promises.
+    assert!(rows[5]["lockstep"].as_f64() < Some(1e-4), "{said}");
+    assert_eq!(said["machine"]["kernels"], "emulated");
+    assert_eq!(said["left_out"], serde_json::json!(["all-reduce: no GPU computes"]));
+
+    // The model is there now, and of no chip anything is known.
+    let said = run(&["--dtype", "f32"]);
+    assert!(said["peak"].is_null() && said["rows"][0].get("percent_of_peak").is_none(), "{said}");
+}
+
 #[test]
 fn the_gateway_is_measured_with_its_processes() {
     let said = bench(&["gateway", "--connections", "1,2", "--requests", "5", "--json"]);
@@ -105,6 +136,7 @@ fn what_cannot_be_measured_is_refused_by_its_flag() {
         (["publish", "--rank", "100000"], "--rank"),
         (["gateway", "--connections", "0"], "--connections"),
         (["train", "--model", "/nowhere"], "--model"),
+        (["gpu", "--device", "cpu"], "--device"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_lockstep"))
             .arg("bench")

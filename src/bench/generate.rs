@@ -49,9 +49,19 @@ pub struct GenerateReport {
 pub fn generate(config: &GenerateConfig) -> Result<GenerateReport, BenchError> {
     let machine = Machine::here();
     let local = Local::start(&config.subject, 0, 1)?;
+    let machine = machine.computing_on(&local.engine);
+    generate_on(&local, config, machine)
+}
+
+/// The same on a cluster that is there, and has a replica.
+pub(super) fn generate_on(
+    local: &Local,
+    config: &GenerateConfig,
+    machine: Machine,
+) -> Result<GenerateReport, BenchError> {
     let source = SamplingSource::BaseModel(local.model.clone());
     let sampling = local.service.create_sampling_client_blocking(source)?;
-    let draw = |seed, new| whole_draw(&local, &sampling, config, seed, new);
+    let draw = |seed, new| whole_draw(local, &sampling, config, seed, new);
     let (mut prefill, mut whole) = (Vec::new(), Vec::new());
     for repeat in 0..=u64::from(config.subject.repeats) {
         let one = draw(repeat, 1)?;

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use futures::executor::block_on;
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
@@ -11,7 +12,7 @@ use rand_chacha::{
 use super::BenchError;
 use crate::{
     client::ServiceClient,
-    model::{ComputeOptions, ModelSource},
+    model::{ComputeOptions, ModelConfig, ModelSource},
     service::{Cluster, ClusterConfig},
     types::ModelInput,
 };
@@ -33,6 +34,8 @@ pub(super) struct Local {
     /// The name under which it serves the model.
     pub model: String,
     pub vocabulary: u32,
+    /// What its node computes on.
+    pub engine: String,
     // In this order: the cluster ends before its folder does.
     _cluster: Cluster,
     _data: Folder,
@@ -55,9 +58,7 @@ impl Local {
                 problem: "a median takes at least one".into(),
             });
         }
-        let source = source(&subject.model)?;
-        let config =
-            source.check().map_err(|e| BenchError::Refused { flag: "--model", problem: e.to_string() })?;
+        let (source, config) = checked(&subject.model)?;
         let data_dir = std::env::temp_dir().join(format!("lockstep-bench-{}-data", std::process::id()));
         let data = Folder(data_dir.clone());
         let model = source.name.clone();
@@ -71,7 +72,9 @@ impl Local {
             compute: subject.compute,
         })?;
         let service = ServiceClient::connect_blocking(cluster.connector())?;
-        Ok(Self { service, model, vocabulary: config.vocab_size as u32, _cluster: cluster, _data: data })
+        let engine = engine(&service, subject)?;
+        let vocabulary = config.vocab_size as u32;
+        Ok(Self { service, model, vocabulary, engine, _cluster: cluster, _data: data })
     }
 
     /// Random ordinary tokens: speed is measured, not learning. The first hundred ids are left to what
@@ -87,6 +90,23 @@ impl Local {
         let token = |_| first + random.next_u32() % (self.vocabulary - first);
         (0..length).map(token).collect()
     }
+}
+
+/// What the only node says of itself, between its build and its dtype.
+fn engine(service: &ServiceClient, subject: &Subject) -> Result<String, BenchError> {
+    let status = block_on(service.cluster_status())?;
+    let numerics = status.nodes.first().map(|node| node.numerics.clone()).unwrap_or_default();
+    let [before, behind] = [format!("{} ", env!("CARGO_PKG_VERSION")), format!(" {}", subject.compute.dtype)];
+    let engine = numerics.strip_prefix(&before).and_then(|rest| rest.strip_suffix(&behind));
+    Ok(engine.unwrap_or(&numerics).to_owned())
+}
+
+/// A model by its path, and its configuration, if its files are whole.
+pub(super) fn checked(path: &Path) -> Result<(ModelSource, ModelConfig), BenchError> {
+    let source = source(path)?;
+    let config =
+        source.check().map_err(|e| BenchError::Refused { flag: "--model", problem: e.to_string() })?;
+    Ok((source, config))
 }
 
 /// A model's source by its path, under a name that the path gives.

@@ -14,8 +14,8 @@ pub struct Machine {
     pub memory_gib: f64,
     /// Of the last minute, when the measurement began: more than a few tenths, and others were at work.
     pub load: f64,
-    /// The kernels that Lockstep chose.
-    pub kernels: &'static str,
+    /// The kernels that Lockstep chose, or the GPU on which it computes.
+    pub kernels: String,
     pub lockstep: &'static str,
 }
 
@@ -38,9 +38,16 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             memory_gib: round(memory_kib.unwrap_or(0.0) / f64::from(1 << 20), 1),
             load: load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0),
-            kernels: kernels::path(),
+            kernels: kernels::path().to_owned(),
             lockstep: env!("CARGO_PKG_VERSION"),
         }
+    }
+}
+
+impl Machine {
+    /// The same with what a node says that it computes on.
+    pub(super) fn computing_on(self, kernels: &str) -> Self {
+        Self { kernels: kernels.to_owned(), ..self }
     }
 }
 
@@ -80,7 +87,7 @@ mod tests {
     fn says_what_it_is() {
         let machine = Machine::here();
         assert!(machine.cores > 0 && machine.memory_gib > 0.0, "{machine:?}");
-        assert!(machine.to_string().contains(machine.kernels));
+        assert!(machine.to_string().contains(&machine.kernels));
         assert_eq!(value_of("a : b\nmodel name\t: AMD x\n", "model name"), Some("AMD x"));
     }
 }

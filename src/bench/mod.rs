@@ -8,6 +8,7 @@
 //!   local             a cluster inside this process, and through a client of it:
 //!   train, generate, parity
 //!   peer, compare     the peers' scripts; Lockstep and them in turns
+//!   gpu               all of it on a GPU, beside what the chip can do
 //! ```
 //!
 //! Every figure is the median of repeats after one that is not counted, and a report says the machine
@@ -32,12 +33,14 @@ mod parity;
 mod train;
 
 mod compare;
+mod gpu;
 
 pub use allreduce::{AllReduceConfig, AllReduceReport, AllReduceResult, Carrier, all_reduce};
 pub use compare::{CompareConfig, CompareReport, CompareRow, compare, draw};
 pub use error::BenchError;
 pub use gateway::{GatewayConfig, GatewayReport, GatewayResult, gateway};
 pub use generate::{GenerateConfig, GenerateReport, generate};
+pub use gpu::{Figures, FiguresConfig, GpuBenchConfig, GpuReport, GpuRow, Peak, Shape, gpu, gpu_figures};
 pub use limits::{Bulk, Memcpy};
 pub use local::Subject;
 pub use machine::Machine;

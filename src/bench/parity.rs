@@ -50,6 +50,16 @@ const LEARNING_RATE: f64 = 1e-3;
 pub fn parity(config: &ParityConfig) -> Result<ParityReport, BenchError> {
     let machine = Machine::here();
     let local = Local::start(&config.subject, 1, 1)?;
+    let machine = machine.computing_on(&local.engine);
+    parity_on(&local, config, machine)
+}
+
+/// The same on a cluster that is there, and has a rank and a replica.
+pub(super) fn parity_on(
+    local: &Local,
+    config: &ParityConfig,
+    machine: Machine,
+) -> Result<ParityReport, BenchError> {
     let training = local.service.create_lora_training_client_blocking(
         &local.model,
         config.rank,

@@ -57,8 +57,18 @@ impl Script {
     }
 }
 
-/// Runs a script to its end and reads the last line that it prints.
+/// Runs a script on the CPU to its end and reads the last line that it prints.
 pub(super) fn run<T: DeserializeOwned>(
+    python: &Path,
+    script: Script,
+    arguments: &[String],
+) -> Result<T, BenchError> {
+    run_on(None, python, script, arguments)
+}
+
+/// The same with one GPU to be seen, which is then its first, or none.
+pub(super) fn run_on<T: DeserializeOwned>(
+    gpu: Option<usize>,
     python: &Path,
     script: Script,
     arguments: &[String],
@@ -69,8 +79,9 @@ pub(super) fn run<T: DeserializeOwned>(
     let ran = Command::new(python)
         .arg(&path)
         .args(arguments)
-        // The peers fetch nothing, and compute on the CPU.
-        .envs([("CUDA_VISIBLE_DEVICES", ""), ("HF_HUB_OFFLINE", "1")])
+        // The peers fetch nothing.
+        .env("HF_HUB_OFFLINE", "1")
+        .env("CUDA_VISIBLE_DEVICES", gpu.map_or_else(String::new, |ordinal| visible(ordinal)))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output();
@@ -82,4 +93,11 @@ pub(super) fn run<T: DeserializeOwned>(
     let said = String::from_utf8_lossy(&output.stdout);
     let line = said.lines().last().unwrap_or_default();
     serde_json::from_str(line).map_err(|e| failed(format!("{e} in {line:?}")))
+}
+
+/// What lets a process see this one's GPU of that number alone: numbers count within what is seen already.
+fn visible(ordinal: usize) -> String {
+    let seen = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let of_seen = seen.split(',').map(str::trim).filter(|id| !id.is_empty()).nth(ordinal);
+    of_seen.map_or_else(|| ordinal.to_string(), str::to_owned)
 }

@@ -55,6 +55,16 @@ pub struct TrainReport {
 pub fn train(config: &TrainConfig) -> Result<TrainReport, BenchError> {
     let machine = Machine::here();
     let local = Local::start(&config.subject, config.trainers, 0)?;
+    let machine = machine.computing_on(&local.engine);
+    train_on(&local, config, machine)
+}
+
+/// The same on a cluster that is there, and has the ranks.
+pub(super) fn train_on(
+    local: &Local,
+    config: &TrainConfig,
+    machine: Machine,
+) -> Result<TrainReport, BenchError> {
     let options = LoraOptions { replicas: Some(config.trainers), ..LoraOptions::default() };
     let training = local.service.create_lora_training_client_blocking(&local.model, config.rank, options)?;
     let datum =

@@ -1,12 +1,13 @@
 use clap::Args;
-use lockstep::{gpu::DeviceChoice, kernels::WeightDtype, model::ComputeOptions};
+use lockstep::{collective::Reduction, gpu::DeviceChoice, kernels::WeightDtype, model::ComputeOptions};
 
 /// How nodes compute.
 #[derive(Args, Clone, Copy)]
 pub struct Compute {
     /// What computes: cpu, cuda (or cuda:N; in a build with the feature `cuda`), auto (the first GPU if there is one,
     /// else the CPU), or emulated (the GPU's engine on the CPU, thousands of times slower, for trying it out; needs
-    /// g++). All nodes that share a run compute on the same.
+    /// g++). All nodes that share a run compute on the same. Several nodes that are started together take a GPU each,
+    /// from cuda:N on.
     #[arg(long, default_value_t, env = "LOCKSTEP_DEVICE")]
     device: DeviceChoice,
     /// What products with base weights are computed in: f32, which is nothing lost (bf16 and quantised files stay as
@@ -19,11 +20,16 @@ pub struct Compute {
     /// for a token, so longer sequences, in more time; the same bits.
     #[arg(long, env = "LOCKSTEP_ACTIVATION_CHECKPOINTING")]
     activation_checkpointing: bool,
+    /// How ranks with a GPU each add up their gradients through NCCL: deterministic, in the tree of micro-batches, with
+    /// the bits of any number of ranks; or fast, by ncclAllReduce, with the same bits only on the same GPUs: a run that
+    /// loses one may not come out as journaled when it is repeated, and is then refused. One for all nodes of a run.
+    #[arg(long, default_value_t, env = "LOCKSTEP_REDUCE")]
+    reduce: Reduction,
 }
 
 impl Compute {
     pub fn options(self) -> ComputeOptions {
-        let Self { device, dtype, activation_checkpointing } = self;
-        ComputeOptions { device, dtype, activation_checkpointing }
+        let Self { device, dtype, activation_checkpointing, reduce: reduction } = self;
+        ComputeOptions { device, dtype, activation_checkpointing, reduction }
     }
 }

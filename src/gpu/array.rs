@@ -105,22 +105,22 @@ impl Gpu {
 
     /// The values in the GPU's memory, rounded to `element`, which is a number format.
     pub fn upload(&self, element: Element, values: &[f32]) -> Result<Array, GpuError> {
-        let bytes: Vec<u8> = match element {
-            Element::F32 => values.iter().flat_map(|value| value.to_ne_bytes()).collect(),
-            Element::Bf16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_ne_bytes()).collect(),
+        match element {
+            Element::F32 => self.upload_bytes(element, bytes_of(values)),
+            Element::Bf16 => {
+                let rounded: Vec<bf16> = values.iter().map(|value| bf16::from_f32(*value)).collect();
+                self.upload_bytes(element, bytes_of(&rounded))
+            }
             Element::U32 | Element::U64 => unreachable!("numbers are f32 or bf16"),
-        };
-        self.upload_bytes(element, &bytes)
+        }
     }
 
     pub(crate) fn upload_u32(&self, values: &[u32]) -> Result<Array, GpuError> {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
-        self.upload_bytes(Element::U32, &bytes)
+        self.upload_bytes(Element::U32, bytes_of(values))
     }
 
     pub(crate) fn upload_u64(&self, values: &[u64]) -> Result<Array, GpuError> {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
-        self.upload_bytes(Element::U64, &bytes)
+        self.upload_bytes(Element::U64, bytes_of(values))
     }
 
     fn upload_bytes(&self, element: Element, bytes: &[u8]) -> Result<Array, GpuError> {
@@ -142,4 +142,18 @@ impl Gpu {
             Element::U32 | Element::U64 => unreachable!("numbers are f32 or bf16"),
         })
     }
+}
+
+/// Plain numbers: every one of their bytes is written, and any is read.
+trait Plain: Copy {}
+
+impl Plain for f32 {}
+impl Plain for bf16 {}
+impl Plain for u32 {}
+impl Plain for u64 {}
+
+/// The bytes of numbers, as they lie in memory.
+fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: numbers have no padding, and bytes no alignment; the length is that of the same memory.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }

@@ -12,8 +12,8 @@ use candle_core::{
     cuda_backend::cudarc::{
         cublas::{self, CudaBlas},
         driver::{
-            CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig,
-            PushKernelArg, result, sys,
+            CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig,
+            PinnedHostSlice, PushKernelArg, result, sys,
         },
         nvrtc::{CompileOptions, compile_ptx_with_opts},
     },
@@ -23,6 +23,7 @@ use super::{
     Element, GpuError,
     device::Argument,
     product::{RawFactor, RawProduct},
+    staging::{self, Lane},
 };
 
 /// What NVRTC compiles; it includes nothing.
@@ -37,6 +38,26 @@ pub(super) struct Cuda {
     module: Arc<CudaModule>,
     /// By name, as they are first launched.
     functions: Mutex<HashMap<String, CudaFunction>>,
+    staging: Mutex<[Staging; 2]>,
+}
+
+/// Memory that the GPU reaches by itself, and when the last copy from or to it is done.
+struct Staging {
+    pinned: PinnedHostSlice<u8>,
+    done: CudaEvent,
+}
+
+/// Bytes of each: a copy of that size takes a third of a millisecond, much more than starting it does.
+const STAGED: usize = 16 << 20;
+
+/// Fewer bytes go directly: the driver has them copied by the time that the call returns.
+const STAGED_LEAST: usize = 64 << 10;
+
+/// Staging on its way to or from one place in the GPU's memory.
+struct CudaLane<'a> {
+    staging: &'a mut [Staging; 2],
+    stream: &'a CudaStream,
+    address: u64,
 }
 
 /// Memory from the device's pool, given back in the stream's order.
@@ -80,7 +101,12 @@ impl Cuda {
         let module = context.load_module(ptx).map_err(failed("cuModuleLoadData"))?;
         let name = context.name().map_err(failed("cuDeviceGetName"))?;
         let blas = device.cublas_handle();
-        Ok(Self { ordinal, name, stream, blas, module, functions: Mutex::default() })
+        let staging = Mutex::new([Staging::new(&stream)?, Staging::new(&stream)?]);
+        Ok(Self { ordinal, name, stream, blas, module, functions: Mutex::default(), staging })
+    }
+
+    pub(super) fn ordinal(&self) -> usize {
+        self.ordinal
     }
 
     /// Its model, as NVIDIA calls it.
@@ -127,6 +153,9 @@ impl Cuda {
             return Ok(());
         }
         self.bind()?;
+        if bytes.len() >= STAGED_LEAST {
+            return self.staged(memory, |lane| staging::upload(lane, 0, bytes));
+        }
         // SAFETY: inside the memory. From pageable memory the call returns once the bytes are read.
         unsafe { result::memcpy_htod_async(memory.address, bytes, self.stream.cu_stream()) }
             .map_err(failed("cuMemcpyHtoDAsync"))
@@ -136,9 +165,25 @@ impl Cuda {
         if bytes.is_empty() {
             return Ok(());
         }
+        assert!(from <= memory.slice.len() && bytes.len() <= memory.slice.len() - from);
+        if bytes.len() >= STAGED_LEAST {
+            self.bind()?;
+            return self.staged(memory, |lane| staging::download(lane, from, bytes));
+        }
         let part = memory.slice.slice(from..from + bytes.len());
         self.stream.memcpy_dtoh(&part, bytes).map_err(failed("cuMemcpyDtoHAsync"))?;
         self.synchronize()
+    }
+
+    /// Copies inside `memory`, whose bounds the caller has checked; one at a time.
+    fn staged(
+        &self,
+        memory: &Memory,
+        copy: impl FnOnce(&mut CudaLane<'_>) -> Result<(), GpuError>,
+    ) -> Result<(), GpuError> {
+        // A copy that failed left events behind that say when its buffers are free.
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        copy(&mut CudaLane { staging: &mut staging, stream: &self.stream, address: memory.address })
     }
 
     /// # Safety
@@ -214,6 +259,59 @@ impl Cuda {
     /// Calls below cudarc's own want the context on their thread.
     fn bind(&self) -> Result<(), GpuError> {
         self.stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))
+    }
+}
+
+impl Staging {
+    fn new(stream: &CudaStream) -> Result<Self, GpuError> {
+        let context = stream.context();
+        // Not write-combined: downloads are read from it.
+        // SAFETY: every bit pattern is a byte, so what stands there at first is some value.
+        let pinned =
+            unsafe { context.alloc_pinned_with_flags(STAGED, 0) }.map_err(failed("cuMemHostAlloc"))?;
+        // An event that was never recorded is one that has come.
+        let done = context
+            .new_event(Some(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING))
+            .map_err(failed("cuEventCreate"))?;
+        Ok(Self { pinned, done })
+    }
+}
+
+impl Lane for CudaLane<'_> {
+    type Error = GpuError;
+
+    fn buffer(&mut self, which: usize) -> Result<&mut [u8], GpuError> {
+        let Staging { pinned, done } = &mut self.staging[which];
+        done.synchronize().map_err(failed("cuEventSynchronize"))?;
+        pinned.as_mut_slice().map_err(failed("cuEventSynchronize"))
+    }
+
+    fn fetch(&mut self, which: usize, from: usize, len: usize) -> Result<(), GpuError> {
+        let (at, stream) = (self.address + from as u64, self.stream);
+        let buffer = &mut self.buffer(which)?[..len];
+        // SAFETY: `at` has `len` bytes, as whoever copies has checked, and so has the buffer, which is neither touched nor
+        // freed before the event that is recorded next: `buffer` waits for it, and `Cuda`'s drop for the stream.
+        unsafe { result::memcpy_dtoh_async(buffer, at, stream.cu_stream()) }
+            .map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.staging[which].done.record(stream).map_err(failed("cuEventRecord"))
+    }
+
+    fn deliver(&mut self, which: usize, to: usize, len: usize) -> Result<(), GpuError> {
+        let (at, stream) = (self.address + to as u64, self.stream);
+        // Not `buffer`: whoever filled it has waited.
+        let pinned = &mut self.staging[which].pinned;
+        let buffer = &pinned.as_slice().map_err(failed("cuEventSynchronize"))?[..len];
+        // SAFETY: as in `fetch`, the other way.
+        unsafe { result::memcpy_htod_async(at, buffer, stream.cu_stream()) }
+            .map_err(failed("cuMemcpyHtoDAsync"))?;
+        self.staging[which].done.record(stream).map_err(failed("cuEventRecord"))
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // Copies from or to pinned memory end before it is freed. What the stream says then, nobody can use.
+        let _ = self.stream.synchronize();
     }
 }
 

@@ -1,4 +1,11 @@
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::{
     GpuError, Turn,
@@ -19,6 +26,14 @@ struct Inner {
     engine: String,
     backend: Backend,
     turns: Turns,
+    usage: Arc<Usage>,
+}
+
+/// Bytes that arrays hold.
+#[derive(Default)]
+struct Usage {
+    now: AtomicU64,
+    most: AtomicU64,
 }
 
 enum Backend {
@@ -27,8 +42,14 @@ enum Backend {
     Cuda(Cuda),
 }
 
-/// Memory of a GPU.
-pub(super) enum Memory {
+/// Memory of a GPU, counted as long as it lives.
+pub(super) struct Memory {
+    place: MemoryPlace,
+    bytes: u64,
+    usage: Arc<Usage>,
+}
+
+enum MemoryPlace {
     Emulated(emulator::Memory),
     #[cfg(feature = "cuda")]
     Cuda(cuda::Memory),
@@ -76,7 +97,8 @@ impl Gpu {
     }
 
     fn of(name: String, engine: String, backend: Backend) -> Self {
-        Self(Arc::new(Inner { name, engine, backend, turns: Turns::default() }))
+        let (turns, usage) = (Turns::default(), Arc::default());
+        Self(Arc::new(Inner { name, engine, backend, turns, usage }))
     }
 
     /// Its kind: GPUs of one kind give the same bits.
@@ -87,6 +109,15 @@ impl Gpu {
     /// What it calls itself.
     pub fn name(&self) -> &str {
         &self.0.name
+    }
+
+    /// Its number in this process; an emulation has none.
+    pub fn ordinal(&self) -> Option<u32> {
+        match &self.0.backend {
+            Backend::Emulated(_) => None,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => Some(cuda.ordinal() as u32),
+        }
     }
 
     /// Waits until everybody who asked before is done. Whoever computes holds a turn: a micro-batch, a
@@ -104,6 +135,13 @@ impl Gpu {
         }
     }
 
+    /// Bytes that arrays hold now, and the most that they have held at once. What CUDA, its libraries and the pool
+    /// take beside them is not in it.
+    pub fn held(&self) -> [u64; 2] {
+        let Usage { now, most } = &*self.0.usage;
+        [now.load(Ordering::Relaxed), most.load(Ordering::Relaxed)]
+    }
+
     /// Waits until everything that was asked is done.
     pub fn synchronize(&self) -> Result<(), GpuError> {
         match &self.0.backend {
@@ -114,27 +152,36 @@ impl Gpu {
     }
 
     pub(super) fn allocate(&self, bytes: usize) -> Result<Memory, GpuError> {
-        match &self.0.backend {
-            Backend::Emulated(_) => emulator::Memory::new(bytes).map(Memory::Emulated),
+        let place = match &self.0.backend {
+            Backend::Emulated(_) => MemoryPlace::Emulated(emulator::Memory::new(bytes)?),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => cuda.allocate(bytes).map(Memory::Cuda),
-        }
+            Backend::Cuda(cuda) => MemoryPlace::Cuda(cuda.allocate(bytes)?),
+        };
+        Ok(self.counted(place, bytes))
     }
 
     pub(super) fn allocate_zeros(&self, bytes: usize) -> Result<Memory, GpuError> {
-        match &self.0.backend {
-            Backend::Emulated(_) => emulator::Memory::zeroed(bytes).map(Memory::Emulated),
+        let place = match &self.0.backend {
+            Backend::Emulated(_) => MemoryPlace::Emulated(emulator::Memory::zeroed(bytes)?),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => cuda.allocate_zeros(bytes).map(Memory::Cuda),
-        }
+            Backend::Cuda(cuda) => MemoryPlace::Cuda(cuda.allocate_zeros(bytes)?),
+        };
+        Ok(self.counted(place, bytes))
+    }
+
+    fn counted(&self, place: MemoryPlace, bytes: usize) -> Memory {
+        let (bytes, usage) = (bytes as u64, self.0.usage.clone());
+        let now = usage.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        usage.most.fetch_max(now, Ordering::Relaxed);
+        Memory { place, bytes, usage }
     }
 
     /// Fills memory that nobody uses yet.
     pub(super) fn write(&self, memory: &Memory, bytes: &[u8]) -> Result<(), GpuError> {
-        match (&self.0.backend, memory) {
-            (Backend::Emulated(_), Memory::Emulated(memory)) => memory.write(bytes),
+        match (&self.0.backend, &memory.place) {
+            (Backend::Emulated(_), MemoryPlace::Emulated(memory)) => memory.write(bytes),
             #[cfg(feature = "cuda")]
-            (Backend::Cuda(cuda), Memory::Cuda(memory)) => return cuda.write(memory, bytes),
+            (Backend::Cuda(cuda), MemoryPlace::Cuda(memory)) => return cuda.write(memory, bytes),
             #[cfg(feature = "cuda")]
             _ => unreachable!("memory of another GPU"),
         }
@@ -143,10 +190,10 @@ impl Gpu {
     }
 
     pub(super) fn read(&self, memory: &Memory, from: usize, bytes: &mut [u8]) -> Result<(), GpuError> {
-        match (&self.0.backend, memory) {
-            (Backend::Emulated(_), Memory::Emulated(memory)) => memory.read(from, bytes),
+        match (&self.0.backend, &memory.place) {
+            (Backend::Emulated(_), MemoryPlace::Emulated(memory)) => memory.read(from, bytes),
             #[cfg(feature = "cuda")]
-            (Backend::Cuda(cuda), Memory::Cuda(memory)) => return cuda.read(memory, from, bytes),
+            (Backend::Cuda(cuda), MemoryPlace::Cuda(memory)) => return cuda.read(memory, from, bytes),
             #[cfg(feature = "cuda")]
             _ => unreachable!("memory of another GPU"),
         }
@@ -208,10 +255,27 @@ fn grid_size(blocks: usize) -> Result<u32, GpuError> {
 
 impl Memory {
     pub(super) fn address(&self) -> u64 {
-        match self {
-            Self::Emulated(memory) => memory.address(),
+        match &self.place {
+            MemoryPlace::Emulated(memory) => memory.address(),
             #[cfg(feature = "cuda")]
-            Self::Cuda(memory) => memory.address(),
+            MemoryPlace::Cuda(memory) => memory.address(),
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.usage.now.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+impl DeviceChoice {
+    /// That of node `index` of several that are started together on one machine: GPUs in the order of their numbers,
+    /// from the given one on.
+    pub fn of_node(self, index: u32) -> Self {
+        match self {
+            Self::Cuda(first) => Self::Cuda(first + index as usize),
+            Self::Cpu | Self::Auto | Self::Emulated => self,
         }
     }
 }

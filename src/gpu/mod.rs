@@ -24,6 +24,8 @@ mod emulator;
 mod error;
 mod ops;
 mod product;
+#[cfg(any(test, feature = "cuda"))]
+mod staging;
 #[cfg(test)]
 mod tests;
 mod turns;

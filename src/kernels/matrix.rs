@@ -136,7 +136,7 @@ impl Matrix {
     }
 
     /// Whether rows are rounded to bf16 before they are multiplied with it.
-    pub(super) fn rounds_inputs(&self) -> bool {
+    pub(crate) fn rounds_inputs(&self) -> bool {
         self.inputs == WeightDtype::Bf16
     }
 

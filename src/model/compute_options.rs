@@ -1,4 +1,4 @@
-use crate::{gpu::DeviceChoice, kernels::WeightDtype};
+use crate::{collective::Reduction, gpu::DeviceChoice, kernels::WeightDtype};
 
 /// How a node computes, whatever the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -10,4 +10,6 @@ pub struct ComputeOptions {
     /// Whether a training pass keeps each layer's input alone and computes the layer again on its way back:
     /// a fifth of the memory for a token (SmolLM2-135M), more time, and the same bits.
     pub activation_checkpointing: bool,
+    /// In which order ranks on GPUs add up their gradients; those on CPUs know one.
+    pub reduction: Reduction,
 }

@@ -11,6 +11,9 @@ pub enum ModelError {
     /// The GPU can't be had, or the model can't be put on it.
     #[error("{0}")]
     Gpu(GpuError),
+    /// The GPU's kernels don't cover the model.
+    #[error("`{name}`: {source}")]
+    OnGpu { name: String, source: GpuError },
     /// No model of this name or alias is served.
     #[error("no model `{name}` is served here; offered: {offered}")]
     Unknown { name: String, offered: String },

@@ -9,8 +9,9 @@ use std::{
 };
 
 use super::{
-    BaseModel, ComputeOptions, Footprint, ModelConfig, ModelError, ModelSource, Place, TextCodec,
-    device::DeviceModel,
+    BaseModel, ComputeOptions, Footprint, GpuFootprint, KvCache, ModelConfig, ModelError, ModelSource, Place,
+    TextCodec,
+    device::{DeviceCache, DeviceModel},
     digest_cache::DigestCache,
     files::{ModelFiles, Stamp},
     weights::base_digest,
@@ -66,14 +67,19 @@ impl Library {
         options: ComputeOptions,
         cache: DigestCache,
     ) -> Result<Self, ModelError> {
-        let gpu = open_gpu(options.device).map_err(ModelError::Gpu)?;
-        let mut library = Self { options, gpu, models: Vec::new(), by_name: HashMap::new() };
+        let mut gpu = open_gpu(options.device).map_err(ModelError::Gpu)?;
+        let mut opened = Vec::with_capacity(sources.len());
         for source in sources {
-            library.claim_names(&source)?;
             let files = ModelFiles::open(&source.path)?;
-            if library.gpu.is_some() {
-                DeviceModel::check(&files.config).map_err(ModelError::Gpu)?;
-            }
+            gpu = suited(gpu, options.device, &source.name, &files.config)?;
+            opened.push((source, files));
+        }
+        if let Some(gpu) = &gpu {
+            tracing::info!(gpu = gpu.name(), "computing on a GPU");
+        }
+        let mut library = Self { options, gpu, models: Vec::new(), by_name: HashMap::new() };
+        for (source, files) in opened {
+            library.claim_names(&source)?;
             // Taken before hashing: a change in between is then seen at the load.
             let stamps = files.stamps()?;
             let digest = match cache.get(&stamps) {
@@ -107,7 +113,24 @@ impl Library {
     /// What a model of [`offers`](Self::offers) and its runs take of memory.
     pub fn footprint(&self, name: &str) -> Result<Footprint, ModelError> {
         let entry = self.entry(name)?;
-        Ok(Footprint { weights: entry.weight_bytes, ..entry.files.config.footprint(&self.options) })
+        let footprint =
+            Footprint { weights: entry.weight_bytes, ..entry.files.config.footprint(&self.options) };
+        Ok(if self.gpu.is_some() { footprint.beside_a_gpu() } else { footprint })
+    }
+
+    /// What it and its runs take of the GPU's memory, if it is on one.
+    pub fn gpu_footprint(&self, name: &str) -> Result<Option<GpuFootprint>, ModelError> {
+        let config = &self.entry(name)?.files.config;
+        Ok(self.gpu.as_ref().map(|_| config.gpu_footprint(&self.options)))
+    }
+
+    /// Bytes of keys and values of one position of a model of this shape, over all layers, and how many positions are
+    /// allocated together.
+    pub fn cache_shape(&self, config: &ModelConfig) -> (usize, usize) {
+        match &self.gpu {
+            None => (KvCache::bytes_per_position(config), KvCache::BLOCK),
+            Some(_) => (DeviceCache::bytes_per_position(config, self.options.dtype), DeviceCache::PAGE),
+        }
     }
 
     /// The model of this name or alias; loads it (blocking, seconds) when nobody has yet.
@@ -152,6 +175,11 @@ impl Library {
             None => kernels::numerics(),
             Some(gpu) => gpu.engine(),
         }
+    }
+
+    /// The GPU that computes, if one does.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        self.gpu.as_ref()
     }
 
     /// How the models are computed.
@@ -211,8 +239,25 @@ fn open_gpu(device: DeviceChoice) -> Result<Option<Gpu>, GpuError> {
             }
         },
     };
-    tracing::info!(gpu = gpu.name(), "computing on a GPU");
     Ok(Some(gpu))
+}
+
+/// The GPU, if its kernels cover this model; where the choice was left to us, none if they don't. All models of a
+/// process are in one place.
+fn suited(
+    gpu: Option<Gpu>,
+    device: DeviceChoice,
+    name: &str,
+    config: &ModelConfig,
+) -> Result<Option<Gpu>, ModelError> {
+    match gpu.as_ref().map_or(Ok(()), |_| DeviceModel::check(config)) {
+        Ok(()) => Ok(gpu),
+        Err(source) if device == DeviceChoice::Auto => {
+            tracing::warn!("computing on the CPU: `{name}`: {source}");
+            Ok(None)
+        }
+        Err(source) => Err(ModelError::OnGpu { name: name.to_owned(), source }),
+    }
 }
 
 impl Entry {
@@ -230,7 +275,7 @@ mod tests {
     use super::*;
     use crate::{
         kernels::WeightDtype,
-        model::{ChatMessage, tiny},
+        model::{ChatMessage, ExpertsConfig, Family, tiny},
     };
 
     fn tiny_source(directory: &Path) -> ModelSource {
@@ -280,6 +325,38 @@ mod tests {
         assert_eq!(whole.digest, ModelFiles::open(directory.path()).unwrap().digest().unwrap());
         let [whole, half] = [whole, half].map(|model| model.weights().layers[1].o.bytes());
         assert_eq!((whole, half), (4 * 32 * 32, 2 * 32 * 32));
+    }
+
+    #[test]
+    fn a_mixture_is_left_to_the_cpu_where_the_choice_is_ours_and_refused_by_name_where_not() {
+        let experts = ExpertsConfig {
+            count: 4,
+            per_row: 2,
+            intermediate_size: 16,
+            normalises: true,
+            dense_layers: Vec::new(),
+        };
+        let mixture = ModelConfig { family: Family::Qwen3Moe, experts: Some(experts), ..tiny::config() };
+        let dense = tiny::config();
+        let on = |device, config| suited(Some(Gpu::emulated().unwrap()), device, "org/Model", config);
+        assert!(on(DeviceChoice::Auto, &mixture).unwrap().is_none());
+        assert!(on(DeviceChoice::Auto, &dense).unwrap().is_some());
+        assert!(suited(None, DeviceChoice::Cpu, "org/Model", &mixture).unwrap().is_none());
+        let error = on(DeviceChoice::Cuda(0), &mixture).err().unwrap().to_string();
+        assert!(
+            error.starts_with("`org/Model`: `num_experts` is set; mixtures of experts run with"),
+            "{error}"
+        );
+
+        let directory = tempfile::tempdir().unwrap();
+        tiny::write(directory.path(), &mixture, 7).unwrap();
+        let open = |device| {
+            let options = ComputeOptions { device, ..ComputeOptions::default() };
+            Library::open(vec![ModelSource::new("org/Mixture", directory.path())], options)
+        };
+        let error = open(DeviceChoice::Emulated).err().unwrap().to_string();
+        assert!(error.starts_with("`org/Mixture`: `num_experts`"), "{error}");
+        assert_eq!(open(DeviceChoice::Cpu).unwrap().engine(), kernels::numerics());
     }
 
     #[test]

@@ -66,13 +66,23 @@ impl Footprint {
         Self { row, row_of_rank, checkpointed: None, ..self }
     }
 
-    /// The memory of a run with this adapter and micro-batches of at most `rows` rows.
-    pub fn run(&self, lora: &LoraConfig, rows: u64) -> RunMemory {
+    /// The same model on a node whose GPU computes: the weights pass through the host's memory, and a run's state stays
+    /// in it.
+    pub fn beside_a_gpu(self) -> Self {
+        Self { row: 0, row_of_rank: 0, workspace: 0, checkpointed: None, ..self }
+    }
+
+    /// Values of an adapter.
+    pub fn values(&self, lora: &LoraConfig) -> u64 {
         let rank = u64::from(lora.rank);
         let of_target = |target: &LoraTarget| self.adapter_values[*target as usize].saturating_mul(rank);
-        let values = lora.targets.iter().map(of_target).fold(0, u64::saturating_add);
-        let row = self.row.saturating_add(self.row_of_rank.saturating_mul(rank));
-        let adapter = values.saturating_mul(F32);
+        lora.targets.iter().map(of_target).fold(0, u64::saturating_add)
+    }
+
+    /// The memory of a run with this adapter and micro-batches of at most `rows` rows.
+    pub fn run(&self, lora: &LoraConfig, rows: u64) -> RunMemory {
+        let row = self.row.saturating_add(self.row_of_rank.saturating_mul(u64::from(lora.rank)));
+        let adapter = self.values(lora).saturating_mul(F32);
         RunMemory {
             state: adapter.saturating_mul(STATE_VECTORS),
             work: row

@@ -1,13 +1,14 @@
 //! A whole Hugging Face directory of a few kilobytes with random weights, for tests, examples
 //! and trials of a cluster: everything works on it as on a real model, except its answers.
 
-use std::{fs, io, path::Path};
+use std::{borrow::Cow, fs, io, path::Path};
 
+use half::bf16;
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
 };
-use safetensors::{Dtype, tensor::TensorView};
+use safetensors::{Dtype, View, tensor::TensorView};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -55,18 +56,7 @@ pub fn config() -> ModelConfig {
 /// and 1.5, other norms one; the same seed gives the same bytes. The vocabulary must hold at
 /// least the 259 tokens of the tokenizer.
 pub fn write(directory: &Path, config: &ModelConfig, seed: u64) -> io::Result<()> {
-    fs::create_dir_all(directory)?;
-    let write_json = |file: &str, value: Value| fs::write(directory.join(file), value.to_string());
-    write_json("config.json", config_json(config)?)?;
-    write_json("tokenizer.json", tokenizer_json())?;
-    write_json(
-        "tokenizer_config.json",
-        json!({
-            "bos_token": SPECIAL_TOKENS[1],
-            "eos_token": SPECIAL_TOKENS[2],
-            "chat_template": CHAT_TEMPLATE,
-        }),
-    )?;
+    write_text(directory, config, "float32")?;
     let tensors = random_tensors(config, seed);
     let views = tensors.iter().map(|(name, shape, bytes)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(io::Error::other)?;
@@ -77,8 +67,83 @@ pub fn write(directory: &Path, config: &ModelConfig, seed: u64) -> io::Result<()
         .map_err(io::Error::other)
 }
 
-fn config_json(config: &ModelConfig) -> io::Result<Value> {
-    config.to_hugging_face("float32").map(Value::Object).ok_or_else(|| {
+/// The same in bf16 with other values, made while they are written: of a model of any size one tensor at a time is in
+/// memory.
+pub fn write_bf16(directory: &Path, config: &ModelConfig, seed: u64) -> io::Result<()> {
+    write_text(directory, config, "bfloat16")?;
+    let tensors = Weight::all(config).zip(0..).map(|(weight, stream)| {
+        (hugging_face_name(weight), RandomTensor { weight, shape: weight.shape(config), seed, stream })
+    });
+    safetensors::serialize_to_file(tensors, None, &directory.join("model.safetensors"))
+        .map_err(io::Error::other)
+}
+
+/// Everything but the weights, which are stored as `dtype`.
+fn write_text(directory: &Path, config: &ModelConfig, dtype: &str) -> io::Result<()> {
+    fs::create_dir_all(directory)?;
+    let write_json = |file: &str, value: Value| fs::write(directory.join(file), value.to_string());
+    write_json("config.json", config_json(config, dtype)?)?;
+    write_json("tokenizer.json", tokenizer_json())?;
+    write_json(
+        "tokenizer_config.json",
+        json!({
+            "bos_token": SPECIAL_TOKENS[1],
+            "eos_token": SPECIAL_TOKENS[2],
+            "chat_template": CHAT_TEMPLATE,
+        }),
+    )
+}
+
+/// A tensor of bf16 whose values are drawn when they are written.
+struct RandomTensor {
+    weight: Weight,
+    shape: Vec<usize>,
+    seed: u64,
+    /// Of the generator: each tensor has values of its own.
+    stream: u64,
+}
+
+impl View for RandomTensor {
+    fn dtype(&self) -> Dtype {
+        Dtype::BF16
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut random = ChaCha8Rng::seed_from_u64(self.seed);
+        random.set_stream(self.stream);
+        let count = self.shape.iter().product::<usize>();
+        let (middle, width) = spread(self.weight, &self.shape);
+        let value = |bits: [u8; 2]| {
+            let uniform = f32::from(i16::from_le_bytes(bits)) / 32_768.0;
+            bf16::from_f32(middle + width * uniform).to_le_bytes()
+        };
+        let mut bytes = vec![0; 2 * count];
+        random.fill_bytes(&mut bytes);
+        bytes.as_chunks_mut().0.iter_mut().for_each(|bits| *bits = value(*bits));
+        bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        2 * self.shape.iter().product::<usize>()
+    }
+}
+
+/// The middle of a weight's values, and how far they are from it at most.
+fn spread(weight: Weight, shape: &[usize]) -> (f32, f32) {
+    match (weight, shape) {
+        (_, [_, in_features]) => (0.0, (3.0 / *in_features as f32).sqrt()),
+        (Weight::Layer(_, QBias | KBias | VBias), _) => (0.0, 0.5),
+        (Weight::Layer(_, QNorm | KNorm), _) => (1.0, 0.5),
+        _ => (1.0, 0.0),
+    }
+}
+
+fn config_json(config: &ModelConfig, dtype: &str) -> io::Result<Value> {
+    config.to_hugging_face(dtype).map(Value::Object).ok_or_else(|| {
         let problem = "a config.json has no place for the divisors of rotary frequencies";
         io::Error::new(io::ErrorKind::InvalidInput, problem)
     })

@@ -22,6 +22,7 @@ use crate::{
 use super::{
     NodeConfig,
     blobs::BlobClient,
+    memory::ReplicaLimits,
     state::{Effect, Event, NodeState, Ticket},
 };
 
@@ -30,13 +31,6 @@ const MAILBOX: usize = 1024;
 
 /// Reports of ranks and replicas on their way to the node.
 const REPORTS: usize = 1024;
-
-/// Keys and values of all sequences of a replica: 45,000 positions of a model of SmolLM2's
-/// shape.
-pub(super) const KV_BYTES: usize = 2 << 30;
-
-/// Sequences decoded together: past 64 a step of a small model gains little on a CPU.
-const MAX_BATCH: usize = 64;
 
 /// Between two reports of how far an operation is: often enough for its deadline without progress.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -48,6 +42,8 @@ pub(super) struct Parts<'a> {
     pub(super) cores: CoreBudget,
     pub(super) blobs: BlobClient,
     pub(super) join: Join,
+    /// Of each replica.
+    pub(super) limits: ReplicaLimits,
     /// Notified when the coordinator says that the process is to end.
     pub(super) stop: Arc<Notify>,
     pub(super) on_death: Arc<dyn Fn(&str) + Send + Sync>,
@@ -113,7 +109,7 @@ pub(super) async fn drain(node: &Addr<NodeActor>, limit: Duration) {
 impl NodeActor {
     /// Starts the node's actors and their threads, in the current actix system.
     pub(super) fn launch(parts: Parts<'_>) -> std::io::Result<Addr<Self>> {
-        let Parts { config, library, cores, blobs, join, stop, on_death } = parts;
+        let Parts { config, library, cores, blobs, join, limits, stop, on_death } = parts;
         let (rank_reports, from_ranks) = mpsc::channel(REPORTS);
         let (replica_reports, from_replicas) = mpsc::channel(REPORTS);
         let ranks = (0..config.trainers)
@@ -136,8 +132,8 @@ impl NodeActor {
                     index,
                     library: library.clone(),
                     cores: cores.clone(),
-                    kv_bytes: KV_BYTES,
-                    max_batch: MAX_BATCH,
+                    kv_bytes: limits.cache_bytes,
+                    max_batch: limits.batch,
                     on_death: on_death.clone(),
                 };
                 SamplerReplica::launch(replica, replica_reports.clone())

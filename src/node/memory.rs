@@ -1,10 +1,87 @@
-//! How much memory this process may use, as the kernel says.
+//! How much memory this process may use, as the kernel and the GPU's driver say, and what of it replicas get.
 
 use std::fs;
 
+use crate::{
+    gpu::Gpu,
+    nvidia,
+    protocol::{GpuMemory, NodeMemory},
+};
+
+/// What the replicas of a node may take of where the models are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ReplicaLimits {
+    /// Bytes of keys and values of all sequences of a replica.
+    pub cache_bytes: usize,
+    /// Sequences decoded together.
+    pub batch: usize,
+}
+
+/// On a CPU: 45,000 positions of a model of SmolLM2's shape; past 64 sequences a step of a small model gains little.
+const ON_CPU: ReplicaLimits = ReplicaLimits { cache_bytes: 2 << 30, batch: 64 };
+
+/// A GPU reads its weights once for all sequences of a step, and hides little of that behind 64.
+const GPU_BATCH: usize = 256;
+
+/// The part of a GPU's memory that the caches of all its replicas get: training wants the rest.
+const GPU_CACHES: u64 = 4;
+
+/// What arrays don't get of a GPU's memory: a fixed part for CUDA's context, cuBLAS's workspace and NCCL, and a
+/// twentieth for what lies between arrays in the pool. Chosen, never measured: no GPU has been at hand.
+const GPU_TAKEN: u64 = 1 << 30;
+const GPU_PIECES: u64 = 20;
+
+/// What a node has, and its replicas may take of it.
+pub(super) struct Memory {
+    pub host: Option<NodeMemory>,
+    pub gpu: Option<GpuMemory>,
+    pub replicas: ReplicaLimits,
+}
+
+impl Memory {
+    /// Of a node with so many replicas that computes on this GPU, if on one.
+    pub(super) fn of_node(gpu: Option<&Gpu>, samplers: u32) -> Self {
+        let machine_bytes = machine_bytes();
+        // An emulation's memory is the machine's.
+        let on_gpu = gpu.and_then(|gpu| match gpu.memory() {
+            Ok(Some([_, total])) => Some(usable(total)),
+            Ok(None) => machine_bytes,
+            Err(error) => {
+                tracing::warn!("the GPU's memory is not known, so nothing is refused for it: {error}");
+                None
+            }
+        });
+        let replicas = if gpu.is_some() { on_a_gpu(on_gpu, samplers) } else { ON_CPU };
+        let cache_bytes = replicas.cache_bytes as u64;
+        let host = machine_bytes.map(|machine_bytes| NodeMemory {
+            machine_bytes,
+            cache_bytes: if gpu.is_some() { 0 } else { cache_bytes },
+        });
+        let gpu = gpu.zip(on_gpu).map(|(gpu, bytes)| GpuMemory { gpu: identity(gpu), bytes, cache_bytes });
+        Self { host, gpu, replicas }
+    }
+}
+
+/// Bytes that arrays may take of so many.
+fn usable(total: u64) -> u64 {
+    (total - total / GPU_PIECES).saturating_sub(GPU_TAKEN)
+}
+
+fn on_a_gpu(bytes: Option<u64>, samplers: u32) -> ReplicaLimits {
+    let share = bytes.map_or(0, |bytes| bytes / GPU_CACHES / u64::from(samplers.max(1)));
+    let cache_bytes = usize::try_from(share).unwrap_or(usize::MAX).max(ON_CPU.cache_bytes);
+    ReplicaLimits { cache_bytes, batch: GPU_BATCH }
+}
+
+/// What two nodes on one GPU call it.
+fn identity(gpu: &Gpu) -> String {
+    let known = gpu.ordinal().and_then(|ordinal| nvidia::uuid(ordinal).ok());
+    known.unwrap_or_else(|| gpu.name().to_owned())
+}
+
 /// The machine's memory, or the limit of this process's control group where that is less; `None`
 /// where neither is said.
-pub(super) fn machine_bytes() -> Option<u64> {
+fn machine_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|info| total(&info));
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let limits = limit_files(&groups).into_iter().filter_map(|path| limit(&fs::read_to_string(path).ok()?));
@@ -73,6 +150,28 @@ mod tests {
             ]
         );
         assert_eq!((limit("max\n"), limit("4096\n")), (None, Some(4096)));
+    }
+
+    #[test]
+    fn replicas_on_a_gpu_get_a_quarter_of_what_arrays_may_take() {
+        // An H200's, as its driver counts.
+        let bytes = usable(150_754_820_096);
+        assert_eq!(bytes, 142_143_337_268);
+        assert_eq!(on_a_gpu(Some(bytes), 2), ReplicaLimits { cache_bytes: 17_767_917_158, batch: 256 });
+        assert_eq!(on_a_gpu(None, 1), ReplicaLimits { batch: 256, ..ON_CPU });
+        assert_eq!(usable(1 << 29), 0);
+    }
+
+    #[test]
+    fn a_node_says_where_its_memory_is() {
+        let Memory { host, gpu, replicas } = Memory::of_node(None, 1);
+        assert_eq!((host.unwrap().cache_bytes, gpu), (ON_CPU.cache_bytes as u64, None));
+        assert_eq!(replicas, ON_CPU);
+        let emulated = Gpu::emulated().unwrap();
+        let Memory { host, gpu, replicas } = Memory::of_node(Some(&emulated), 1);
+        let (host, gpu) = (host.unwrap(), gpu.unwrap());
+        assert_eq!((host.cache_bytes, gpu.cache_bytes), (0, replicas.cache_bytes as u64));
+        assert_eq!((gpu.bytes, gpu.gpu.as_str()), (host.machine_bytes, "emulated GPU"));
     }
 
     #[test]

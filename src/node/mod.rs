@@ -28,6 +28,7 @@ use std::{path::PathBuf, pin::pin, sync::Arc, time::Duration};
 pub use error::NodeError;
 
 use crate::{
+    collective::GpuSeat,
     kernels::CoreBudget,
     model::{ComputeOptions, Library, ModelSource},
     transport::Endpoint,
@@ -36,6 +37,7 @@ use crate::{
 use self::{
     actor::{NodeActor, Parts},
     blobs::BlobClient,
+    memory::Memory,
     peers::Peers,
     session::Sessions,
 };
@@ -91,13 +93,15 @@ pub async fn serve(
         let _ = death.try_send(what.to_owned());
     });
     let stop = Arc::new(tokio::sync::Notify::new());
-    let peers = Peers::new(endpoint.clone());
+    let peers = Peers::new(endpoint.clone(), gpu_seat(&library));
+    let limits = Memory::of_node(library.gpu(), config.samplers).replicas;
     let node = NodeActor::launch(Parts {
         config: &config,
         library: library.clone(),
         cores: CoreBudget::new(config.threads),
         blobs: blobs.clone(),
         join: peers.join(),
+        limits,
         stop: stop.clone(),
         on_death,
     })
@@ -122,6 +126,12 @@ pub async fn serve(
     // Ranks and replicas stop with their addresses, and their threads with them.
     let _ = node.send(actor::Stop).await;
     outcome
+}
+
+/// Where the node's ranks compute, if NCCL may be able to reach it.
+fn gpu_seat(library: &Library) -> Option<GpuSeat> {
+    let ordinal = library.gpu()?.ordinal()?;
+    Some(GpuSeat { ordinal, reduction: library.options().reduction })
 }
 
 /// A task that ends with whoever started it.

@@ -8,7 +8,7 @@ use std::{
 use tokio::runtime::Handle;
 
 use crate::{
-    collective::{self, CollectiveInbox, JoinError, RankSet, StreamKey},
+    collective::{self, CollectiveInbox, GpuSeat, JoinError, RankSet, StreamKey},
     protocol::{Blame, MAX_MESSAGE, StreamOpen, decode},
     trainer::{Failure, Join},
     transport::{Connection, Endpoint, Revocation, Role, Stream},
@@ -26,13 +26,15 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(30);
 pub(super) struct Peers {
     endpoint: Endpoint,
     inbox: CollectiveInbox,
+    /// Where the node's ranks compute, if that is a GPU.
+    gpu: Option<GpuSeat>,
     /// What other nodes opened and have not closed.
     guests: Arc<Mutex<Vec<Connection>>>,
 }
 
 impl Peers {
-    pub(super) fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, inbox: CollectiveInbox::default(), guests: Arc::default() }
+    pub(super) fn new(endpoint: Endpoint, gpu: Option<GpuSeat>) -> Self {
+        Self { endpoint, inbox: CollectiveInbox::default(), gpu, guests: Arc::default() }
     }
 
     /// How a rank of this node joins its run's collectives.
@@ -46,7 +48,7 @@ impl Peers {
                 generation: formation.generation,
                 roster: &formation.roster,
                 me: formation.rank,
-                gpu: None,
+                gpu: peers.gpu,
             };
             let deadline = Instant::now() + JOIN_DEADLINE;
             collective::join(set, &peers.endpoint, &peers.inbox, runtime.clone(), deadline).map_err(|error| {
@@ -132,19 +134,20 @@ async fn open(stream: &mut Stream) -> Result<StreamKey, String> {
 mod tests {
     use super::*;
     use crate::{
+        collective::Reduction,
         protocol::{Epoch, Generation, NodeId, OpToken, OperationSeq, RankIndex, RankSeat, RunSpec},
         trainer::Formation,
         transport::MemoryNetwork,
         types::{LoraConfig, RunId},
     };
 
-    /// One rank on each endpoint, on hosts that share no memory.
-    fn formation(endpoints: &[Endpoint], rank: u32) -> Formation {
+    /// One rank on each endpoint, on hosts that share no memory, or all on one.
+    fn formation(endpoints: &[Endpoint], rank: u32, apart: bool) -> Formation {
         let seat = |(i, endpoint): (usize, &Endpoint)| RankSeat {
             rank: RankIndex(i as u32),
             node: NodeId(i as u32),
             slot: 0,
-            host: format!("host-{i}"),
+            host: if apart { format!("host-{i}") } else { "host".to_owned() },
             address: endpoint.local_address(),
         };
         Formation {
@@ -165,6 +168,19 @@ mod tests {
 
     #[test]
     fn ranks_of_different_hosts_meet_through_their_nodes() {
+        meet(true, None);
+    }
+
+    /// No machine that tests run on has this GPU, or a program without NCCL could not use it: all ranks hear so
+    /// of each other, and meet all the same.
+    #[test]
+    fn ranks_on_gpus_without_nccl_meet_through_the_host() {
+        for apart in [true, false] {
+            meet(apart, Some(GpuSeat { ordinal: 4_000, reduction: Reduction::Fast }));
+        }
+    }
+
+    fn meet(apart: bool, gpu: Option<GpuSeat>) {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let _guard = runtime.enter();
@@ -184,8 +200,8 @@ mod tests {
             .iter()
             .enumerate()
             .map(|(i, endpoint)| {
-                let peers = Peers::new(endpoint.clone());
-                let (join, formation) = (peers.join(), formation(&endpoints, i as u32));
+                let peers = Peers::new(endpoint.clone(), gpu);
+                let (join, formation) = (peers.join(), formation(&endpoints, i as u32, apart));
                 runtime.spawn(peers.accept());
                 std::thread::spawn(move || {
                     let mut collective = join(&formation).unwrap();

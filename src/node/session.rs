@@ -16,17 +16,18 @@ use crate::{
     collective, join,
     model::Library,
     protocol::{
-        CoordinatorMessage, Epoch, MAX_MESSAGE, ModelOffer, NodeHello, NodeId, NodeMemory, NodeMessage,
-        Numerics, PROTOCOL_VERSION, StreamOpen, decode, encode,
+        CoordinatorMessage, Epoch, MAX_MESSAGE, ModelOffer, NodeHello, NodeId, NodeMessage, Numerics,
+        PROTOCOL_VERSION, StreamOpen, decode, encode,
     },
     transport::{Connection, Endpoint, RecvHalf, Role, SendHalf, Stream},
 };
 
 use super::{
     AbortOnDrop, NodeConfig, NodeError,
-    actor::{Connected, KV_BYTES, NodeActor, Notice, Uplink},
+    actor::{Connected, NodeActor, Notice, Uplink},
     blobs::BlobClient,
-    generate, memory,
+    generate, gpu_seat,
+    memory::Memory,
     peers::Peers,
     state::{Event, SessionNumber},
 };
@@ -177,6 +178,7 @@ impl Sessions {
             let tokenizer = self.blobs.store(json).await.map_err(|e| e.to_string())?;
             models.push(ModelOffer {
                 footprint: self.library.footprint(&source.name).map_err(|e| e.to_string())?,
+                gpu_footprint: self.library.gpu_footprint(&source.name).map_err(|e| e.to_string())?,
                 name: source.name,
                 aliases: source.aliases,
                 digest,
@@ -187,6 +189,7 @@ impl Sessions {
                 lora_rank_max: config.lora_rank_max(),
             });
         }
+        let Memory { host, gpu, .. } = Memory::of_node(self.library.gpu(), self.config.samplers);
         Ok(NodeHello {
             protocol_version: PROTOCOL_VERSION,
             name: self.config.name.clone(),
@@ -198,11 +201,13 @@ impl Sessions {
                 build: env!("CARGO_PKG_VERSION").to_owned(),
                 kernels: self.library.engine().to_owned(),
                 dtype: self.config.compute.dtype.to_string(),
+                // Others add up in one order, whatever they were told.
+                reduction: gpu_seat(&self.library).map(|seat| seat.reduction).unwrap_or_default().to_string(),
             },
             address: self.config.advertise.clone().unwrap_or_else(|| self.endpoint.local_address()),
             host: collective::host_id(),
-            memory: memory::machine_bytes()
-                .map(|machine_bytes| NodeMemory { machine_bytes, cache_bytes: KV_BYTES as u64 }),
+            memory: host,
+            gpu_memory: gpu,
         })
     }
 }

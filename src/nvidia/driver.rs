@@ -11,8 +11,25 @@ use cudarc::driver::{
 
 use super::{Gpu, NoGpu};
 
-/// The GPUs of this process, by ordinal.
+/// The GPUs of this process, by ordinal. Makes a context on each, for the memory that is free.
 pub fn gpus() -> Result<Vec<Gpu>, NoGpu> {
+    initialise()?;
+    let count = device::get_count().map_err(|error| refusal("cuDeviceGetCount", error))?;
+    match count {
+        0 => Err(NoGpu::NoDevice),
+        count => (0..count as u32).map(gpu).collect(),
+    }
+}
+
+/// The UUID of the GPU with this number; makes no context.
+pub fn uuid(ordinal: u32) -> Result<String, NoGpu> {
+    initialise()?;
+    let number = i32::try_from(ordinal).unwrap_or(i32::MAX);
+    let device = device::get(number).map_err(|error| refusal("cuDeviceGet", error))?;
+    device::get_uuid(device).map(text_of).map_err(|error| refusal("cuDeviceGetUuid", error))
+}
+
+fn initialise() -> Result<(), NoGpu> {
     // cudarc panics where a driver lacks a function that its bindings name.
     let initialised = catch_unwind(result::init)
         .map_err(|_| NoGpu::NoDriver { reason: "it is older than CUDA 12".into() })?;
@@ -22,12 +39,7 @@ pub fn gpus() -> Result<Vec<Gpu>, NoGpu> {
         }
         CUresult::CUDA_ERROR_NO_DEVICE => NoGpu::NoDevice,
         _ => refusal("cuInit", error),
-    })?;
-    let count = device::get_count().map_err(|error| refusal("cuDeviceGetCount", error))?;
-    match count {
-        0 => Err(NoGpu::NoDevice),
-        count => (0..count as u32).map(gpu).collect(),
-    }
+    })
 }
 
 fn gpu(ordinal: u32) -> Result<Gpu, NoGpu> {

@@ -11,7 +11,7 @@ mod driver;
 mod library;
 
 #[cfg(feature = "cuda")]
-pub use driver::gpus;
+pub use driver::{gpus, uuid};
 pub use library::{CUDA_LIBRARIES, Library, NCCL_LIBRARY};
 
 /// A GPU that the driver offers to this process.
@@ -47,6 +47,12 @@ pub enum NoGpu {
 /// The GPUs of this process, by ordinal.
 #[cfg(not(feature = "cuda"))]
 pub fn gpus() -> Result<Vec<Gpu>, NoGpu> {
+    Err(NoGpu::BuiltWithout)
+}
+
+/// The UUID of the GPU with this number.
+#[cfg(not(feature = "cuda"))]
+pub fn uuid(_: u32) -> Result<String, NoGpu> {
     Err(NoGpu::BuiltWithout)
 }
 

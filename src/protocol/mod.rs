@@ -39,8 +39,8 @@ pub use figures::{EndedOperations, Figures};
 pub use ids::{Epoch, Generation, NodeId, OpToken, OperationKey, OperationSeq, RankIndex, RequestId};
 pub use join::{HeldCertificate, JOIN_ALPN, JoinReply, JoinRequest, MAX_JOIN_MESSAGE, TrustReply};
 pub use node::{
-    Blame, CoordinatorMessage, Generate, GenerateReply, MicroBatchPart, ModelOffer, NodeHello, NodeMemory,
-    NodeMessage, Numerics, RankPart, RankSeat, RunSpec,
+    Blame, CoordinatorMessage, Generate, GenerateReply, GpuMemory, MicroBatchPart, ModelOffer, NodeHello,
+    NodeMemory, NodeMessage, Numerics, RankPart, RankSeat, RunSpec,
 };
 pub use operation::{
     ADAPTER_FILE, BLOB_PATH, BlobRef, LoadSource, MAX_INLINE_PAYLOAD, Operation, OperationResult, Payload,
@@ -49,7 +49,7 @@ pub use operation::{
 pub use stream::{BlobReply, StreamOpen};
 
 /// Version of these messages: part of the ALPN name and of every hello.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// ALPN name under which endpoints speak this protocol.
 pub const ALPN: &[u8] = b"lockstep/2";

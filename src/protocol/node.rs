@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use bincode::{Decode, Encode};
 
 use crate::{
-    model::Footprint,
+    model::{Footprint, GpuFootprint},
     types::{
         DatumOutput, Digest, LoraConfig, OperationError, PolicyId, RunId, SampleFlags, SampleResult,
         SamplingParams,
@@ -24,6 +24,8 @@ pub struct Numerics {
     pub kernels: String,
     /// Type of the base weights: `f32`.
     pub dtype: String,
+    /// How ranks add up their gradients: `deterministic`, or `fast` where they are on GPUs.
+    pub reduction: String,
 }
 
 /// A base model that a node has on disk.
@@ -41,6 +43,8 @@ pub struct ModelOffer {
     pub tokenizer_size: u64,
     /// What it takes of a node's memory.
     pub footprint: Footprint,
+    /// And of the memory of its GPU, if one computes.
+    pub gpu_footprint: Option<GpuFootprint>,
     /// Largest rank of an adapter on each of [`LoraTarget::ALL`](crate::types::LoraTarget::ALL).
     pub lora_rank_max: [u32; 8],
 }
@@ -50,7 +54,18 @@ pub struct ModelOffer {
 pub struct NodeMemory {
     /// Bytes of the machine, or of the limit that the node was given.
     pub machine_bytes: u64,
-    /// Bytes that the cache of each of its replicas may take.
+    /// Bytes that the cache of each of its replicas may take; 0 if it is on a GPU.
+    pub cache_bytes: u64,
+}
+
+/// Memory of the GPU on which a node computes.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct GpuMemory {
+    /// Tells GPUs of a machine apart: two nodes may share one.
+    pub gpu: String,
+    /// Bytes that arrays may take.
+    pub bytes: u64,
+    /// Bytes of them that the cache of each replica may take.
     pub cache_bytes: u64,
 }
 
@@ -73,6 +88,8 @@ pub struct NodeHello {
     pub host: String,
     /// Absent: not known.
     pub memory: Option<NodeMemory>,
+    /// Absent: no GPU computes.
+    pub gpu_memory: Option<GpuMemory>,
 }
 
 /// What a rank must know of a run to hold its state.

@@ -9,7 +9,7 @@ use actix::{Actor, Addr, AsyncContext, Context, Handler};
 use tokio::sync::oneshot;
 
 use crate::{
-    model::{Adapter, BaseModel, KvCache, ModelConfig, ModelSource},
+    model::{Adapter, BaseModel, Library, ModelConfig, ModelSource},
     protocol::GenerateReply,
     types::PolicyId,
 };
@@ -66,7 +66,7 @@ impl SamplerReplica {
     ) -> std::io::Result<Addr<Self>> {
         let ReplicaConfig { index, library, cores, kv_bytes, max_batch, on_death } = config;
         let offers = library.offers();
-        let facts = offers.iter().map(|(source, config, _)| facts(source, config)).collect();
+        let facts = offers.iter().map(|(source, config, _)| facts(source, config, &library)).collect();
         let capacity = Capacity { max_batch: max_batch.max(1), kv_bytes };
 
         let mut context = Context::<Self>::new();
@@ -253,13 +253,14 @@ impl From<(ModelSource, ModelConfig, crate::types::Digest)> for ReplicaModel {
     }
 }
 
-fn facts(source: &ModelSource, config: &ModelConfig) -> ModelFacts {
+fn facts(source: &ModelSource, config: &ModelConfig, library: &Library) -> ModelFacts {
+    let (kv_position_bytes, kv_block) = library.cache_shape(config);
     ModelFacts {
         name: source.name.clone(),
         aliases: source.aliases.clone(),
         context: config.max_position_embeddings,
         vocab: config.vocab_size,
-        kv_position_bytes: KvCache::bytes_per_position(config),
-        kv_block: KvCache::BLOCK,
+        kv_position_bytes,
+        kv_block,
     }
 }

@@ -167,7 +167,7 @@ impl ClusterConfig {
             samplers: share.samplers,
             threads: share.threads,
             models: self.models.clone(),
-            compute: self.compute,
+            compute: ComputeOptions { device: self.compute.device.of_node(index), ..self.compute },
             cache: Some(self.data_dir.join("cache")),
         }
     }

@@ -20,6 +20,7 @@ use tokio::{
 };
 
 use crate::{
+    collective::{NCCL_IN_ONE_ORDER, Reduction},
     kernels,
     model::{ComputeOptions, ModelSource},
     store::BucketLocation,
@@ -230,8 +231,9 @@ impl Part {
         flag("--trainers", share.trainers.to_string());
         flag("--samplers", share.samplers.to_string());
         flag("--threads", share.threads.to_string());
-        flag("--device", config.compute.device.to_string());
+        flag("--device", config.compute.device.of_node(index).to_string());
         flag("--dtype", config.compute.dtype.to_string());
+        flag("--reduce", config.compute.reduction.to_string());
         if config.compute.activation_checkpointing {
             arguments.push("--activation-checkpointing".into());
         }
@@ -351,6 +353,9 @@ impl Part {
             // A terminal's Ctrl-C goes to the supervisor alone, which then drains in order.
             .process_group(0)
             .kill_on_drop(true);
+        if self.config.compute.reduction == Reduction::Fast {
+            command.envs(NCCL_IN_ONE_ORDER);
+        }
         if self.config.logs_to_files {
             command.stderr(self.log_file()?);
         }
@@ -391,5 +396,48 @@ impl Part {
         let mut log = std::fs::OpenOptions::new().create(true).append(true).open(&path).map_err(file)?;
         writeln!(log, "--- {} starts", self.name).map_err(file)?;
         Ok(log)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::DeviceChoice;
+
+    /// What the command line of node `index` says after `flag`.
+    fn said(config: &SupervisorConfig, index: u32, flag: &str) -> String {
+        let arguments = Part::node(config, index, "127.0.0.1:1").arguments;
+        let at = arguments.iter().position(|argument| argument == flag).unwrap();
+        arguments[at + 1].clone()
+    }
+
+    #[test]
+    fn nodes_take_a_gpu_each_and_add_up_as_they_are_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = SupervisorConfig {
+            program: "lockstep".into(),
+            data: DataDirectory::open(directory.path()).unwrap(),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            join: None,
+            history: 1,
+            store: None,
+            certificate_life: Duration::from_secs(60),
+            nodes: 2,
+            trainers: 2,
+            samplers: 0,
+            threads: 2,
+            models: Vec::new(),
+            compute: ComputeOptions {
+                device: DeviceChoice::Cuda(2),
+                reduction: Reduction::Fast,
+                ..ComputeOptions::default()
+            },
+            logs_to_files: false,
+            log_format: "text".into(),
+        };
+        assert_eq!([0, 1].map(|index| said(&config, index, "--device")), ["cuda:2", "cuda:3"]);
+        assert_eq!(said(&config, 1, "--reduce"), "fast");
+        config.compute.device = DeviceChoice::Auto;
+        assert_eq!(said(&config, 1, "--device"), "auto");
     }
 }

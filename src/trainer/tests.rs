@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    collective::{self, CollectiveInbox, RankSet},
+    collective::{self, CollectiveInbox, RankSet, Reduction},
     model::{ComputeOptions, ModelSource, tiny},
     protocol::{
         Epoch, NodeId, OpToken, Operation, OperationSeq, Payload, RankIndex, RankSeat, RunSpec,
@@ -170,6 +170,50 @@ fn a_rank_whose_peer_never_comes_is_free_once_released() {
     });
 }
 
+/// The carrier of two GPUs, with vectors in their place: shared memory to meet over, NCCL's program for the sums.
+#[test]
+fn gradients_that_went_over_nccl_leave_the_weights_of_any_carrier() {
+    let over_nccl = |reduction| {
+        let sets = unique_name();
+        move |_| -> Join {
+            let sets = sets.clone();
+            Arc::new(move |formation: &Formation| {
+                let (rank, world_size) = (formation.rank.0, formation.roster.len() as u32);
+                let name = format!("{sets}-{}", formation.generation.0);
+                Ok(collective::over_host_link(&name, rank, world_size, reduction))
+            })
+        }
+    };
+    let host = trained_by_two(join_by);
+    assert_eq!(trained_by_two(over_nccl(Reduction::Tree)), host);
+    let fast = trained_by_two(over_nccl(Reduction::Fast));
+    assert_eq!(trained_by_two(over_nccl(Reduction::Fast)), fast, "the same ranks give the same bits");
+}
+
+/// Of shared memory, for one test alone.
+fn unique_name() -> String {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("rank-set{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// States after each operation of three steps, which both ranks came to.
+fn trained_by_two(join: impl Fn(Endpoint) -> Join) -> Vec<Option<Digest>> {
+    let mut states = Vec::new();
+    slots_that_join(join, JOIN_PATIENCE, 2, async |mut slots| {
+        slots.form(1, &[0, 1]).await;
+        let pass = || forward_backward(Payload::Inline(encode_compressed(&batch())));
+        let step = || Operation::OptimStep { adam: AdamParams::default() };
+        for (seq, operation) in (1..).zip([pass(), step(), pass(), pass(), step(), pass(), step()]) {
+            slots.execute(seq, operation);
+            states.push(slots.prepared().await);
+            assert_eq!(slots.prepared().await, states[states.len() - 1], "both ranks");
+            slots.deliver(Event::Commit { token: token(1, seq) });
+        }
+    });
+    states
+}
+
 #[test]
 fn a_panic_of_the_thread_is_told() {
     slots(1, async |mut slots| {
@@ -225,6 +269,16 @@ fn slots(count: u32, test: impl AsyncFnOnce(Slots)) {
 
 /// The same, with ranks that say how far they are at most every `progress_every`.
 fn slots_that_tell(progress_every: Duration, count: u32, test: impl AsyncFnOnce(Slots)) {
+    slots_that_join(join_by, progress_every, count, test);
+}
+
+/// The same, with ranks that meet as `join` lets those of an endpoint.
+fn slots_that_join(
+    join: impl Fn(Endpoint) -> Join,
+    progress_every: Duration,
+    count: u32,
+    test: impl AsyncFnOnce(Slots),
+) {
     let directory = tempfile::tempdir().unwrap();
     tiny::write(directory.path(), &tiny::config(), 3).unwrap();
     let source =
@@ -247,7 +301,7 @@ fn slots_that_tell(progress_every: Duration, count: u32, test: impl AsyncFnOnce(
                     library: library.clone(),
                     cores: cores.clone(),
                     blobs: Arc::new(SlotBlobs { slot, blobs: blobs.clone() }),
-                    join: join_by(endpoint.clone()),
+                    join: join(endpoint.clone()),
                     progress_every,
                     on_death: Arc::new(move |what| death.try_send(what.to_owned()).unwrap_or_default()),
                 };

@@ -38,10 +38,16 @@ pub fn messages() -> Vec<Vec<u8>> {
         trainers: 2,
         samplers: 3,
         models: Vec::new(),
-        numerics: Numerics { build: "build".into(), kernels: "avx2".into(), dtype: "f32".into() },
+        numerics: Numerics {
+            build: "build".into(),
+            kernels: "avx2".into(),
+            dtype: "f32".into(),
+            reduction: "deterministic".into(),
+        },
         address: "127.0.0.1:7700".into(),
         host: "host".into(),
         memory: None,
+        gpu_memory: None,
     };
     let create = CreateRun {
         session: SessionId(1),

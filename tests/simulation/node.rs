@@ -86,12 +86,19 @@ impl ModelNode {
                 tokenizer_size: 9,
                 footprint: lockstep::model::tiny::config()
                     .footprint(&lockstep::model::ComputeOptions::default()),
+                gpu_footprint: None,
                 lora_rank_max: [64; 8],
             }],
-            numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
+            numerics: Numerics {
+                build: "1".into(),
+                kernels: "avx2".into(),
+                dtype: "f32".into(),
+                reduction: "deterministic".into(),
+            },
             address: format!("memory:{}", self.name),
             host: self.name.clone(),
             memory: None,
+            gpu_memory: None,
         }
     }
 

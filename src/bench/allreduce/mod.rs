@@ -15,7 +15,10 @@ use super::{
     machine::round,
     worker::{Trust, Worker, tell_all},
 };
-use crate::{collective::Reduction, nvidia};
+use crate::{
+    collective::{NCCL_IN_ONE_ORDER, Reduction},
+    nvidia,
+};
 
 mod gloo;
 mod rank;
@@ -88,9 +91,6 @@ const VALUES_PER_MB: u64 = 1_000_000 / 4;
 /// MB each way of a bulk transfer: as many as the largest vector has, within these bounds. Fewer measure the
 /// start of a connection, more nothing new.
 const BULK_MB: RangeInclusive<u64> = 16..=256;
-
-/// What makes NCCL add up in one order, whatever the size and the load.
-const RING: &[(&str, &str)] = &[("NCCL_ALGO", "Ring"), ("NCCL_NVLS_ENABLE", "0")];
 
 impl Carrier {
     /// How GPUs add up, if they do.
@@ -182,7 +182,7 @@ impl Ranks {
         carrier: Carrier,
         processes: u32,
     ) -> Result<Self, BenchError> {
-        let variables = if carrier == Carrier::NcclFast { RING } else { &[] };
+        let variables = if carrier == Carrier::NcclFast { &NCCL_IN_ONE_ORDER[..] } else { &[] };
         let start = |index| Worker::start(&config.program, WorkerKind::Rank, trust, index, variables);
         let mut workers = (0..processes).map(start).collect::<Result<Vec<_>, _>>()?;
         let seat = |(rank, worker): (usize, &Worker)| Seat {

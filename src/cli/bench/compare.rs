@@ -52,7 +52,7 @@ pub struct Compare {
     json: bool,
 }
 
-fn batch_by_seq(text: &str) -> Result<(u32, u32), String> {
+pub fn batch_by_seq(text: &str) -> Result<(u32, u32), String> {
     let parts = text.split_once('x').and_then(|(b, t)| Some((b.parse().ok()?, t.parse().ok()?)));
     parts.filter(|(b, t)| *b > 0 && *t > 0).ok_or_else(|| "give BxT, as 8x256".into())
 }

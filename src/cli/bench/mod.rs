@@ -2,6 +2,7 @@
 
 mod compare;
 mod engine;
+mod gpu;
 mod processes;
 
 use clap::Subcommand;
@@ -28,6 +29,11 @@ pub enum Bench {
     Gateway(processes::Gateway),
     /// Lockstep and its peers on the same work, in turns, as ratios.
     Compare(compare::Compare),
+    /// Everything on a GPU: training, prefill, decoding, publishing, all-reduce, as shares of what its chip can do, and
+    /// PyTorch on the same card.
+    Gpu(gpu::Gpu),
+    #[command(hide = true)]
+    GpuFigures(gpu::Figures),
     #[command(hide = true)]
     Worker(processes::Worker),
 }
@@ -43,6 +49,8 @@ impl Bench {
             Self::AllReduce(all_reduce) => all_reduce.run(),
             Self::Gateway(gateway) => gateway.run(),
             Self::Compare(compare) => compare.run(),
+            Self::Gpu(gpu) => gpu.run(),
+            Self::GpuFigures(figures) => figures.run(),
             Self::Worker(worker) => worker.run(),
         }
     }

@@ -118,7 +118,8 @@ impl AllReduce {
     }
 }
 
-fn line(row: &AllReduceResult) -> String {
+/// A row of the table of all-reduces.
+pub fn line(row: &AllReduceResult) -> String {
     let carrier = match row.carrier {
         Carrier::SharedMemory => "shared memory",
         Carrier::Quic => "QUIC",

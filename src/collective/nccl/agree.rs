@@ -20,18 +20,21 @@ use crate::{
 
 /// What a rank can do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Offer {
-    /// Absent: its numbers are in the host's memory, or its program can't speak NCCL.
-    nccl: Option<NcclOffer>,
+pub(super) enum Offer {
+    /// Its numbers are in the host's memory.
+    Host,
+    /// They are on a GPU, and its program can't speak NCCL for this reason.
+    Without(String),
+    Nccl(NcclOffer),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct NcclOffer {
+pub(super) struct NcclOffer {
     /// Of the GPU: NCCL takes one rank for each.
-    uuid: String,
+    pub uuid: String,
     /// Of the library, as it counts: 22809 is 2.28.9. Two releases don't talk to each other.
-    version: u32,
-    fast: bool,
+    pub version: u32,
+    pub fast: bool,
 }
 
 /// Numbers of the calls before a collective's first, which is 1: no other has them.
@@ -42,39 +45,45 @@ const IDENTIFIER: u64 = u64::MAX - 1;
 /// Makes the collective of ranks that have met over `control`: through NCCL if each has a GPU of its own and
 /// the same NCCL, else through `control` itself.
 pub(in crate::collective) fn join<C: Exchange + 'static>(
-    mut control: C,
+    control: C,
     set: &RankSet<'_>,
     deadline: std::time::Instant,
 ) -> Result<Box<dyn Collective>, JoinError> {
     let (epoch, generation, seq) = (set.epoch, set.generation, OperationSeq(0));
     let token = OpToken { run: set.run, epoch, generation, seq, incarnation: 0 };
     let call = Call { method: Method::AllGather, token, deadline };
-    let mine = Offer { nccl: set.gpu.and_then(offer) };
-    let offers = tell(&mut control, &call, &mine).map_err(not_met)?;
-    match decide(&offers)? {
-        None => {}
-        Some(reason) => {
-            if set.gpu.is_some() {
-                tracing::info!(run = %set.run, reason, "gradients go through the host");
-            }
-            return Ok(Box::new(Exchanged::new(control)));
-        }
+    let mine = match set.gpu.map(offer) {
+        None => Offer::Host,
+        Some(Ok(nccl)) => Offer::Nccl(nccl),
+        Some(Err(why)) => Offer::Without(why),
+    };
+    choose(control, &call, &mine, |control| over_nccl(control, set, &call))
+}
+
+/// Hears what the other ranks offer, and makes what all of them can do: with `over_nccl`, or over `control`.
+pub(super) fn choose<C: Exchange + 'static>(
+    mut control: C,
+    call: &Call,
+    mine: &Offer,
+    over_nccl: impl FnOnce(C) -> Result<Box<dyn Collective>, JoinError>,
+) -> Result<Box<dyn Collective>, JoinError> {
+    let offers = tell(&mut control, call, mine).map_err(not_met)?;
+    let Some(reason) = decide(&offers)? else { return over_nccl(control) };
+    if *mine != Offer::Host {
+        tracing::info!(run = %call.token.run, %reason, "gradients go through the host, not NCCL");
     }
-    over_nccl(control, set, &call)
+    Ok(Box::new(Exchanged::new(control)))
 }
 
 #[cfg(feature = "nccl")]
-fn offer(seat: GpuSeat) -> Option<NcclOffer> {
-    let found = Gpu::offer(seat.ordinal);
-    let (uuid, version) =
-        found.inspect_err(|why| tracing::warn!(%why, "this rank does without NCCL")).ok()?;
-    Some(NcclOffer { uuid, version, fast: seat.reduction == Reduction::Fast })
+fn offer(seat: GpuSeat) -> Result<NcclOffer, String> {
+    let (uuid, version) = Gpu::offer(seat.ordinal)?;
+    Ok(NcclOffer { uuid, version, fast: seat.reduction == Reduction::Fast })
 }
 
 #[cfg(not(feature = "nccl"))]
-fn offer(_: GpuSeat) -> Option<NcclOffer> {
-    tracing::warn!("this rank does without NCCL: its program was built without the feature `nccl`");
-    None
+fn offer(_: GpuSeat) -> Result<NcclOffer, String> {
+    Err("its program was built without the feature `nccl`".into())
 }
 
 #[cfg(feature = "nccl")]
@@ -127,8 +136,10 @@ fn decide(offers: &[Offer]) -> Result<Option<String>, JoinError> {
     let mut seen: HashMap<&str, usize> = HashMap::new();
     let mut first: Option<&NcclOffer> = None;
     for (rank, offer) in offers.iter().enumerate() {
-        let Some(offer) = &offer.nccl else {
-            return Ok(Some(format!("rank {rank} has no GPU, or no NCCL")));
+        let offer = match offer {
+            Offer::Host => return Ok(Some(format!("rank {rank} has no GPU"))),
+            Offer::Without(why) => return Ok(Some(format!("rank {rank} has no NCCL: {why}"))),
+            Offer::Nccl(offer) => offer,
         };
         if let Some(other) = seen.insert(&offer.uuid, rank) {
             return Ok(Some(format!("ranks {other} and {rank} share a GPU")));
@@ -183,15 +194,17 @@ mod tests {
     use super::*;
 
     fn with(uuid: &str, version: u32, fast: bool) -> Offer {
-        Offer { nccl: Some(NcclOffer { uuid: uuid.into(), version, fast }) }
+        Offer::Nccl(NcclOffer { uuid: uuid.into(), version, fast })
     }
 
     #[test]
     fn a_gpu_each_and_the_same_nccl() {
         let why_not = |offers: &[Offer]| decide(offers).unwrap();
         assert_eq!(why_not(&[with("a", 22809, false), with("b", 22809, false)]), None);
-        let none = Offer { nccl: None };
-        assert!(why_not(&[with("a", 22809, false), none]).unwrap().contains("rank 1 has no GPU"));
+        assert_eq!(why_not(&[with("a", 22809, false), Offer::Host]).as_deref(), Some("rank 1 has no GPU"));
+        let without = Offer::Without("libnccl.so.2 is not here".into());
+        let reason = why_not(&[without, with("a", 22809, false)]);
+        assert_eq!(reason.as_deref(), Some("rank 0 has no NCCL: libnccl.so.2 is not here"));
         let shared = why_not(&[with("a", 22809, false), with("b", 22809, false), with("a", 22809, false)]);
         assert_eq!(shared.as_deref(), Some("ranks 0 and 2 share a GPU"));
         assert!(why_not(&[with("a", 22809, false), with("b", 22900, false)]).unwrap().contains("22900"));

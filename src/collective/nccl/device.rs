@@ -20,7 +20,7 @@ use cudarc::{
 };
 
 use super::{
-    Reduction,
+    NCCL_IN_ONE_ORDER, Reduction,
     abortable::Abortable,
     link::{Fault, Link, Transfer},
     program,
@@ -63,15 +63,13 @@ impl Gpu {
     /// The GPU's identity and the library's version, if both are there.
     pub(super) fn offer(ordinal: u32) -> Result<(String, u32), String> {
         nvidia::NCCL_LIBRARY.find()?;
-        let gpus = nvidia::gpus().map_err(|e| e.to_string())?;
-        let gpu = gpus.into_iter().find(|gpu| gpu.ordinal == ordinal);
-        let gpu = gpu.ok_or_else(|| format!("this process has no GPU {ordinal}"))?;
+        let uuid = nvidia::uuid(ordinal).map_err(|e| e.to_string())?;
         let mut version: c_int = 0;
         // SAFETY: writes one int, which is ours.
         let status = unsafe { sys::ncclGetVersion(&mut version) };
         check("ncclGetVersion", status, None).map_err(|e| e.to_string())?;
         match u32::try_from(version) {
-            Ok(version) if version >= OLDEST_NCCL => Ok((gpu.uuid, version)),
+            Ok(version) if version >= OLDEST_NCCL => Ok((uuid, version)),
             _ => Err(format!("NCCL {version} is older than {OLDEST_NCCL}")),
         }
     }
@@ -421,7 +419,7 @@ unsafe fn text(string: *const std::ffi::c_char) -> String {
 
 /// `Reduction::Fast` promises the same bits on the same GPUs; NCCL chooses by load and size unless it is told.
 fn warn_of_other_algorithms() {
-    for (variable, wanted) in [("NCCL_ALGO", "Ring"), ("NCCL_NVLS_ENABLE", "0")] {
+    for (variable, wanted) in NCCL_IN_ONE_ORDER {
         if std::env::var(variable).as_deref() != Ok(wanted) {
             tracing::warn!("{variable} is not {wanted}: fast sums may differ from run to run");
         }

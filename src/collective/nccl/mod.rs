@@ -16,6 +16,8 @@
 //! are connected. The calling thread polls and never blocks in NCCL, so a deadline is always seen; then the
 //! communicator is aborted, and the next generation makes another.
 
+use std::{fmt, str::FromStr};
+
 use serde::{Deserialize, Serialize};
 
 mod agree;
@@ -53,6 +55,31 @@ pub enum Reduction {
     Tree,
     /// As NCCL likes: less traffic, and the same bits only on the same GPUs in the same order.
     Fast,
+}
+
+/// Variables under which NCCL adds up in one order, whatever the size and the load. Processes that reduce
+/// [fast](Reduction::Fast) are started with them.
+pub const NCCL_IN_ONE_ORDER: [(&str, &str); 2] = [("NCCL_ALGO", "Ring"), ("NCCL_NVLS_ENABLE", "0")];
+
+impl fmt::Display for Reduction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tree => "deterministic",
+            Self::Fast => "fast",
+        })
+    }
+}
+
+impl FromStr for Reduction {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "deterministic" => Ok(Self::Tree),
+            "fast" => Ok(Self::Fast),
+            _ => Err("gradients are added up deterministic or fast".to_owned()),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,13 +6,13 @@ use std::{
 };
 
 use super::{
-    agree::connect,
+    agree::{NcclOffer, Offer, choose, connect},
     host::{self, Host, Trouble},
     *,
 };
 use crate::{
     collective::{
-        Collective, CollectiveError, Partial, TreeAccumulator,
+        Collective, CollectiveError, JoinError, Partial, TreeAccumulator,
         contribution::{Call, Header, Method},
         exchange::{Exchange, Exchanged},
         reduce_tree,
@@ -55,10 +55,16 @@ fn over_host(
     connect(control, reduction, &call(Method::AllGather, 0, patience), host::unique_id, start)
 }
 
-/// For the tests of the room.
-pub(in crate::collective) fn collective(name: &str, rank: u32, world_size: u32) -> Box<dyn Collective> {
+/// A rank of the set of this name, which no other set has, over shared memory and the link of vectors: what two
+/// GPUs are to a trainer.
+pub(crate) fn over_host_link(
+    name: &str,
+    rank: u32,
+    world_size: u32,
+    reduction: Reduction,
+) -> Box<dyn Collective> {
     let control = control(name, rank, world_size);
-    Box::new(Exchanged::new(over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap()))
+    Box::new(Exchanged::new(over_host(control, reduction, Trouble::None, PATIENCE).unwrap()))
 }
 
 pub(super) fn unique(what: &str) -> String {
@@ -137,6 +143,60 @@ fn the_tree_has_its_bits_and_the_fast_sum_is_near() {
             }
         }
     }
+}
+
+/// Ranks that offer this, each summing up once; whether they went through the link.
+fn meet_and_reduce(what: &str, offers: &[Offer]) -> Vec<Result<bool, JoinError>> {
+    let name = unique(what);
+    let world_size = offers.len() as u32;
+    let met = as_each(world_size, |rank| {
+        let control = control(&name, rank, world_size);
+        let (call, mut linked) = (call(Method::AllGather, 0, PATIENCE), false);
+        let over_link = |control| -> Result<Box<dyn Collective>, JoinError> {
+            linked = true;
+            Ok(Box::new(Exchanged::new(
+                over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap(),
+            )))
+        };
+        let mut rank = choose(control, &call, &offers[rank as usize], over_link)?;
+        Ok((linked, reduce(&mut *rank, 1, LEN, PATIENCE).unwrap()))
+    });
+    let expected = reference(world_size + 1, LEN);
+    let check = |(linked, sum): (bool, Vec<f32>)| {
+        assert!(bits(&sum) == bits(&expected), "{what}: the tree's bits, whatever carries them");
+        linked
+    };
+    met.into_iter().map(|met| met.map(check)).collect()
+}
+
+#[test]
+fn ranks_with_a_gpu_each_take_the_link_and_others_go_through_the_host() {
+    let gpu = |uuid: &str| Offer::Nccl(NcclOffer { uuid: uuid.into(), version: 22809, fast: false });
+    let without = Offer::Without("no library".into());
+    for (what, offers, linked) in [
+        ("each", [gpu("a"), gpu("b"), gpu("c")], true),
+        ("shared", [gpu("a"), gpu("b"), gpu("a")], false),
+        ("library", [gpu("a"), without, gpu("b")], false),
+        ("mixed", [Offer::Host, gpu("a"), gpu("b")], false),
+        ("host", [Offer::Host, Offer::Host, Offer::Host], false),
+    ] {
+        assert_eq!(meet_and_reduce(what, &offers), [Ok(linked), Ok(linked), Ok(linked)], "{what}");
+    }
+    let fast = Offer::Nccl(NcclOffer { uuid: "b".into(), version: 22809, fast: true });
+    for met in meet_and_reduce("reduce", &[gpu("a"), fast]) {
+        assert!(
+            matches!(&met, Err(JoinError::System { problem }) if problem.contains("--reduce")),
+            "{met:?}"
+        );
+    }
+}
+
+#[test]
+fn a_reduction_is_read_as_it_is_written() {
+    for reduction in [Reduction::Tree, Reduction::Fast] {
+        assert_eq!(reduction.to_string().parse(), Ok(reduction));
+    }
+    assert!("tree".parse::<Reduction>().is_err());
 }
 
 #[test]

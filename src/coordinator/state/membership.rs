@@ -1,7 +1,9 @@
 //! Nodes that come, answer pings and go.
 
 use crate::{
-    protocol::{Blame, CoordinatorMessage, ModelOffer, NodeHello, NodeId, NodeMessage, PROTOCOL_VERSION},
+    protocol::{
+        Blame, CoordinatorMessage, ModelOffer, NodeHello, NodeId, NodeMessage, Numerics, PROTOCOL_VERSION,
+    },
     types::{Digest, ErrorKind, OperationError, RunId},
 };
 
@@ -198,8 +200,11 @@ impl Node {
     }
 
     pub fn numerics(&self) -> String {
-        let n = &self.hello.numerics;
-        format!("{} {} {}", n.build, n.kernels, n.dtype)
+        let Numerics { build, kernels, dtype, reduction } = &self.hello.numerics;
+        match reduction.as_str() {
+            "fast" => format!("{build} {kernels} {dtype} fast"),
+            _ => format!("{build} {kernels} {dtype}"),
+        }
     }
 }
 

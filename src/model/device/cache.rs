@@ -1,6 +1,10 @@
 use std::sync::Arc;
 
-use crate::gpu::{Array, GpuError, PAGE, Pages};
+use crate::{
+    gpu::{Array, GpuError, PAGE, Pages},
+    kernels::WeightDtype,
+    model::ModelConfig,
+};
 
 use super::DeviceModel;
 
@@ -16,6 +20,14 @@ pub struct DeviceCache {
 }
 
 impl DeviceCache {
+    /// Positions that are allocated, and shared between forks, together.
+    pub const PAGE: usize = PAGE;
+
+    /// Bytes that one position takes, over all layers, where products compute in `dtype`.
+    pub fn bytes_per_position(config: &ModelConfig, dtype: WeightDtype) -> usize {
+        2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.bytes()
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.len

@@ -68,8 +68,7 @@ pub fn head_logprobs(
     assert!(targets.is_sorted_by_key(|(row, _)| *row), "targets are sorted by row");
     let [vocab, rows] = [model.config.vocab_size, hidden.len() / model.config.hidden_size];
     assert!(targets.iter().all(|(row, token)| *row < rows && (*token as usize) < vocab), "targets exist");
-    let [fewest, most] = CHUNK_ROWS;
-    let rows_most = (CHUNK_VALUES / vocab).clamp(fewest, most);
+    let rows_most = rows_most(vocab);
     let mut scores = HeadScores::default();
     let mut first = 0;
     while first < targets.len() {
@@ -84,6 +83,12 @@ pub fn head_logprobs(
         }
     }
     Ok(scores)
+}
+
+/// Rows of a chunk of logits, at most.
+pub(super) fn rows_most(vocab: usize) -> usize {
+    let [fewest, most] = CHUNK_ROWS;
+    (CHUNK_VALUES / vocab).clamp(fewest, most)
 }
 
 /// Some targets, and what has been computed of their rows.

@@ -17,6 +17,7 @@ mod cache;
 mod forward;
 mod head;
 mod linear;
+mod memory;
 mod plan;
 #[cfg(test)]
 mod tests;
@@ -27,4 +28,5 @@ pub use backward::backward;
 pub use cache::DeviceCache;
 pub use forward::{DeviceSequence, DeviceTape, forward};
 pub use head::{DeviceHeadGradient, head_logits, head_logprobs};
+pub use memory::{GpuFootprint, GpuRows};
 pub use weights::DeviceModel;

@@ -5,13 +5,14 @@ use std::sync::{Arc, OnceLock};
 
 use super::*;
 use crate::{
-    gpu::{DeviceChoice, Gpu},
+    gpu::{DeviceChoice, Element, Gpu},
     kernels::{Team, WeightDtype},
     model::{
-        Adapter, AdapterRows, BaseModel, HeadRequest, Workspace,
+        Adapter, AdapterRows, BaseModel, ComputeOptions, Family, HeadRequest, ModelConfig, Place, Workspace,
         decoder::tests::{ALL, Trained, adapter, distance, models, sequences, targets, tokens, train},
-        head_logits as cpu_head_logits,
+        head_logits as cpu_head_logits, prepare, run_micro_batch, tiny,
     },
+    types::{Datum, LossFn, LossSpec, ModelInput},
 };
 
 /// f32 against f32: sums in another order, some hundred of them between input and result.
@@ -27,14 +28,15 @@ const BF16_MATRIX_TOLERANCE: f64 = 8e-2;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        let choice =
-            std::env::var("LOCKSTEP_TEST_DEVICE").map_or(DeviceChoice::Emulated, |c| c.parse().unwrap());
-        match choice {
-            DeviceChoice::Cuda(ordinal) => Gpu::cuda(ordinal).unwrap(),
-            _ => Gpu::emulated().unwrap(),
-        }
-    })
+    GPU.get_or_init(open)
+}
+
+fn open() -> Gpu {
+    let choice = std::env::var("LOCKSTEP_TEST_DEVICE").map_or(DeviceChoice::Emulated, |c| c.parse().unwrap());
+    match choice {
+        DeviceChoice::Cuda(ordinal) => Gpu::cuda(ordinal).unwrap(),
+        _ => Gpu::emulated().unwrap(),
+    }
 }
 
 /// The models without experts, on the GPU beside those on the CPU.
@@ -47,10 +49,7 @@ fn device_models() -> &'static [(&'static BaseModel, DeviceModel)] {
 }
 
 fn tolerance(model: &BaseModel) -> f64 {
-    match model.weights().embed.dtype() {
-        WeightDtype::F32 => F32_TOLERANCE,
-        WeightDtype::Bf16 => BF16_TOLERANCE,
-    }
+    if model.weights().embed.rounds_inputs() { BF16_TOLERANCE } else { F32_TOLERANCE }
 }
 
 fn train_on(model: &DeviceModel, sequences: &[Vec<u32>], adapter: &Adapter, recomputes: bool) -> Trained {
@@ -253,13 +252,102 @@ fn the_head_answers_as_the_cpu_does() {
             assert!(off < tolerance, "{}: {what} are {off:e} off", model.name);
         }
         assert_eq!(scores.alternatives.len(), targets.len());
-        if model.weights().embed.dtype() == WeightDtype::F32 {
+        if !model.weights().embed.rounds_inputs() {
             let names = |of: &[Vec<(u32, f32)>]| -> Vec<Vec<u32>> {
                 of.iter().map(|row| row.iter().map(|(token, _)| *token).collect()).collect()
             };
             assert_eq!(names(&scores.alternatives), names(&expected.alternatives), "{}", model.name);
         }
     }
+}
+
+/// A file's bf16 weights are held as they are under `--dtype f32`, and multiplied in f32 all the same: a GPU gives what the
+/// CPU gives, to the tolerance of f32.
+#[test]
+fn bf16_weights_under_f32_are_multiplied_in_f32() {
+    let directory = tempfile::tempdir().unwrap();
+    tiny::write_bf16(directory.path(), &tiny::config(), 7).unwrap();
+    for (dtype, element) in [(WeightDtype::F32, Element::F32), (WeightDtype::Bf16, Element::Bf16)] {
+        let model = BaseModel::load_as(dtype, "tiny", directory.path()).unwrap();
+        assert_eq!(model.weights().embed.dtype(), WeightDtype::Bf16, "held as the file has it");
+        let device = DeviceModel::new(gpu(), &model.config, model.weights()).unwrap();
+        assert_eq!(device.embed.element(), element);
+        assert_close(&model, &device, &adapter(&model, 1, &ALL), &sequences());
+    }
+}
+
+/// The formulas of memory.rs against what the emulation allocates: never less, and little more.
+#[test]
+fn memory_is_what_the_formula_says() {
+    let dense = models().iter().filter(|model| model.config.experts.is_none());
+    dense.for_each(assert_memory);
+    // The logits of those are larger than a layer on its way back; of these they are not.
+    let heads = ModelConfig { num_heads: 16, num_kv_heads: 8, head_dim: 32, ..tiny::config() };
+    for config in [
+        ModelConfig { intermediate_size: 768, ..tiny::config() },
+        heads.clone(),
+        ModelConfig { family: Family::Qwen3, ..heads },
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        tiny::write(directory.path(), &config, 7).unwrap();
+        for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+            assert_memory(&BaseModel::load_as(dtype, "wide", directory.path()).unwrap());
+        }
+    }
+}
+
+fn assert_memory(model: &BaseModel) {
+    let dtype = if model.weights().embed.rounds_inputs() { WeightDtype::Bf16 } else { WeightDtype::F32 };
+    for activation_checkpointing in [false, true] {
+        let options = ComputeOptions { dtype, activation_checkpointing, ..ComputeOptions::default() };
+        assert_memory_with(model, options);
+    }
+}
+
+fn assert_memory_with(model: &BaseModel, options: ComputeOptions) {
+    let what = format!("{}, {options:?}", model.name);
+    // Of its own: other tests allocate on the shared one meanwhile.
+    let gpu = open();
+    let device = DeviceModel::new(&gpu, &model.config, model.weights()).unwrap();
+    let footprint = model.config.gpu_footprint(&options);
+    assert_eq!(gpu.held()[0], footprint.weights, "{what}");
+    let mut cache = DeviceCache::default();
+    cache.reserve(&device, 75).unwrap();
+    let positions = 75usize.next_multiple_of(DeviceCache::PAGE);
+    let cached = positions * DeviceCache::bytes_per_position(&model.config, options.dtype);
+    assert_eq!(gpu.held()[0], footprint.weights + cached as u64, "{what}");
+    drop(cache);
+
+    let on_gpu = BaseModel {
+        name: model.name.clone(),
+        config: model.config.clone(),
+        place: Place::Gpu(Box::new(device)),
+        text: model.text.clone(),
+        digest: model.digest,
+    };
+    let adapter = adapter(model, 3, &ALL);
+    let (loss, rows) = (LossSpec::new(LossFn::CrossEntropy), 128);
+    let datum =
+        Datum { model_input: ModelInput::from_ints(tokens(21, rows)), loss_fn_inputs: Default::default() };
+    let examples = prepare(&model.config, rows, &loss, &[datum]).unwrap();
+    let mut gradient = vec![0.0; adapter.layout.len()];
+    let (workspace, team) = (&mut Workspace::new(options), &Team::solo());
+    run_micro_batch(&on_gpu, (&adapter).into(), &loss, &examples, Some(&mut gradient), workspace, team)
+        .unwrap();
+
+    let [now, most] = gpu.held();
+    let values = adapter.layout.len() as u64;
+    let version = footprint.element * values;
+    // The version that was used, and the angles.
+    assert_eq!(now, footprint.weights + version + footprint.workspace, "{what}");
+    let said = footprint.weights
+        + version
+        + footprint.run(&adapter.layout.config, values, examples[0].tokens() as u64).work;
+    let ratio = said as f64 / most as f64;
+    assert!((1.0..1.15).contains(&ratio), "{what}: {said} said, {most} allocated");
+    // Without what both know exactly.
+    let passes = (said - footprint.weights - version) as f64 / (most - footprint.weights - version) as f64;
+    assert!((1.0..1.15).contains(&passes), "{what}: a pass takes {passes} times what was allocated");
 }
 
 #[test]

@@ -2,7 +2,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{
     gpu::{Array, BACKWARD_ROWS, Element, Gpu, GpuError, HeadShape, MAX_HEAD_DIM},
-    kernels::{Matrix, WeightDtype},
+    kernels::Matrix,
     model::{BaseWeights, LayerWeights, Mlp, ModelConfig, param_vector::VectorWatch},
 };
 
@@ -54,10 +54,7 @@ impl DeviceModel {
     /// kernel covers; and a model that is larger than the memory that is free, with both figures.
     pub fn new(gpu: &Gpu, config: &ModelConfig, weights: &BaseWeights) -> Result<Self, GpuError> {
         Self::check(config)?;
-        let element = match weights.embed.dtype() {
-            WeightDtype::F32 => Element::F32,
-            WeightDtype::Bf16 => Element::Bf16,
-        };
+        let element = element_of(weights);
         check_memory(gpu, element, weights)?;
         let upload = Upload { gpu, element };
         let embed = upload.matrix(&weights.embed)?;
@@ -86,7 +83,8 @@ impl DeviceModel {
         if config.experts.is_some() {
             return refuse(
                 "num_experts",
-                "is set; mixtures of experts run with `--device cpu` only".to_owned(),
+                "is set; mixtures of experts run with `--device cpu` only (`auto` takes it by itself)"
+                    .to_owned(),
             );
         }
         if config.head_dim > MAX_HEAD_DIM {
@@ -137,6 +135,12 @@ impl DeviceModel {
         *held = Some(RotaryArrays { positions, cos_sin: cos_sin.clone() });
         Ok(cos_sin)
     }
+}
+
+/// What products compute in: f32 is f32 whatever the file has, as on the CPU, which holds bf16 weights without
+/// rounding what they are multiplied with.
+fn element_of(weights: &BaseWeights) -> Element {
+    if weights.embed.rounds_inputs() { Element::Bf16 } else { Element::F32 }
 }
 
 /// Refuses a model for which there is no room.

@@ -268,6 +268,7 @@ fn hello() -> NodeHello {
         tokenizer: digest(),
         tokenizer_size: 1,
         footprint: tiny::config().footprint(&ComputeOptions::default()),
+        gpu_footprint: Some(tiny::config().gpu_footprint(&ComputeOptions::default())),
         lora_rank_max: tiny::config().lora_rank_max(),
     };
     NodeHello {
@@ -277,10 +278,16 @@ fn hello() -> NodeHello {
         trainers: 2,
         samplers: 3,
         models: vec![model],
-        numerics: Numerics { build: "0.1.0".into(), kernels: "avx512".into(), dtype: "f32".into() },
+        numerics: Numerics {
+            build: "0.1.0".into(),
+            kernels: "avx512".into(),
+            dtype: "f32".into(),
+            reduction: "deterministic".into(),
+        },
         address: "127.0.0.1:1".into(),
         host: "host".into(),
-        memory: Some(NodeMemory { machine_bytes: 1 << 34, cache_bytes: 1 << 31 }),
+        memory: Some(NodeMemory { machine_bytes: 1 << 34, cache_bytes: 0 }),
+        gpu_memory: Some(GpuMemory { gpu: "GPU-1".into(), bytes: 1 << 36, cache_bytes: 1 << 31 }),
     }
 }
 

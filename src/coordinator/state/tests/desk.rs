@@ -318,12 +318,19 @@ pub fn hello(name: &str, trainers: u32, samplers: u32) -> NodeHello {
             tokenizer: Digest::of(b"tokenizer"),
             tokenizer_size: 9,
             footprint: footprint(),
+            gpu_footprint: None,
             lora_rank_max: [512, 128, 128, 512, 512, 512, 512, 512],
         }],
-        numerics: Numerics { build: "1".into(), kernels: "avx2".into(), dtype: "f32".into() },
+        numerics: Numerics {
+            build: "1".into(),
+            kernels: "avx2".into(),
+            dtype: "f32".into(),
+            reduction: "deterministic".into(),
+        },
         address: format!("memory:{name}"),
         host: name.to_owned(),
         memory: None,
+        gpu_memory: None,
     }
 }
 

@@ -1,7 +1,9 @@
 use crate::{
     coordinator::state::Event,
-    model::Footprint,
-    protocol::{ClientRequest, ClientResponse, CreateRun, NodeHello, NodeId, NodeMemory, Operation},
+    model::{Footprint, GpuFootprint, GpuRows},
+    protocol::{
+        ClientRequest, ClientResponse, CreateRun, GpuMemory, NodeHello, NodeId, NodeMemory, Operation,
+    },
     types::LoraConfig,
 };
 
@@ -159,4 +161,69 @@ fn a_larger_adapter_is_reckoned_with_before_it_takes_the_place_of_the_first() {
     assert!(error.starts_with("`lora.rank`: 16 tokens need 11.414 GiB"), "{error}");
     assert!(error.ends_with("choose a smaller rank, fewer targets or smaller micro-batches"), "{error}");
     assert!(matches!(desk.submit(3, with_rank(10)), ClientResponse::Accepted { .. }));
+}
+
+/// A node as above whose GPU computes: of it the model takes 1 GiB, an adapter at rank 8 four versions of 7/64 GiB and its
+/// gradient twice that much, and a token a quarter of a GiB kept and an eighth while a layer is on its way back. So a
+/// rank alone needs 1.65625 GiB and three eighths for each token, and of the host 5.9375 GiB.
+fn gpu_node(name: &str, trainers: u32, gpu_bytes: u64) -> NodeHello {
+    let mut hello = node(name, trainers, 0, 11 * GIB);
+    let model = &mut hello.models[0];
+    model.footprint.row = 0;
+    let rows = GpuRows { kept: GIB / 4, kept_of_rank: 0, passing: GIB / 8, passing_of_rank: 0 };
+    model.gpu_footprint = Some(GpuFootprint {
+        weights: GIB,
+        element: 2,
+        rows,
+        checkpointed: None,
+        head_rows: 2,
+        head: GIB / 8,
+        head_of_rank: 0,
+        workspace: 0,
+    });
+    hello.gpu_memory = Some(GpuMemory { gpu: "GPU-1".into(), bytes: gpu_bytes, cache_bytes: GIB / 2 });
+    hello
+}
+
+#[test]
+fn a_run_on_a_gpu_must_fit_its_memory() {
+    let mut desk = desk(&[gpu_node("a", 1, 5 * GIB)]);
+    let error = refused(create_with(&mut desk, |create| create.max_seq_len = Some(32)));
+    assert!(
+        error.starts_with(
+            "`max_seq_len`: 32 tokens need 13.656 GiB of the GPU's memory on node a (weights 1.000, runs that it holds \
+             0.000, this run's adapter 0.438, the rest for the micro-batch at work), which has 5.000 GiB"
+        ),
+        "{error}"
+    );
+    // Of 3.34375 GiB.
+    assert!(error.ends_with("at most 8 tokens fit"), "{error}");
+    assert_eq!(granted(create_with(&mut desk, |create| create.max_seq_len = Some(8))), 8);
+    let mut unasked = self::desk(&[gpu_node("a", 1, 8 * GIB)]);
+    assert_eq!(granted(create_with(&mut unasked, |_| {})), 11, "6 GiB less 1.65625, in three eighths");
+}
+
+#[test]
+fn ranks_of_a_gpu_take_turns_and_nodes_of_it_share_it() {
+    // A second rank takes a second state alone: 3.34375 GiB less 0.4375 of it.
+    let with_host = |mut node: NodeHello| {
+        node.memory = Some(NodeMemory { machine_bytes: 64 * GIB, cache_bytes: 0 });
+        node
+    };
+    assert_eq!(most(&mut desk(&[with_host(gpu_node("a", 2, 5 * GIB))]), 2), "at most 7 tokens fit");
+    let mut two = [with_host(gpu_node("a", 1, 10 * GIB)), with_host(gpu_node("b", 1, 10 * GIB))];
+    two.iter_mut().for_each(|node| node.host = "machine".to_owned());
+    assert_eq!(most(&mut desk(&two), 1), "at most 8 tokens fit");
+    two.iter_mut().for_each(|node| node.samplers = 1);
+    assert_eq!(most(&mut desk(&two), 1), "at most 7 tokens fit");
+    two[1].gpu_memory.as_mut().unwrap().gpu = "GPU-2".to_owned();
+    assert_eq!(most(&mut desk(&two), 1), "at most 20 tokens fit");
+}
+
+#[test]
+fn the_host_of_a_gpu_holds_the_moments() {
+    let mut small = gpu_node("a", 1, 64 * GIB);
+    small.memory = Some(NodeMemory { machine_bytes: 5 * GIB, cache_bytes: 0 });
+    let error = refused(create_with(&mut desk(&[small]), |create| create.max_seq_len = Some(8)));
+    assert!(error.contains("tokens need 5.938 GiB on node a (weights 2.000"), "{error}");
 }

@@ -129,6 +129,30 @@ fn a_node_with_weights_of_another_type_is_sent_away() {
     assert!(desk.others.is_empty(), "{:?}", desk.others);
 }
 
+/// Fast sums hang on who adds them up: such ranks would leave other weights than those of the tree.
+#[test]
+fn ranks_that_add_up_otherwise_do_not_share_a_run() {
+    let mut desk = Desk::new();
+    desk.join(1, 2, 0);
+    let mut fast = hello("node2", 1, 0);
+    fast.numerics.reduction = "fast".into();
+    desk.feed(Event::NodeJoined { node: NodeId(2), hello: fast });
+    assert!(matches!(desk.create(None), ClientResponse::Run(info) if info.replicas == 2));
+    let waiter = desk.run(1, optim_step());
+    desk.done(waiter);
+    let rosters = desk.sent.iter().filter_map(|(_, message)| match message {
+        CoordinatorMessage::FormRanks { roster, .. } => Some(roster),
+        _ => None,
+    });
+    let nodes: Vec<_> = rosters.flatten().map(|seat| seat.node).collect();
+    assert_eq!(nodes, [NodeId(1), NodeId(1)]);
+    let ClientResponse::Cluster(status) = desk.asked(ClientRequest::ClusterStatus) else {
+        panic!("no status")
+    };
+    let numerics: Vec<_> = status.nodes.iter().map(|node| node.numerics.as_str()).collect();
+    assert_eq!(numerics, ["1 avx2 f32", "1 avx2 f32 fast"]);
+}
+
 #[test]
 fn a_run_waits_for_weights_of_the_type_that_it_began_with() {
     let mut desk = Desk::with_run(&[(1, 1)], Some(1));

@@ -1,0 +1,229 @@
+//! The rows of a model: Lockstep's figure, its share of what the chip can do, and a peer's.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{Figures, GpuBenchConfig, Peak, percent, work::Work};
+use crate::{
+    bench::{machine::round, peer},
+    gpu::DeviceChoice,
+    model::ModelConfig,
+};
+
+/// One line of the table.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GpuRow {
+    pub model: String,
+    pub work: String,
+    pub unit: &'static str,
+    pub lockstep: f64,
+    /// Percent of the chip's peak: of its operations in training and prefill, of its memory's bandwidth in decoding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub percent_of_peak: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer_figure: Option<f64>,
+    /// How many times as fast as the peer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
+}
+
+/// All of a model.
+pub(super) struct Measured {
+    pub name: String,
+    pub model_config: ModelConfig,
+    pub figures: Figures,
+    pub peers: Vec<PeerFigure>,
+    pub left_out: Vec<String>,
+}
+
+/// A peer's figure of the row with this work.
+pub(super) struct PeerFigure {
+    work: String,
+    peer: &'static str,
+    figure: f64,
+}
+
+fn train_work(config: &GpuBenchConfig) -> String {
+    format!("training step {} x {}", config.train.0, config.train.1)
+}
+
+fn prefill_work(config: &GpuBenchConfig) -> String {
+    format!("prefill {} x {}", config.prefill.0, config.prefill.1)
+}
+
+fn decode_work(streams: u32) -> String {
+    format!("decode, batch {streams}")
+}
+
+impl Measured {
+    pub(super) fn rows(&self, config: &GpuBenchConfig, peak: Option<&Peak>) -> Vec<GpuRow> {
+        let work = Work::of(&self.model_config, config.dtype);
+        let of_operations = |tokens_per_s: f64, operations: f64| {
+            peak.map(|peak| percent(tokens_per_s * operations, peak.tflops * 1e12))
+        };
+        let trained = self.figures.step_tokens_per_s;
+        let prefilled = self.figures.prefill_tokens_per_s;
+        let mut rows = vec![
+            self.row(
+                train_work(config),
+                "tokens/s",
+                trained,
+                of_operations(trained, work.trained(config.train.1, config.rank)),
+            ),
+            self.row(
+                prefill_work(config),
+                "tokens/s",
+                prefilled,
+                of_operations(prefilled, work.prefilled(config.prefill.1)),
+            ),
+        ];
+        for (&streams, &decoded) in config.decode.iter().zip(&self.figures.decode_tokens_per_s) {
+            // In the middle of what is drawn.
+            let positions = f64::from(config.prompt) + f64::from(config.new) / 2.0;
+            let bytes = work.decoded_bytes(streams, positions);
+            let of_bandwidth =
+                peak.map(|peak| percent(decoded / f64::from(streams) * bytes, peak.gb_per_s * 1e9));
+            rows.push(self.row(decode_work(streams), "tokens/s", decoded, of_bandwidth));
+        }
+        rows.push(self.row("publish".into(), "ms", round(self.figures.publish_s * 1e3, 1), None));
+        rows.push(self.row("sampler against trainer, at most".into(), "nats", self.figures.parity_max, None));
+        rows
+    }
+
+    fn row(&self, work: String, unit: &'static str, lockstep: f64, percent_of_peak: Option<f64>) -> GpuRow {
+        let peer = self.peers.iter().find(|peer| peer.work == work);
+        GpuRow {
+            model: self.name.clone(),
+            work,
+            unit,
+            lockstep,
+            percent_of_peak,
+            peer: peer.map(|peer| peer.peer),
+            peer_figure: peer.map(|peer| peer.figure),
+            ratio: peer.map(|peer| round(lockstep / peer.figure, 2)),
+        }
+    }
+}
+
+/// What the peers make of the model, and who is left out and why.
+pub(super) fn peers(config: &GpuBenchConfig, name: &str, model: &Path) -> (Vec<PeerFigure>, Vec<String>) {
+    let (mut figures, mut left_out) = (Vec::new(), Vec::new());
+    let Some(python) = &config.python else { return (figures, left_out) };
+    if !model.is_dir() {
+        left_out.push(format!("{name}: the peers read directories, no GGUF file"));
+        return (figures, left_out);
+    }
+    let (batch, seq) = config.train;
+    let training = format!("--batch {batch} --seq {seq} --rank {}", config.rank);
+    let (batch, prompt) = config.prefill;
+    let prefill = format!("--batch {batch} --prompt {prompt} --new 1");
+    let decoding = |streams: &u32| {
+        let arguments = format!("--batch {streams} --prompt {} --new {}", config.prompt, config.new);
+        (arguments, "/decode_tokens_per_s", decode_work(*streams))
+    };
+    let drawn = config.decode.iter().map(decoding);
+    let drawn = [(prefill, "/prefill_tokens_per_s", prefill_work(config))].into_iter().chain(drawn);
+    for (script, who, asked) in [
+        (peer::TRAIN, "PEFT", vec![(training, "/step_tokens_per_s", train_work(config))]),
+        (peer::GENERATE, "transformers", drawn.collect()),
+    ] {
+        if let Some(missing) = script.missing(python) {
+            left_out.push(missing);
+            continue;
+        }
+        for (arguments, at, work) in asked {
+            match ask(config, python, script, model, &arguments) {
+                Ok(said) => match said.pointer(at).and_then(Value::as_f64) {
+                    Some(figure) => figures.push(PeerFigure { work, peer: who, figure }),
+                    None => left_out.push(format!("{name}: {who} said nothing of {at}")),
+                },
+                Err(why) => left_out.push(format!("{name}, {work}: {why}")),
+            }
+        }
+    }
+    (figures, left_out)
+}
+
+fn ask(
+    config: &GpuBenchConfig,
+    python: &PathBuf,
+    script: peer::Script,
+    model: &Path,
+    arguments: &str,
+) -> Result<Value, String> {
+    let (device, card) = match config.device {
+        DeviceChoice::Cuda(ordinal) => ("cuda", Some(ordinal)),
+        _ => ("cpu", None),
+    };
+    let mut all: Vec<String> = arguments.split(' ').map(str::to_owned).collect();
+    all.extend(["--model".to_owned(), model.display().to_string()]);
+    for (flag, value) in [
+        ("--dtype", config.dtype.to_string()),
+        ("--device", device.to_owned()),
+        ("--threads", config.threads.to_string()),
+        ("--repeats", config.repeats.to_string()),
+    ] {
+        all.extend([flag.to_owned(), value]);
+    }
+    peer::run_on(card, python, script, &all).map_err(|why| why.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{bench::gpu::Shape, kernels::WeightDtype};
+
+    fn config() -> GpuBenchConfig {
+        GpuBenchConfig {
+            program: "lockstep".into(),
+            device: DeviceChoice::Cuda(0),
+            dtype: WeightDtype::Bf16,
+            shapes: vec![Shape::Qwen3_8b],
+            models: Vec::new(),
+            folder: None,
+            threads: 1,
+            repeats: 1,
+            rank: 16,
+            train: (8, 1024),
+            prefill: (8, 1024),
+            decode: vec![1, 256],
+            prompt: 64,
+            new: 128,
+            python: None,
+            tflops: None,
+            gb_per_s: None,
+        }
+    }
+
+    /// Figures that a chip without any loss would give are all of its peak.
+    #[test]
+    fn shares_are_of_what_the_chip_can_do() {
+        let (config, peak) = (config(), Peak { tflops: 1000.0, gb_per_s: 4000.0, source: "made up".into() });
+        let model_config = Shape::Qwen3_8b.config();
+        let work = Work::of(&model_config, WeightDtype::Bf16);
+        let decode = |streams: u32| 4e12 / work.decoded_bytes(streams, 128.0) * f64::from(streams);
+        let figures = Figures {
+            engine: "cuda NVIDIA X".into(),
+            step_tokens_per_s: 1e15 / work.trained(1024, 16),
+            fwdbwd_tokens_per_s: 0.0,
+            prefill_tokens_per_s: 0.5e15 / work.prefilled(1024),
+            decode_tokens_per_s: vec![decode(1), decode(256) / 4.0],
+            publish_s: 0.0125,
+            parity_max: 0.001,
+        };
+        let work = train_work(&config);
+        let peers = vec![PeerFigure { work, peer: "PEFT", figure: figures.step_tokens_per_s / 2.0 }];
+        let measured =
+            Measured { name: "qwen3-8b".into(), model_config, figures, peers, left_out: Vec::new() };
+        let rows = measured.rows(&config, Some(&peak));
+        let shares: Vec<_> = rows.iter().map(|row| row.percent_of_peak).collect();
+        assert_eq!(shares, [Some(100.0), Some(50.0), Some(100.0), Some(25.0), None, None]);
+        assert_eq!((rows[0].peer, rows[0].ratio), (Some("PEFT"), Some(2.0)));
+        assert_eq!((rows[4].lockstep, rows[4].unit, rows[4].ratio), (12.5, "ms", None));
+        assert!(measured.rows(&config, None).iter().all(|row| row.percent_of_peak.is_none()));
+    }
+}
