@@ -82,11 +82,15 @@ impl Local {
 
     /// The same as ids.
     pub fn token_ids(&self, seed: u64, length: usize) -> Vec<u32> {
-        let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let first = 100.min(self.vocabulary / 2);
-        let token = |_| first + random.next_u32() % (self.vocabulary - first);
-        (0..length).map(token).collect()
+        random_tokens(self.vocabulary, seed, length)
     }
+}
+
+/// Random ordinary tokens of a vocabulary.
+pub(super) fn random_tokens(vocabulary: u32, seed: u64, length: usize) -> Vec<u32> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let first = 100.min(vocabulary / 2);
+    (0..length).map(|_| first + random.next_u32() % (vocabulary - first)).collect()
 }
 
 /// A model's source by its path, under a name that the path gives.
