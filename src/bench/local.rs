@@ -85,10 +85,7 @@ impl Local {
 
     /// The same as ids.
     pub fn token_ids(&self, seed: u64, length: usize) -> Vec<u32> {
-        let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let first = 100.min(self.vocabulary / 2);
-        let token = |_| first + random.next_u32() % (self.vocabulary - first);
-        (0..length).map(token).collect()
+        random_tokens(self.vocabulary, seed, length)
     }
 }
 
@@ -107,6 +104,13 @@ pub(super) fn checked(path: &Path) -> Result<(ModelSource, ModelConfig), BenchEr
     let config =
         source.check().map_err(|e| BenchError::Refused { flag: "--model", problem: e.to_string() })?;
     Ok((source, config))
+}
+
+/// Random ordinary tokens of a vocabulary.
+pub(super) fn random_tokens(vocabulary: u32, seed: u64, length: usize) -> Vec<u32> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let first = 100.min(vocabulary / 2);
+    (0..length).map(|_| first + random.next_u32() % (vocabulary - first)).collect()
 }
 
 /// A model's source by its path, under a name that the path gives.

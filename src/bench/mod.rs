@@ -5,6 +5,7 @@
 //!   worker            processes of this program that do the work, and how they are told
 //!   allreduce         the collective, with real processes, over shared memory and QUIC
 //!   publish, gateway  a local cluster's processes: from a step to served by all; what a request costs
+//!   start             from `lockstep up` to the first step
 //!   local             a cluster inside this process, and through a client of it:
 //!   train, generate, parity
 //!   peer, compare     the peers' scripts; Lockstep and them in turns
@@ -25,6 +26,7 @@ mod peer;
 mod allreduce;
 mod gateway;
 mod publish;
+mod start;
 
 mod local;
 
@@ -46,5 +48,6 @@ pub use local::Subject;
 pub use machine::Machine;
 pub use parity::{ParityConfig, ParityReport, parity};
 pub use publish::{PublishConfig, PublishReport, PublishResult, adapter_mb, publish};
+pub use start::{StartConfig, StartReport, StartTimes, start};
 pub use train::{TrainConfig, TrainReport, train};
 pub use worker::{WorkerKind, run_worker};

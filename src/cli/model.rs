@@ -1,16 +1,21 @@
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::{Args, Subcommand};
-use lockstep::{pull, service::DataDirectory};
+use lockstep::{model::PackFile, pull, service::DataDirectory};
 
-use super::up::DATA_DIR;
+use super::up::{CACHE, DATA_DIR};
 
 #[derive(Subcommand)]
 pub enum Model {
     /// Fetch a model into the data directory: `smollm2-135m`, or `hf:ORG/NAME`.
     Pull(Pull),
-    /// List the models of the data directory.
-    List(List),
+    /// List the models of the data directory, and the packed weights that its nodes share (DATA/cache).
+    List(Data),
+    /// Read all packed weights and compare them with the digest of what was written.
+    Verify(Data),
+    /// Remove all packed weights: the next start of a node packs them again.
+    Clear(Data),
 }
 
 #[derive(Args)]
@@ -21,7 +26,7 @@ pub struct Pull {
 }
 
 #[derive(Args)]
-pub struct List {
+pub struct Data {
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
 }
@@ -34,12 +39,50 @@ impl Model {
                 let source = pull::fetch(&pull.name, data.path(), &pull::Progress::on_stderr())?;
                 println!("{} is at {}", source.name, source.path.display());
             }
-            Self::List(list) => {
-                for source in pull::installed(&list.data_dir) {
+            Self::List(data) => {
+                for source in pull::installed(&data.data_dir) {
                     println!("{}  {}", source.name, source.path.display());
+                }
+                data.packs().iter().for_each(|pack| println!("{}", line(pack)));
+            }
+            Self::Verify(data) => {
+                let packs = data.packs();
+                let damaged = packs.iter().filter(|pack| match pack.verify() {
+                    Ok(()) => {
+                        println!("{}: as it was written", line(pack));
+                        false
+                    }
+                    Err(problem) => {
+                        println!("{}: {problem}", line(pack));
+                        true
+                    }
+                });
+                match damaged.count() {
+                    0 => {}
+                    damaged => bail!("{damaged} damaged; `lockstep model clear` removes them"),
+                }
+            }
+            Self::Clear(data) => {
+                for pack in data.packs() {
+                    pack.remove()?;
+                    println!("removed {}", line(&pack));
                 }
             }
         }
         Ok(())
+    }
+}
+
+impl Data {
+    fn packs(&self) -> Vec<PackFile> {
+        PackFile::list(&self.data_dir.join(CACHE))
+    }
+}
+
+fn line(pack: &PackFile) -> String {
+    let mib = pack.bytes as f64 / f64::from(1 << 20);
+    match &pack.holds {
+        Ok((source, dtype)) => format!("packed, {mib:.0} MiB, {dtype}  {}", source.display()),
+        Err(problem) => format!("packed, {mib:.0} MiB  {}: {problem}", pack.path.display()),
     }
 }

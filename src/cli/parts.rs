@@ -15,7 +15,7 @@ use super::{
     compute::Compute,
     http::Http,
     token::span,
-    up::{DATA_DIR, HISTORY, all_cores, cores, parse_models},
+    up::{CACHE, DATA_DIR, HISTORY, all_cores, cores, parse_models},
 };
 
 #[derive(Args)]
@@ -109,7 +109,8 @@ pub struct Node {
     models: Vec<String>,
     #[command(flatten)]
     compute: Compute,
-    /// Holds the certificates in `identity/`.
+    /// Holds the certificates in `identity/`, and in `cache/` packed weights, which nodes of this machine that have
+    /// the same data directory share in memory.
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
     /// Says what this node takes from its flags and environment, and ends.
@@ -169,7 +170,7 @@ impl Node {
             threads: self.threads.unwrap_or_else(all_cores),
             models: parse_models(&self.models)?,
             compute: self.compute.options(),
-            cache: Some(self.data_dir.join("cache")),
+            cache: Some(self.data_dir.join(CACHE)),
         };
         Ok(run_node(NodeProcess { config, data_dir: self.data_dir, listen: self.listen, join })?)
     }

@@ -20,6 +20,9 @@ use super::{
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
 
+/// What can be made again, in there: digests of model files, packed weights.
+pub const CACHE: &str = "cache";
+
 /// Snapshots of a run that are kept.
 pub const HISTORY: u32 = 2;
 
@@ -60,7 +63,7 @@ pub struct LocalCluster {
     /// Sampler replicas, over all nodes.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1024))]
     pub samplers: u32,
-    /// Node processes.
+    /// Node processes. They share one copy of the base weights, mapped from DATA/cache.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     pub nodes: u32,
     /// Cores to compute on, over all nodes; by default all of this machine.

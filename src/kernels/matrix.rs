@@ -1,14 +1,14 @@
 //! Frozen weights in the order in which the products read them.
 
-use std::{fmt, ops::Range, sync::Arc};
+use std::{fmt, ops::Range};
 
 use half::bf16;
 
 use super::{
     BLOCK, BlockRows, CodeBits, WeightDtype,
     blocks::{Codes, EightBits, FourBits, write_out},
-    buffer::Buffer,
     pack::pack_transposed,
+    packed::Packed,
     pair::{Pair, round_weight},
     simd::{Kernel, LANES, Simd, run},
 };
@@ -34,25 +34,31 @@ pub(crate) const PANEL: usize = 32;
 /// backward transposes blocks of 32 x 32, each of which is contiguous.
 #[derive(Clone)]
 pub struct Matrix {
-    out_features: usize,
-    in_features: usize,
+    pub(super) out_features: usize,
+    pub(super) in_features: usize,
     /// What rows are rounded to before they are multiplied with it.
-    inputs: WeightDtype,
-    panels: Panels,
+    pub(super) inputs: WeightDtype,
+    pub(super) panels: Panels,
 }
 
+/// Another order, or other elements: raise [`LAYOUT`](super::LAYOUT).
 #[derive(Clone)]
-enum Panels {
-    F32(Arc<Buffer>),
-    Bf16(Arc<Vec<PairLine>>),
-    FourBits(Arc<Vec<FourBits>>),
-    EightBits(Arc<Vec<EightBits>>),
+pub(super) enum Panels {
+    F32(Packed<ValueLine>),
+    Bf16(Packed<PairLine>),
+    FourBits(Packed<FourBits>),
+    EightBits(Packed<EightBits>),
 }
+
+/// The weights of an input and 32 outputs: two cache lines.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct ValueLine([f32; PANEL]);
 
 /// The weights of two inputs and 32 outputs: two cache lines.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct PairLine([Pair; PANEL]);
+pub(super) struct PairLine([Pair; PANEL]);
 
 /// Some inputs of a panel, `[inputs, 32]`.
 #[derive(Clone, Copy)]
@@ -83,12 +89,8 @@ impl Matrix {
     pub fn with_dtype(dtype: WeightDtype, out_features: usize, in_features: usize, rows: &[f32]) -> Self {
         assert_eq!(rows.len(), out_features * in_features, "a matrix needs out x in values");
         let panels = match dtype {
-            WeightDtype::F32 => {
-                let mut panels = Buffer::zeroed(out_features.div_ceil(PANEL) * in_features * PANEL);
-                pack(&mut panels, in_features, rows);
-                Panels::F32(Arc::new(panels))
-            }
-            WeightDtype::Bf16 => Panels::Bf16(Arc::new(pack_pairs(in_features, rows, round_weight))),
+            WeightDtype::F32 => Panels::F32(pack(out_features, in_features, rows).into()),
+            WeightDtype::Bf16 => Panels::Bf16(pack_pairs(in_features, rows, round_weight).into()),
         };
         Self { out_features, in_features, inputs: dtype, panels }
     }
@@ -101,7 +103,7 @@ impl Matrix {
     /// If `rows` has another length than `out_features * in_features`.
     pub fn from_bf16(out_features: usize, in_features: usize, rows: &[f32]) -> Self {
         assert_eq!(rows.len(), out_features * in_features, "a matrix needs out x in values");
-        let panels = Panels::Bf16(Arc::new(pack_pairs(in_features, rows, bf16::from_f32)));
+        let panels = Panels::Bf16(pack_pairs(in_features, rows, bf16::from_f32).into());
         Self { out_features, in_features, inputs: WeightDtype::F32, panels }
     }
 
@@ -116,8 +118,8 @@ impl Matrix {
         let lengths = (rows.codes.len(), rows.scales.len(), rows.offsets.len());
         assert_eq!(lengths, (out_features * in_features, blocks, blocks), "a matrix needs out x in codes");
         let panels = match rows.bits {
-            CodeBits::Four => Panels::FourBits(Arc::new(pack_blocks(out_features, in_features, rows))),
-            CodeBits::Eight => Panels::EightBits(Arc::new(pack_blocks(out_features, in_features, rows))),
+            CodeBits::Four => Panels::FourBits(pack_blocks(out_features, in_features, rows).into()),
+            CodeBits::Eight => Panels::EightBits(pack_blocks(out_features, in_features, rows).into()),
         };
         Self { out_features, in_features, inputs: WeightDtype::F32, panels }
     }
@@ -143,10 +145,10 @@ impl Matrix {
     /// Whether both are the same weights in memory, as a tied head and its embedding.
     pub fn shares_storage(&self, other: &Self) -> bool {
         match (&self.panels, &other.panels) {
-            (Panels::F32(ours), Panels::F32(theirs)) => Arc::ptr_eq(ours, theirs),
-            (Panels::Bf16(ours), Panels::Bf16(theirs)) => Arc::ptr_eq(ours, theirs),
-            (Panels::FourBits(ours), Panels::FourBits(theirs)) => Arc::ptr_eq(ours, theirs),
-            (Panels::EightBits(ours), Panels::EightBits(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Panels::F32(ours), Panels::F32(theirs)) => ours.is_same(theirs),
+            (Panels::Bf16(ours), Panels::Bf16(theirs)) => ours.is_same(theirs),
+            (Panels::FourBits(ours), Panels::FourBits(theirs)) => ours.is_same(theirs),
+            (Panels::EightBits(ours), Panels::EightBits(theirs)) => ours.is_same(theirs),
             _ => false,
         }
     }
@@ -217,7 +219,7 @@ impl Matrix {
         let first = panel * self.in_features;
         let lines = first + inputs.start..first + inputs.end;
         match &self.panels {
-            Panels::F32(panels) => Panel::F32(&panels[lines.start * PANEL..lines.end * PANEL]),
+            Panels::F32(panels) => Panel::F32(values(&panels[lines])),
             Panels::Bf16(panels) => {
                 assert!(inputs.start.is_multiple_of(2), "inputs from half a pair on");
                 let first = panel * self.in_features.div_ceil(2);
@@ -310,13 +312,15 @@ fn copy_coded<C: Codes>(blocks: &[C], output: usize, row: &mut [f32]) {
 }
 
 /// Brings rows into the order of panels.
-fn pack(panels: &mut [f32], in_features: usize, rows: &[f32]) {
+fn pack(out_features: usize, in_features: usize, rows: &[f32]) -> Vec<ValueLine> {
+    let mut panels = vec![ValueLine([0.0; PANEL]); out_features.div_ceil(PANEL) * in_features];
     for (output, row) in rows.chunks_exact(in_features.max(1)).enumerate() {
-        let start = output / PANEL * in_features * PANEL + output % PANEL;
-        for (value, slot) in row.iter().zip(panels[start..].iter_mut().step_by(PANEL)) {
-            *slot = *value;
+        let panel = &mut panels[output / PANEL * in_features..][..in_features];
+        for (value, line) in row.iter().zip(panel) {
+            line.0[output % PANEL] = *value;
         }
     }
+    panels
 }
 
 /// Brings rows into the order of panels of pairs.
@@ -345,6 +349,11 @@ fn copy_halves(panel: &[Pair], output: usize, row: &mut [f32]) {
     for (slots, pair) in row.chunks_mut(2).zip(panel[output..].iter().step_by(PANEL)) {
         slots.copy_from_slice(&pair.widen()[..slots.len()]);
     }
+}
+
+fn values(lines: &[ValueLine]) -> &[f32] {
+    // SAFETY: a line is 32 numbers without padding.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * PANEL) }
 }
 
 fn flat(lines: &[PairLine]) -> &[Pair] {

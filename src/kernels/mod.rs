@@ -9,6 +9,7 @@ mod linear;
 mod matrix;
 mod norm;
 mod pack;
+mod packed;
 mod pair;
 mod rotary;
 mod route;
@@ -24,6 +25,7 @@ mod tile;
 pub use blocks::{BLOCK, BlockRows, CodeBits};
 pub use dtype::WeightDtype;
 pub use matrix::Matrix;
+pub use packed::{ALIGNMENT, LAYOUT, MatrixForm};
 pub use simd::{choose_path, numerics, path, paths};
 pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};
 

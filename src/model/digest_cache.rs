@@ -42,25 +42,40 @@ impl DigestCache {
 
     /// The digest of these files, if it is known and they haven't changed.
     pub fn get(&self, files: &[Stamp]) -> Option<Digest> {
-        let entry = fs::read(self.path_of(files)?).ok()?;
+        let entry = fs::read(self.path_of(files.iter().map(|file| &*file.path))?).ok()?;
         let entry: Entry = serde_json::from_slice(&entry).ok()?;
         (entry.files == files).then_some(entry.digest)
     }
 
-    /// Remembers the digest of these files.
+    /// Remembers the digest of these files, if they are not too young for that.
     pub fn put(&self, files: &[Stamp], digest: Digest) {
-        let Some(path) = self.path_of(files).filter(|_| files.iter().all(is_settled)) else { return };
+        if files.iter().all(is_settled) {
+            self.put_at_once(files, digest);
+        }
+    }
+
+    /// The same of files to which nobody writes.
+    pub fn put_at_once(&self, files: &[Stamp], digest: Digest) {
+        let Some(path) = self.path_of(files.iter().map(|file| &*file.path)) else { return };
         if let Err(error) = write(&path, &Entry { files: files.to_vec(), digest }) {
             tracing::warn!(path = %path.display(), %error, "cannot remember a model's digest");
         }
     }
 
+    /// Forgets the digest of a file that is gone.
+    pub fn forget(&self, file: &Path) {
+        if let Some(entry) = self.path_of([file].into_iter()) {
+            // It is one that was never there, or it stays and is of no use to anybody.
+            let _ = fs::remove_file(entry);
+        }
+    }
+
     /// Where the entry of these files stands: named by their paths, so that a changed file takes
     /// its old entry's place.
-    fn path_of(&self, files: &[Stamp]) -> Option<PathBuf> {
+    fn path_of<'a>(&self, files: impl Iterator<Item = &'a Path>) -> Option<PathBuf> {
         let mut paths = Vec::new();
         for file in files {
-            paths.extend_from_slice(file.path.as_os_str().as_encoded_bytes());
+            paths.extend_from_slice(file.as_os_str().as_encoded_bytes());
             paths.push(0);
         }
         Some(self.directory.as_ref()?.join(format!("digest-{}.json", Digest::of(&paths).short())))
@@ -112,7 +127,7 @@ mod tests {
         let cache = DigestCache::in_directory(directory.path());
         let files = [stamp(10, 1)];
         cache.put(&files, Digest([7; 32]));
-        fs::write(cache.path_of(&files).unwrap(), "{").unwrap();
+        fs::write(cache.path_of([&*files[0].path].into_iter()).unwrap(), "{").unwrap();
         assert_eq!(cache.get(&files), None);
 
         let young = [stamp(10, u64::MAX)];

@@ -14,6 +14,7 @@ use super::{
     device::{DeviceCache, DeviceModel},
     digest_cache::DigestCache,
     files::{ModelFiles, Stamp},
+    pack::{PackCache, Wanted},
     weights::base_digest,
 };
 use crate::{
@@ -27,6 +28,8 @@ pub struct Library {
     options: ComputeOptions,
     /// The GPU on which the models are, if it isn't the CPU.
     gpu: Option<Gpu>,
+    /// Where packed weights are; absent: each load has memory of its own.
+    packs: Option<PackCache>,
     models: Vec<Entry>,
     /// Names and aliases, in lower case.
     by_name: HashMap<String, usize>,
@@ -49,23 +52,26 @@ impl Library {
     /// Reads each model's configuration and digest, not its weights into memory: hashing takes
     /// about a second for each GB.
     pub fn open(sources: Vec<ModelSource>, options: ComputeOptions) -> Result<Self, ModelError> {
-        Self::open_with(sources, options, DigestCache::none())
+        Self::open_with(sources, options, DigestCache::none(), None)
     }
 
     /// The same with a directory (made if absent) in which digests are remembered, so that files
-    /// which haven't changed since aren't hashed again.
+    /// which haven't changed since aren't hashed again, and weights are packed, so that all
+    /// libraries over it share them.
     pub fn open_cached(
         sources: Vec<ModelSource>,
         options: ComputeOptions,
         cache: &Path,
     ) -> Result<Self, ModelError> {
-        Self::open_with(sources, options, DigestCache::in_directory(cache))
+        let packs = PackCache::in_directory(cache);
+        Self::open_with(sources, options, DigestCache::in_directory(cache), Some(packs))
     }
 
     fn open_with(
         sources: Vec<ModelSource>,
         options: ComputeOptions,
         cache: DigestCache,
+        packs: Option<PackCache>,
     ) -> Result<Self, ModelError> {
         let mut gpu = open_gpu(options.device).map_err(ModelError::Gpu)?;
         let mut opened = Vec::with_capacity(sources.len());
@@ -77,7 +83,7 @@ impl Library {
         if let Some(gpu) = &gpu {
             tracing::info!(gpu = gpu.name(), "computing on a GPU");
         }
-        let mut library = Self { options, gpu, models: Vec::new(), by_name: HashMap::new() };
+        let mut library = Self { options, gpu, packs, models: Vec::new(), by_name: HashMap::new() };
         for (source, files) in opened {
             library.claim_names(&source)?;
             // Taken before hashing: a change in between is then seen at the load.
@@ -160,8 +166,15 @@ impl Library {
 
     /// Loads a model's weights to where they are computed with.
     fn place(&self, entry: &Entry) -> Result<Place, ModelError> {
-        let weights = entry.files.load_weights(self.options.dtype)?;
-        let Some(gpu) = &self.gpu else { return Ok(Place::Cpu(weights)) };
+        let dtype = self.options.dtype;
+        let Some(gpu) = &self.gpu else {
+            let (files, source) = (&entry.files, &*entry.source.path);
+            return Ok(Place::Cpu(match &self.packs {
+                Some(packs) => packs.load(&Wanted { files, source, dtype, digest: entry.digest })?,
+                None => files.load_weights(dtype)?,
+            }));
+        };
+        let weights = entry.files.load_weights(dtype)?;
         let _turn = gpu.turn();
         Ok(Place::Gpu(Box::new(
             DeviceModel::new(gpu, &entry.files.config, &weights).map_err(ModelError::Gpu)?,

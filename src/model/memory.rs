@@ -1,7 +1,7 @@
 //! What a model and its runs take of a node's memory, as formulas over the configuration.
 //!
 //! ```text
-//!   node  =  weights of each model                                     shared by all its runs
+//!   node  =  weights of each model                                     shared by all its runs, see below
 //!         +  4 P of each run that a rank holds                         weights, both moments, gradient
 //!         +  of each rank at work: rows · (row + rank · row_of_rank)   activations of a micro-batch
 //!                                  + workspace + 14 P                  the head's logits; sums on their way
@@ -9,6 +9,10 @@
 //!
 //! A row is the activations of every layer; with activation checkpointing the input of every layer, and
 //! the activations of one.
+//!
+//! Nodes of one machine that have the same data directory map the weights from one file, so they are in its memory
+//! once (`pack/`). Each is reckoned with the whole of them all the same: which nodes share is not known to whoever
+//! plans, and a node that can't write the file has its own.
 //!
 //! P is the adapter's values; everything is f32 but the base weights' matrices: their bytes come from the files
 //! ([`Library::footprint`](super::Library::footprint)). A micro-batch has as many rows as its budget of

@@ -57,7 +57,8 @@ pub struct NodeConfig {
     pub threads: usize,
     pub models: Vec<ModelSource>,
     pub compute: ComputeOptions,
-    /// Where digests of model files are remembered, so that a start doesn't read gigabytes to hash them again.
+    /// Where digests of model files are remembered, so that a start doesn't read gigabytes to hash them again, and
+    /// weights are packed, which all nodes of a machine that have the same one share.
     pub cache: Option<PathBuf>,
 }
 

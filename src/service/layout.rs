@@ -21,6 +21,7 @@ use super::ServiceError;
 ///   DATA/identity/         certificates of the parts and of local clients, mode 0600
 ///   DATA/tokens/           what lets processes on other machines in
 ///   DATA/models/           models that `lockstep model pull` fetched
+///   DATA/cache/            what nodes can make again: digests of model files, packed weights that they map
 ///   DATA/endpoint          QUIC address of the running coordinator, then the CA's SHA-256
 ///   DATA/presign.key       signs URLs of checkpoint files, mode 0600
 ///   DATA/logs/             logs of the parts, where they don't go to stderr

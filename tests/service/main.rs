@@ -10,6 +10,7 @@ mod join;
 mod lifecycle;
 mod network;
 mod s3_server;
+mod sharing;
 mod store;
 mod up;
 mod weather;

@@ -15,7 +15,7 @@ use super::{
 
 /// The model, and with what it is measured.
 #[derive(Args)]
-struct On {
+pub(super) struct On {
     /// A Hugging Face directory or a GGUF file.
     #[arg(long)]
     model: PathBuf,
@@ -29,11 +29,11 @@ struct On {
     repeats: u32,
     /// One line of JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 impl On {
-    fn subject(&self) -> Subject {
+    pub(super) fn subject(&self) -> Subject {
         Subject {
             model: self.model.clone(),
             threads: self.threads.unwrap_or_else(all_cores),

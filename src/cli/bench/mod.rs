@@ -4,6 +4,7 @@ mod compare;
 mod engine;
 mod gpu;
 mod processes;
+mod start;
 
 use clap::Subcommand;
 use serde::Serialize;
@@ -22,6 +23,8 @@ pub enum Bench {
     Parity(engine::Parity),
     /// From a step done to its version served by every replica.
     Publish(processes::Publish),
+    /// From `lockstep up` to the first step done, on a new data directory and on a used one.
+    Start(start::Start),
     /// All-reduce between processes of this machine, over shared memory and QUIC.
     #[command(name = "allreduce")]
     AllReduce(processes::AllReduce),
@@ -46,6 +49,7 @@ impl Bench {
             Self::Prefill(prefill) => prefill.run(),
             Self::Parity(parity) => parity.run(),
             Self::Publish(publish) => publish.run(),
+            Self::Start(start) => start.run(),
             Self::AllReduce(all_reduce) => all_reduce.run(),
             Self::Gateway(gateway) => gateway.run(),
             Self::Compare(compare) => compare.run(),

@@ -7,11 +7,11 @@ mod hugging_face;
 #[cfg(test)]
 mod smollm2;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::{
     fs::{self, File},
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -21,7 +21,7 @@ use serde_json::{Map, Value};
 
 use super::{
     BaseWeights, ModelConfig, ModelError, TextCodec,
-    weights::{self, Gguf, Shards},
+    weights::{self, FromSource, Gguf, Shards},
 };
 use crate::{
     kernels::WeightDtype,
@@ -61,19 +61,21 @@ impl ModelFiles {
 
     /// Bytes of memory that [the weights](Self::load_weights) take.
     pub fn weight_bytes(&self, dtype: WeightDtype) -> Result<u64, ModelError> {
-        Ok(match &self.form {
-            Form::HuggingFace(shards) => weights::loaded_bytes(&self.config, &shards.open()?, dtype),
-            Form::Gguf(path) => weights::loaded_bytes(&self.config, &Gguf::open(path)?, dtype),
-        })
+        Ok(weights::loaded_bytes(&self.config, &*self.read(dtype)?))
     }
 
     /// Reads the weights, which takes seconds. They have the values of `dtype`, and are held as the file has
     /// them where that loses nothing.
     pub fn load_weights(&self, dtype: WeightDtype) -> Result<BaseWeights, ModelError> {
-        match &self.form {
-            Form::HuggingFace(shards) => weights::load(&self.config, &shards.open()?, dtype),
-            Form::Gguf(path) => weights::load(&self.config, &Gguf::open(path)?, dtype),
-        }
+        weights::assemble(&self.config, &*self.read(dtype)?)
+    }
+
+    /// What reads the weights one by one.
+    pub fn read(&self, dtype: WeightDtype) -> Result<Box<dyn weights::Read + '_>, ModelError> {
+        Ok(match &self.form {
+            Form::HuggingFace(shards) => Box::new(FromSource::new(&self.config, shards.open()?, dtype)?),
+            Form::Gguf(path) => Box::new(FromSource::new(&self.config, Gguf::open(path)?, dtype)?),
+        })
     }
 
     /// SHA-256 over each file's name and content, in the order of names; of a GGUF, the file's
@@ -85,7 +87,7 @@ impl ModelFiles {
                 let name = path.file_name().unwrap_or_default().as_encoded_bytes();
                 hasher.update(&(name.len() as u64).to_le_bytes());
                 hasher.update(name);
-                hasher.update(&Stamp::of(path)?.size.to_le_bytes());
+                hasher.update(&stamp(path)?.size.to_le_bytes());
             }
             hash_file(path, &mut hasher)?;
         }
@@ -99,7 +101,7 @@ impl ModelFiles {
 
     /// Size and time of every file, to see later whether one has changed.
     pub fn stamps(&self) -> Result<Vec<Stamp>, ModelError> {
-        self.files.iter().map(|path| Stamp::of(path)).collect()
+        self.files.iter().map(|path| stamp(path)).collect()
     }
 }
 
@@ -113,10 +115,9 @@ pub(super) struct Stamp {
 }
 
 impl Stamp {
-    fn of(path: &Path) -> Result<Self, ModelError> {
-        let unreadable = |error| ModelError::unreadable(path, &error);
-        let metadata = fs::metadata(path).map_err(unreadable)?;
-        let modified = metadata.modified().map_err(unreadable)?;
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        let modified = metadata.modified()?;
         let since_epoch = modified.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Ok(Self {
             path: path.to_owned(),
@@ -124,6 +125,10 @@ impl Stamp {
             modified_ns: since_epoch.as_nanos().try_into().unwrap_or(u64::MAX),
         })
     }
+}
+
+fn stamp(path: &Path) -> Result<Stamp, ModelError> {
+    Stamp::of(path).map_err(|error| ModelError::unreadable(path, &error))
 }
 
 /// Maps a file of weights read-only.

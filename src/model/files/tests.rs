@@ -1,6 +1,6 @@
 //! Whole models on disk: what loads, and what each fault is called.
 
-mod gguf;
+pub(in crate::model) mod gguf;
 
 use std::{collections::BTreeMap, fs, path::Path};
 

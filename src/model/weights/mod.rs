@@ -1,20 +1,23 @@
 //! The frozen weights of a decoder, and how they come from a file into memory.
 //!
 //! [`Weight`] names each one; a [`TensorSource`] is a file format. [`check`] compares a
-//! source's names and shapes with the configuration, [`load`] reads the values.
+//! source's names and shapes with the configuration, [`FromSource`] reads the values, [`assemble`] makes a
+//! decoder of them.
 
 mod gguf;
+mod load;
 mod safetensors;
 
 use std::{collections::HashSet, path::Path, sync::Arc};
 
 use super::{ExpertsConfig, ModelConfig, ModelError, TextCodec, device::DeviceModel, files::ModelFiles};
 use crate::{
-    kernels::{BLOCK, BlockRows, CodeBits, Matrix, WeightDtype},
+    kernels::{BlockRows, CodeBits, Matrix, WeightDtype},
     types::{Digest, Hasher},
 };
 
 pub(super) use self::gguf::{Gguf, Header, ROPE_DIVISORS, Value};
+pub(super) use self::load::{FromSource, Read, assemble, loaded_bytes};
 pub(crate) use self::safetensors::shards_of_index;
 pub(super) use self::safetensors::{Shards, hugging_face_name};
 
@@ -142,7 +145,7 @@ impl BaseModel {
 }
 
 /// One weight of a decoder, whatever a file format calls it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Weight {
     Embed,
     FinalNorm,
@@ -151,7 +154,7 @@ pub(super) enum Weight {
 }
 
 /// One weight of a decoder block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum LayerWeight {
     AttnNorm,
     Q,
@@ -284,7 +287,7 @@ pub(super) fn check(config: &ModelConfig, source: &impl TensorSource) -> Result<
         }
         expected.insert(tensor);
     }
-    // A tied head may be stored all the same; whether it equals the embedding shows in `load`.
+    // A tied head may be stored all the same; whether it equals the embedding shows when it is read.
     let head = source.name(Weight::Head);
     let extra =
         source.names().find(|&name| !expected.contains(name) && name != head && !source.is_ignored(name));
@@ -295,143 +298,4 @@ pub(super) fn check(config: &ModelConfig, source: &impl TensorSource) -> Result<
         }
         None => Ok(()),
     }
-}
-
-/// What a matrix is held as: as the file has it where that is `dtype` to the last bit, else as `dtype`.
-fn held_as(dtype: WeightDtype, stored: Stored) -> Stored {
-    match dtype {
-        WeightDtype::F32 => stored,
-        WeightDtype::Bf16 => Stored::Bf16,
-    }
-}
-
-/// Bytes that the weights of a source take when they are [loaded](load).
-pub(super) fn loaded_bytes(config: &ModelConfig, source: &impl TensorSource, dtype: WeightDtype) -> u64 {
-    let bytes = |weight: Weight| match weight.shape(config)[..] {
-        [outputs, inputs] => match held_as(dtype, source.stored(weight)) {
-            Stored::F32 => Matrix::bytes_of(outputs, inputs, WeightDtype::F32),
-            Stored::Bf16 => Matrix::bytes_of(outputs, inputs, WeightDtype::Bf16),
-            Stored::Blocks(bits) => Matrix::bytes_of_blocks(outputs, inputs, bits),
-        },
-        ref vector => vector.iter().product::<usize>() * size_of::<f32>(),
-    };
-    Weight::all(config).map(|weight| bytes(weight) as u64).sum()
-}
-
-/// Reads all weights of a source that [`check`] has passed. Matrices have the values of `dtype`, and are held
-/// as the file has them if that is the same.
-pub(super) fn load(
-    config: &ModelConfig,
-    source: &impl TensorSource,
-    dtype: WeightDtype,
-) -> Result<BaseWeights, ModelError> {
-    check(config, source)?;
-    let values = |weight: Weight| -> Result<Vec<f32>, ModelError> {
-        let values = source.values(weight, config)?;
-        debug_assert_eq!(values.len(), weight.shape(config).iter().product::<usize>());
-        match values.iter().position(|value| !dtype.round(*value).is_finite()) {
-            None => Ok(values),
-            Some(index) => {
-                let tensor = source.name(weight);
-                Err(ModelError::NotFinite { path: source.path_of(&tensor).to_owned(), tensor, index })
-            }
-        }
-    };
-    let matrix = |weight: Weight| -> Result<Matrix, ModelError> {
-        let shape = weight.shape(config);
-        let (outputs, inputs) = (shape[0], shape[1]);
-        let held = held_as(dtype, source.stored(weight));
-        if let (Stored::Blocks(_), Some(rows)) = (held, source.blocks(weight, config)?) {
-            let numbers = rows.scales.iter().zip(&rows.offsets);
-            return match numbers.map(|(scale, offset)| scale * offset).position(|both| !both.is_finite()) {
-                None => Ok(Matrix::from_blocks(outputs, inputs, &rows)),
-                Some(block) => {
-                    let (tensor, index) = (source.name(weight), block * BLOCK);
-                    Err(ModelError::NotFinite { path: source.path_of(&tensor).to_owned(), tensor, index })
-                }
-            };
-        }
-        let values = values(weight)?;
-        // Rounded scores would send rows to other experts, and the router is small.
-        let is_router = matches!(weight, Weight::Layer(_, LayerWeight::Router));
-        Ok(match (held, dtype) {
-            (Stored::Bf16, WeightDtype::Bf16) if is_router => {
-                let rounded: Vec<f32> = values.iter().map(|value| dtype.round(*value)).collect();
-                Matrix::from_bf16(outputs, inputs, &rounded)
-            }
-            (Stored::Bf16, WeightDtype::F32) => Matrix::from_bf16(outputs, inputs, &values),
-            _ => Matrix::with_dtype(dtype, outputs, inputs, &values),
-        })
-    };
-    let layer = |layer: usize| -> Result<LayerWeights, ModelError> {
-        let values = |weight| values(Weight::Layer(layer, weight));
-        let matrix = |weight| matrix(Weight::Layer(layer, weight));
-        let mlp = |[gate, up, down]: [LayerWeight; 3]| -> Result<MlpWeights, ModelError> {
-            Ok(MlpWeights { gate: matrix(gate)?, up: matrix(up)?, down: matrix(down)? })
-        };
-        Ok(LayerWeights {
-            attn_norm: values(LayerWeight::AttnNorm)?,
-            q: matrix(LayerWeight::Q)?,
-            k: matrix(LayerWeight::K)?,
-            v: matrix(LayerWeight::V)?,
-            o: matrix(LayerWeight::O)?,
-            qkv_bias: match config.family.has_qkv_bias() {
-                true => Some(QkvBias {
-                    q: values(LayerWeight::QBias)?,
-                    k: values(LayerWeight::KBias)?,
-                    v: values(LayerWeight::VBias)?,
-                }),
-                false => None,
-            },
-            qk_norm: match config.family.has_qk_norm() {
-                true => Some(QkNorm { q: values(LayerWeight::QNorm)?, k: values(LayerWeight::KNorm)? }),
-                false => None,
-            },
-            mlp_norm: values(LayerWeight::MlpNorm)?,
-            mlp: match config.layer_experts(layer) {
-                None => Mlp::Dense(mlp([LayerWeight::Gate, LayerWeight::Up, LayerWeight::Down])?),
-                Some(experts) => Mlp::Experts(ExpertsWeights {
-                    per_row: experts.per_row,
-                    normalises: experts.normalises,
-                    router: matrix(LayerWeight::Router)?,
-                    experts: (0..experts.count)
-                        .map(|i| {
-                            let of_expert =
-                                [LayerWeight::ExpertGate, LayerWeight::ExpertUp, LayerWeight::ExpertDown];
-                            mlp(of_expert.map(|weight| weight(i)))
-                        })
-                        .collect::<Result<_, _>>()?,
-                }),
-            },
-        })
-    };
-    let embed = matrix(Weight::Embed)?;
-    let head = match config.tie_word_embeddings {
-        true => tied_head(config, source, &embed)?,
-        false => matrix(Weight::Head)?,
-    };
-    let layers = (0..config.num_layers).map(layer).collect::<Result<_, _>>()?;
-    Ok(BaseWeights { embed, layers, final_norm: values(Weight::FinalNorm)?, head })
-}
-
-/// The embedding as head; a head that is stored beside it must be the same.
-fn tied_head(config: &ModelConfig, source: &impl TensorSource, embed: &Matrix) -> Result<Matrix, ModelError> {
-    let tensor = source.name(Weight::Head);
-    if source.names().any(|name| name == tensor) {
-        let same_shape = source.shape(&tensor)? == Weight::Head.shape(config);
-        if !same_shape || !holds(embed, &source.values(Weight::Head, config)?) {
-            let problem = "is true, but the file holds another head than the embedding";
-            return Err(ModelError::unsupported(source.path_of(&tensor), "tie_word_embeddings", problem));
-        }
-    }
-    Ok(embed.clone())
-}
-
-/// Whether the matrix was made of `rows`, of which it may be the rounded values.
-fn holds(matrix: &Matrix, rows: &[f32]) -> bool {
-    let (mut row, dtype) = (vec![0.0; matrix.in_features()], matrix.dtype());
-    rows.chunks_exact(matrix.in_features()).enumerate().all(|(output, expected)| {
-        matrix.copy_row(output, &mut row);
-        row.iter().zip(expected).all(|(row, expected)| row == expected || *row == dtype.round(*expected))
-    })
 }

@@ -140,6 +140,13 @@ impl TinyGguf {
     }
 }
 
+/// A tiny model's GGUF in a number format.
+pub(in crate::model) fn tiny_gguf(number_format: GgmlDType) -> (TempDir, std::path::PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    tiny::write(directory.path(), &TinyGguf::config(), 1).unwrap();
+    TinyGguf::of(&TinyGguf::config(), directory.path(), number_format).write()
+}
+
 fn written(bytes: &[u8]) -> (TempDir, std::path::PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.gguf");

@@ -1,0 +1,188 @@
+//! Where a matrix's packed weights lie: in memory of their own, or in a file that is mapped.
+//!
+//! A mapped file is one physical copy for all processes of a machine that map it, and nothing has to be read,
+//! converted or brought into order when it is. The kernels see a slice either way.
+
+use std::{
+    marker::PhantomData,
+    ops::{Deref, Range},
+    slice,
+    sync::Arc,
+};
+
+use memmap2::Mmap;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    BLOCK, CodeBits, Matrix, WeightDtype,
+    blocks::{EightBits, FourBits},
+    matrix::{PairLine, Panels, ValueLine},
+};
+
+/// Version of the order and elements of panels: weights that were written by another one are of no use.
+pub const LAYOUT: u32 = 1;
+
+/// What the first byte of a mapped matrix is aligned to, as vectors of [`Plain`] elements are.
+pub const ALIGNMENT: usize = 64;
+
+/// What panels are made of.
+///
+/// # Safety
+///
+/// It has no padding, every pattern of bits is a value of it, and it asks for no more than [`ALIGNMENT`].
+pub(super) unsafe trait Plain: Copy + Send + Sync + 'static {}
+
+// SAFETY: 32 f32, aligned to and a multiple of 64 bytes.
+unsafe impl Plain for ValueLine {}
+// SAFETY: 32 pairs, each transparently a u32, aligned to and a multiple of 64 bytes.
+unsafe impl Plain for PairLine {}
+// SAFETY: 64 f32 and 512 bytes of codes, 768 bytes in all: aligned to and a multiple of 64.
+unsafe impl Plain for FourBits {}
+// SAFETY: 64 f32 and 1024 bytes of codes, 1280 bytes in all: aligned to and a multiple of 64.
+unsafe impl Plain for EightBits {}
+
+const _: () = assert!(size_of::<ValueLine>() == 4 * 32 && size_of::<PairLine>() == 4 * 32);
+const _: () = assert!(size_of::<FourBits>() == 2 * 128 + 512 && size_of::<EightBits>() == 2 * 128 + 1024);
+
+/// Elements that nobody changes; clones share them.
+pub(super) enum Packed<T> {
+    Memory(Arc<Vec<T>>),
+    /// Whole elements in a range of bytes that begins at an [aligned](ALIGNMENT) address.
+    File(Arc<Mmap>, Range<usize>, PhantomData<T>),
+}
+
+/// How a matrix's weights are held, which with its shape says how many bytes they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MatrixForm {
+    F32,
+    /// Multiplied with rows as they are.
+    Bf16,
+    /// Multiplied with rows that are rounded to bf16.
+    RoundedBf16,
+    FourBits,
+    EightBits,
+}
+
+impl<T: Plain> Packed<T> {
+    /// Part of a map; `None` if it isn't in there, not whole elements, or not aligned.
+    fn of_file(map: &Arc<Mmap>, bytes: Range<usize>) -> Option<Self> {
+        let part = map.get(bytes.clone())?;
+        let fits =
+            part.len().is_multiple_of(size_of::<T>()) && part.as_ptr().addr().is_multiple_of(ALIGNMENT);
+        fits.then(|| Self::File(map.clone(), bytes, PhantomData))
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: a plain element has no padding, so all of its bytes are initialised.
+        unsafe { slice::from_raw_parts(self.as_ptr().cast(), size_of_val::<[T]>(self)) }
+    }
+}
+
+impl<T> Packed<T> {
+    /// Whether both are the same memory.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Memory(ours), Self::Memory(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Self::File(ours, at, _), Self::File(theirs, there, _)) => {
+                Arc::ptr_eq(ours, theirs) && at == there
+            }
+            _ => false,
+        }
+    }
+}
+
+impl<T> From<Vec<T>> for Packed<T> {
+    fn from(elements: Vec<T>) -> Self {
+        Self::Memory(Arc::new(elements))
+    }
+}
+
+impl<T> Clone for Packed<T> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Memory(elements) => Self::Memory(elements.clone()),
+            Self::File(map, bytes, _) => Self::File(map.clone(), bytes.clone(), PhantomData),
+        }
+    }
+}
+
+impl<T: Plain> Deref for Packed<T> {
+    type Target = [T];
+
+    #[inline]
+    fn deref(&self) -> &[T] {
+        match self {
+            Self::Memory(elements) => elements,
+            Self::File(map, bytes, _) => {
+                let part = &map[bytes.clone()];
+                // SAFETY: `of_file` has found the part aligned and made of whole elements, of which any bits are
+                // values; the map is read-only and lives as long as `self`. That nobody writes to or shortens the
+                // file meanwhile is promised by who mapped it.
+                unsafe { slice::from_raw_parts(part.as_ptr().cast(), part.len() / size_of::<T>()) }
+            }
+        }
+    }
+}
+
+impl MatrixForm {
+    /// Bytes of a matrix of this form, missing outputs included.
+    pub fn bytes_of(self, out_features: usize, in_features: usize) -> usize {
+        match self {
+            Self::F32 => Matrix::bytes_of(out_features, in_features, WeightDtype::F32),
+            Self::Bf16 | Self::RoundedBf16 => Matrix::bytes_of(out_features, in_features, WeightDtype::Bf16),
+            Self::FourBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Four),
+            Self::EightBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Eight),
+        }
+    }
+}
+
+impl Matrix {
+    /// How its weights are held.
+    pub fn form(&self) -> MatrixForm {
+        match &self.panels {
+            Panels::F32(_) => MatrixForm::F32,
+            Panels::Bf16(_) if self.rounds_inputs() => MatrixForm::RoundedBf16,
+            Panels::Bf16(_) => MatrixForm::Bf16,
+            Panels::FourBits(_) => MatrixForm::FourBits,
+            Panels::EightBits(_) => MatrixForm::EightBits,
+        }
+    }
+
+    /// Its weights as they lie in memory, in this machine's order of bytes.
+    pub fn packed_bytes(&self) -> &[u8] {
+        match &self.panels {
+            Panels::F32(panels) => panels.bytes(),
+            Panels::Bf16(panels) => panels.bytes(),
+            Panels::FourBits(panels) => panels.bytes(),
+            Panels::EightBits(panels) => panels.bytes(),
+        }
+    }
+
+    /// The matrix whose [bytes](Self::packed_bytes) lie in this part of a file. `None` if they can't be: the
+    /// part is none of the file, has another length than form and shape ask for, or begins at no multiple of 64.
+    ///
+    /// Nobody may write to the file, or shorten it, as long as it is mapped.
+    pub fn from_file(
+        form: MatrixForm,
+        out_features: usize,
+        in_features: usize,
+        map: &Arc<Mmap>,
+        bytes: Range<usize>,
+    ) -> Option<Self> {
+        let coded = matches!(form, MatrixForm::FourBits | MatrixForm::EightBits);
+        if bytes.len() != form.bytes_of(out_features, in_features)
+            || coded && !in_features.is_multiple_of(BLOCK)
+        {
+            return None;
+        }
+        let (panels, inputs) = match form {
+            MatrixForm::F32 => (Panels::F32(Packed::of_file(map, bytes)?), WeightDtype::F32),
+            MatrixForm::Bf16 => (Panels::Bf16(Packed::of_file(map, bytes)?), WeightDtype::F32),
+            MatrixForm::RoundedBf16 => (Panels::Bf16(Packed::of_file(map, bytes)?), WeightDtype::Bf16),
+            MatrixForm::FourBits => (Panels::FourBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
+            MatrixForm::EightBits => (Panels::EightBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
+        };
+        Some(Self { out_features, in_features, inputs, panels })
+    }
+}

@@ -1,0 +1,274 @@
+//! Base weights that are packed once and mapped by every process of a machine: one physical copy of them, and
+//! nothing to read or bring into order at the next start.
+//!
+//! ```text
+//!   CACHE/<base model's digest>-<layout>.pack    what processes map; its name comes by a rename, when it is whole
+//!   CACHE/packing.lock                           held by whoever writes one
+//!   CACHE/digest-….json                          which file has been proved, by size and time (digest_cache.rs)
+//! ```
+//!
+//! It is a copy of what the model's files say, never an authority: one that is truncated, altered, foreign or of
+//! another layout is written again. The values are hashed before a file is used for the first time and whenever
+//! its size or time is not as they were then; so they are trusted as the model's own files are, and a start costs
+//! nothing for it. What bits rot unseen meanwhile, [`PackFile::verify`] finds (`lockstep model verify`).
+//!
+//! Each model at a place, in a dtype, has one file: whoever writes one removes those of other layouts, of the same
+//! place and dtype in an earlier state, and of models that are no longer where they were. Where nothing can be
+//! written the weights are in the process's own memory, as they would be without all this.
+
+mod file;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    ffi::CString,
+    fs::{self, DirBuilder, File, TryLockError},
+    io,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirBuilderExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+pub use self::file::PackError;
+use self::file::{Contents, Pack, WriteError};
+use super::{
+    BaseWeights, ModelError,
+    digest_cache::DigestCache,
+    files::{ModelFiles, Stamp},
+};
+use crate::{
+    kernels::{LAYOUT, WeightDtype},
+    types::Digest,
+};
+
+/// How long a process waits for another one to write the same file, before it takes memory of its own: one that
+/// hangs must not hold up all of them.
+const LOCK_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Between two looks at the lock.
+const LOCK_POLL: Duration = Duration::from_millis(10);
+
+/// What a file leaves free of its disk, in bytes: on the same one the journal lies.
+const SPARE: u64 = 1 << 30;
+
+const ENDING: &str = "pack";
+
+/// The packed weights in a directory.
+pub(super) struct PackCache {
+    directory: PathBuf,
+    proved: DigestCache,
+}
+
+/// A model, and what its weights are held as.
+pub(super) struct Wanted<'a> {
+    pub files: &'a ModelFiles,
+    /// Where they stand.
+    pub source: &'a Path,
+    pub dtype: WeightDtype,
+    /// Of the model in this dtype.
+    pub digest: Digest,
+}
+
+/// A file of packed weights, as it is listed.
+#[derive(Debug)]
+pub struct PackFile {
+    pub path: PathBuf,
+    pub bytes: u64,
+    /// Where the model's files are, or were, and the dtype; or why it can't be said.
+    pub holds: Result<(PathBuf, String), PackError>,
+}
+
+impl PackCache {
+    /// Made when it is first written to.
+    pub fn in_directory(directory: &Path) -> Self {
+        Self { directory: directory.to_owned(), proved: DigestCache::in_directory(directory) }
+    }
+
+    /// A model's weights: mapped, packed first if they are not yet, or in memory if there can be no file.
+    pub fn load(&self, wanted: &Wanted<'_>) -> Result<BaseWeights, ModelError> {
+        if let Some(weights) = self.present(wanted) {
+            return Ok(weights);
+        }
+        match self.pack(wanted) {
+            Ok(weights) => Ok(weights),
+            Err(WriteError::Model(error)) => Err(error),
+            Err(WriteError::Io(error)) => {
+                let cache = self.directory.display();
+                tracing::warn!(
+                    "weights are in this process's own memory, not shared: cannot pack them into {cache}: {error}"
+                );
+                wanted.files.load_weights(wanted.dtype)
+            }
+        }
+    }
+
+    /// The weights of a file that is there and sound.
+    fn present(&self, wanted: &Wanted<'_>) -> Option<BaseWeights> {
+        let path = self.path_of(wanted);
+        match self.open(&path).and_then(|pack| pack.weights(&wanted.files.config, wanted.digest)) {
+            Ok(weights) => Some(weights),
+            Err(PackError::Io(error)) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(problem) => {
+                tracing::warn!("{} is no use and is written again: {problem}", path.display());
+                None
+            }
+        }
+    }
+
+    /// A file whose values are those that were written.
+    fn open(&self, path: &Path) -> Result<Pack, PackError> {
+        // Taken before hashing: a change in between is then seen the next time.
+        let stamp = [Stamp::of(path)?];
+        let pack = Pack::open(path)?;
+        if self.proved.get(&stamp) != Some(pack.table.content) {
+            pack.verify()?;
+            self.proved.put(&stamp, pack.table.content);
+        }
+        Ok(pack)
+    }
+
+    /// Writes the file, unless somebody else has meanwhile, and maps it.
+    fn pack(&self, wanted: &Wanted<'_>) -> Result<BaseWeights, WriteError> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
+        let _lock = self.lock()?;
+        if let Some(weights) = self.present(wanted) {
+            return Ok(weights);
+        }
+        let begun = Instant::now();
+        let path = self.path_of(wanted);
+        let partial = path.with_extension("partial");
+        self.write(wanted, &partial).inspect_err(|_| drop(fs::remove_file(&partial)))?;
+        fs::rename(&partial, &path)?;
+        File::open(&self.directory)?.sync_all()?;
+        let unusable = |problem: PackError| WriteError::Io(io::Error::other(problem.to_string()));
+        let pack = Pack::open(&path).map_err(unusable)?;
+        // Nobody but the holder of the lock writes files of this name, so it is no matter how young it is.
+        let stamp = Stamp::of(&path).map_err(io::Error::other)?;
+        self.proved.put_at_once(&[stamp], pack.table.content);
+        let weights = pack.weights(&wanted.files.config, wanted.digest).map_err(unusable)?;
+        tracing::info!(
+            "packed weights of {} into {} in {:.1?}",
+            wanted.source.display(),
+            path.display(),
+            begun.elapsed()
+        );
+        self.tidy_up(wanted, &path);
+        Ok(weights)
+    }
+
+    fn write(&self, wanted: &Wanted<'_>, partial: &Path) -> Result<(), WriteError> {
+        let weights = wanted.files.read(wanted.dtype)?;
+        let contents = Contents {
+            model: wanted.digest,
+            source: wanted.source,
+            dtype: wanted.dtype.to_string(),
+            config: &wanted.files.config,
+            weights: &*weights,
+        };
+        let (free, needed) = (free_bytes(&self.directory)?, contents.bytes().saturating_add(SPARE));
+        if free < needed {
+            let problem =
+                format!("{free} bytes are free on its disk; it takes {needed} with what is to stay free");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, problem).into());
+        }
+        // What a writer left that was killed is overwritten; nobody maps it.
+        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(partial)?;
+        file::write(&file, &contents)
+    }
+
+    /// Waits for its turn to write.
+    fn lock(&self) -> io::Result<File> {
+        let path = self.directory.join("packing.lock");
+        let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::Error(error)) => return Err(error),
+                Err(TryLockError::WouldBlock) if begun.elapsed() > LOCK_DEADLINE => {
+                    let problem = format!("another process has been packing for {LOCK_DEADLINE:?}");
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
+                }
+                Err(TryLockError::WouldBlock) => thread::sleep(LOCK_POLL),
+            }
+        }
+    }
+
+    /// Removes files that nobody will ask for again, and what killed writers left. Whoever has one mapped keeps it.
+    fn tidy_up(&self, wanted: &Wanted<'_>, written: &Path) {
+        let dead = |path: &Path| match file::table_of(path) {
+            Err(PackError::Io(_)) => false,
+            Err(_) => true,
+            Ok(table) => {
+                let replaced = table.source == wanted.source && table.dtype == wanted.dtype.to_string();
+                replaced || !table.source.exists()
+            }
+        };
+        let ends = |path: &PathBuf, ending: &str| path.extension().is_some_and(|found| found == ending);
+        for path in entries(&self.directory).filter(|path| path != written) {
+            if ends(&path, "partial") || ends(&path, ENDING) && dead(&path) {
+                self.remove(&path);
+            }
+        }
+    }
+
+    fn remove(&self, path: &Path) {
+        match fs::remove_file(path) {
+            Ok(()) => self.proved.forget(path),
+            Err(error) => tracing::warn!("cannot remove {}: {error}", path.display()),
+        }
+    }
+
+    fn path_of(&self, wanted: &Wanted<'_>) -> PathBuf {
+        self.directory.join(format!("{}-{LAYOUT}.{ENDING}", wanted.digest))
+    }
+}
+
+impl PackFile {
+    /// Those of a cache, by name.
+    pub fn list(cache: &Path) -> Vec<Self> {
+        let mut paths: Vec<_> =
+            entries(cache).filter(|path| path.extension().is_some_and(|e| e == ENDING)).collect();
+        paths.sort();
+        let list = paths.into_iter().map(|path| Self {
+            bytes: fs::metadata(&path).map_or(0, |metadata| metadata.len()),
+            holds: file::table_of(&path).map(|table| (table.source, table.dtype)),
+            path,
+        });
+        list.collect()
+    }
+
+    /// Reads every byte and compares it with the digest of what was written.
+    pub fn verify(&self) -> Result<(), PackError> {
+        Pack::open(&self.path)?.verify()
+    }
+
+    /// Removes it: processes that have it mapped keep it, the next one packs again.
+    pub fn remove(&self) -> io::Result<()> {
+        fs::remove_file(&self.path)?;
+        if let Some(directory) = self.path.parent() {
+            DigestCache::in_directory(directory).forget(&self.path);
+        }
+        Ok(())
+    }
+}
+
+fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+/// Bytes that this user may still write to the disk of a directory.
+fn free_bytes(directory: &Path) -> io::Result<u64> {
+    let path = CString::new(directory.as_os_str().as_bytes())?;
+    // SAFETY: all zeros is a valid value of this plain structure.
+    let mut disk = unsafe { std::mem::zeroed::<libc::statvfs>() };
+    // SAFETY: the path ends with a zero byte, and the call only writes the structure.
+    match unsafe { libc::statvfs(path.as_ptr(), &mut disk) } {
+        0 => Ok(disk.f_bavail.saturating_mul(disk.f_frsize)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
