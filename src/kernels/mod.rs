@@ -1,5 +1,6 @@
 //! The operations of a decoder layer, forward and backward, on CPU slices.
 
+mod amx;
 mod attention;
 mod blocks;
 mod buffer;
@@ -21,6 +22,7 @@ mod tests;
 mod threads;
 mod tile;
 
+pub use amx::amx;
 pub use blocks::{BLOCK, BlockRows, CodeBits};
 pub use dtype::WeightDtype;
 pub use matrix::Matrix;

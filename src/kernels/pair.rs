@@ -42,12 +42,6 @@ impl Pair {
         [f32::from_bits(self.0 & UPPER), f32::from_bits(self.0 << 16)]
     }
 
-    /// The upper halves of two pairs, and the lower.
-    #[inline(always)]
-    pub(super) fn transposed([first, second]: [Self; 2]) -> [Self; 2] {
-        [Self(first.0 & UPPER | second.0 >> 16), Self(first.0 << 16 | second.0 & !UPPER)]
-    }
-
     /// As a number whose bits these are.
     #[inline(always)]
     pub(super) fn as_f32(self) -> f32 {
@@ -183,7 +177,5 @@ mod tests {
         round_to_pairs(&rows, 4, 3, &mut pairs);
         let found: Vec<f32> = pairs.iter().flat_map(|pair| pair.widen()).collect();
         assert_eq!(found, [1.0, 2.0, 3.0, 0.0, 4.0, 5.0, 6.0, 0.0]);
-        let turned = Pair::transposed([pairs[0], pairs[2]]).map(|pair| pair.widen());
-        assert_eq!(turned, [[1.0, 4.0], [2.0, 5.0]]);
     }
 }

@@ -28,7 +28,7 @@ use std::{path::PathBuf, pin::pin, sync::Arc, time::Duration};
 pub use error::NodeError;
 
 use crate::{
-    kernels::CoreBudget,
+    kernels::{self, CoreBudget},
     model::{ComputeOptions, Library, ModelSource},
     transport::Endpoint,
 };
@@ -82,6 +82,10 @@ pub async fn serve(
         .await
         .map_err(|panic| NodeError::Died { what: panic.to_string() })??;
     let library = Arc::new(library);
+    tracing::info!(kernels = kernels::path(), numerics = library.engine(), dtype = %config.compute.dtype, "computes");
+    if let Some(Err(reason)) = kernels::amx() {
+        tracing::info!("the AMX of this CPU is not used: {reason}");
+    }
     let blobs = BlobClient::new(tokio::runtime::Handle::current());
 
     let (death, mut deaths) = tokio::sync::mpsc::channel(1);

@@ -54,6 +54,60 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn regroup_pairs(self, [first, last]: [__m512; 2]) -> [__m512; 2] {
+        /// Words: the second neighbour's upper (or lower) half, and above it the first one's.
+        const fn words(half: u16) -> [u16; 32] {
+            let mut words = [0; 32];
+            let mut pair = 0;
+            while pair < 16 {
+                words[2 * pair] = 4 * pair as u16 + 3 - half;
+                words[2 * pair + 1] = 4 * pair as u16 + 1 - half;
+                pair += 1;
+            }
+            words
+        }
+        const WORDS: [[u16; 32]; 2] = [words(0), words(1)];
+        unsafe {
+            let [first, last] = [first, last].map(|pairs| _mm512_castps_si512(pairs));
+            [0, 1].map(|half| {
+                let words = _mm512_loadu_si512(WORDS[half].as_ptr().cast());
+                _mm512_castsi512_ps(_mm512_permutex2var_epi16(first, words, last))
+            })
+        }
+    }
+
+    /// Within four lanes, then among the four quarters of a register.
+    #[inline(always)]
+    fn transpose(self, rows: [__m512; 16]) -> [__m512; 16] {
+        unsafe {
+            let mut twos = rows;
+            for i in (0..16).step_by(2) {
+                twos[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+                twos[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+            }
+            let twos = twos.map(|two| _mm512_castps_pd(two));
+            let mut fours = twos;
+            for i in (0..16).step_by(4) {
+                for high in 0..2 {
+                    fours[i + 2 * high] = _mm512_unpacklo_pd(twos[i + high], twos[i + high + 2]);
+                    fours[i + 2 * high + 1] = _mm512_unpackhi_pd(twos[i + high], twos[i + high + 2]);
+                }
+            }
+            let fours = fours.map(|four| _mm512_castpd_ps(four));
+            let mut columns = rows;
+            for j in 0..4 {
+                let even = |i: usize| _mm512_shuffle_f32x4::<0x88>(fours[i + j], fours[i + 4 + j]);
+                let odd = |i: usize| _mm512_shuffle_f32x4::<0xdd>(fours[i + j], fours[i + 4 + j]);
+                columns[j] = _mm512_shuffle_f32x4::<0x88>(even(0), even(8));
+                columns[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd(0), odd(8));
+                columns[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even(0), even(8));
+                columns[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd(0), odd(8));
+            }
+            columns
+        }
+    }
+
+    #[inline(always)]
     fn read_nibbles(self, bytes: &[u8; 16], half: usize) -> __m512 {
         unsafe {
             let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
