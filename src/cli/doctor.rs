@@ -72,7 +72,7 @@ impl Doctor {
         let mut findings = vec![
             ("lockstep", Fine(env!("CARGO_PKG_VERSION").into())),
             ("cpu", cpu()),
-            ("kernels", Fine(format!("{} of {}", kernels::path(), kernels::paths().join(", ")))),
+            ("kernels", kernel_path()),
             ("memory", memory(&models)),
         ];
         findings.extend(gpu::findings());
@@ -110,6 +110,17 @@ fn cpu() -> Finding {
     let name = info.lines().find_map(|line| line.strip_prefix("model name"));
     let name = name.map_or("unknown", |name| name.trim_matches([' ', '\t', ':']));
     Fine(format!("{name} ({} cores)", all_cores()))
+}
+
+fn kernel_path() -> Finding {
+    let is = format!("{} of {}", kernels::path(), kernels::paths().join(", "));
+    match kernels::amx() {
+        Some(Err(reason)) => Poor(
+            format!("{is}; the CPU's AMX is not used: {reason}"),
+            "nothing, unless `--dtype bf16` shall be faster: the other kernels serve it, too",
+        ),
+        _ => Fine(is),
+    }
 }
 
 /// Base weights are held once, in f32; a step's activations come on top.

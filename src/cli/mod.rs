@@ -96,7 +96,12 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         if let Some(path) = self.kernels.filter(|path| !lockstep::kernels::choose_path(path)) {
             let have = lockstep::kernels::paths().join(", ");
-            anyhow::bail!("--kernels {path}: this machine has {have}");
+            match lockstep::kernels::amx() {
+                Some(Err(reason)) if path.starts_with("amx") => {
+                    anyhow::bail!("--kernels {path}: this machine has {have}; its AMX is not used: {reason}")
+                }
+                _ => anyhow::bail!("--kernels {path}: this machine has {have}"),
+            }
         }
         match self.command {
             Command::Quickstart(quickstart) => quickstart.run(self.log_format),

@@ -1,5 +1,6 @@
 //! The operations of a decoder layer, forward and backward, on CPU slices.
 
+mod amx;
 mod attention;
 mod blocks;
 mod buffer;
@@ -22,6 +23,7 @@ mod tests;
 mod threads;
 mod tile;
 
+pub use amx::amx;
 pub use blocks::{BLOCK, BlockRows, CodeBits};
 pub use dtype::WeightDtype;
 pub use matrix::Matrix;
@@ -29,6 +31,8 @@ pub use packed::{ALIGNMENT, LAYOUT, MatrixForm};
 pub use simd::{choose_path, numerics, path, paths};
 pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};
 
+#[cfg(test)]
+pub(crate) use amx::with_emulation as with_emulated_tiles;
 pub(crate) use attention::{
     AttentionGradients, BLOCK as ATTENTION_BLOCK, Heads, KvBlocks, Span, append, attention,
     attention_backward,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     BLOCK, CodeBits, Matrix, WeightDtype,
-    blocks::{EightBits, FourBits},
+    blocks::{EightBits, FiveBits, FourBits, SixBits},
     matrix::{PairLine, Panels, ValueLine},
 };
 
@@ -38,11 +38,16 @@ unsafe impl Plain for ValueLine {}
 unsafe impl Plain for PairLine {}
 // SAFETY: 64 f32 and 512 bytes of codes, 768 bytes in all: aligned to and a multiple of 64.
 unsafe impl Plain for FourBits {}
+// SAFETY: 64 f32, 512 bytes and 32 u32 of codes, 896 bytes in all: aligned to and a multiple of 64.
+unsafe impl Plain for FiveBits {}
+// SAFETY: 64 f32, 512 bytes and 64 u32 of codes, 1024 bytes in all: aligned to and a multiple of 64.
+unsafe impl Plain for SixBits {}
 // SAFETY: 64 f32 and 1024 bytes of codes, 1280 bytes in all: aligned to and a multiple of 64.
 unsafe impl Plain for EightBits {}
 
 const _: () = assert!(size_of::<ValueLine>() == 4 * 32 && size_of::<PairLine>() == 4 * 32);
 const _: () = assert!(size_of::<FourBits>() == 2 * 128 + 512 && size_of::<EightBits>() == 2 * 128 + 1024);
+const _: () = assert!(size_of::<FiveBits>() == 3 * 128 + 512 && size_of::<SixBits>() == 4 * 128 + 512);
 
 /// Elements that nobody changes; clones share them.
 pub(super) enum Packed<T> {
@@ -61,6 +66,8 @@ pub enum MatrixForm {
     /// Multiplied with rows that are rounded to bf16.
     RoundedBf16,
     FourBits,
+    FiveBits,
+    SixBits,
     EightBits,
 }
 
@@ -126,12 +133,19 @@ impl<T: Plain> Deref for Packed<T> {
 }
 
 impl MatrixForm {
+    /// Whether weights are codes of a few bits.
+    pub fn is_coded(self) -> bool {
+        !matches!(self, Self::F32 | Self::Bf16 | Self::RoundedBf16)
+    }
+
     /// Bytes of a matrix of this form, missing outputs included.
     pub fn bytes_of(self, out_features: usize, in_features: usize) -> usize {
         match self {
             Self::F32 => Matrix::bytes_of(out_features, in_features, WeightDtype::F32),
             Self::Bf16 | Self::RoundedBf16 => Matrix::bytes_of(out_features, in_features, WeightDtype::Bf16),
             Self::FourBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Four),
+            Self::FiveBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Five),
+            Self::SixBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Six),
             Self::EightBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Eight),
         }
     }
@@ -145,6 +159,8 @@ impl Matrix {
             Panels::Bf16(_) if self.rounds_inputs() => MatrixForm::RoundedBf16,
             Panels::Bf16(_) => MatrixForm::Bf16,
             Panels::FourBits(_) => MatrixForm::FourBits,
+            Panels::FiveBits(_) => MatrixForm::FiveBits,
+            Panels::SixBits(_) => MatrixForm::SixBits,
             Panels::EightBits(_) => MatrixForm::EightBits,
         }
     }
@@ -155,6 +171,8 @@ impl Matrix {
             Panels::F32(panels) => panels.bytes(),
             Panels::Bf16(panels) => panels.bytes(),
             Panels::FourBits(panels) => panels.bytes(),
+            Panels::FiveBits(panels) => panels.bytes(),
+            Panels::SixBits(panels) => panels.bytes(),
             Panels::EightBits(panels) => panels.bytes(),
         }
     }
@@ -170,9 +188,8 @@ impl Matrix {
         map: &Arc<Mmap>,
         bytes: Range<usize>,
     ) -> Option<Self> {
-        let coded = matches!(form, MatrixForm::FourBits | MatrixForm::EightBits);
         if bytes.len() != form.bytes_of(out_features, in_features)
-            || coded && !in_features.is_multiple_of(BLOCK)
+            || form.is_coded() && !in_features.is_multiple_of(BLOCK)
         {
             return None;
         }
@@ -181,6 +198,8 @@ impl Matrix {
             MatrixForm::Bf16 => (Panels::Bf16(Packed::of_file(map, bytes)?), WeightDtype::F32),
             MatrixForm::RoundedBf16 => (Panels::Bf16(Packed::of_file(map, bytes)?), WeightDtype::Bf16),
             MatrixForm::FourBits => (Panels::FourBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
+            MatrixForm::FiveBits => (Panels::FiveBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
+            MatrixForm::SixBits => (Panels::SixBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
             MatrixForm::EightBits => (Panels::EightBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
         };
         Some(Self { out_features, in_features, inputs, panels })

@@ -12,9 +12,10 @@
 //! ```
 
 use super::{
-    blocks::{EightBits, FourBits, chain_blocks},
+    amx,
+    blocks::{EightBits, FiveBits, FourBits, SixBits, chain_blocks},
     pair::Pair,
-    simd::{Kernel, LANES, Simd, run, run_dot},
+    simd::{Kernel, LANES, Simd, has_tiles, run, run_dot},
 };
 
 /// A product's operands; `B` is made of `E`, widened to f32 as it is read. Of pairs, `depth` counts the pairs.
@@ -60,7 +61,8 @@ impl<E: Element> Block<E> {
     /// the block starts from them). Nobody else may touch `C` meanwhile.
     pub(super) unsafe fn compute(self) {
         debug_assert!(self.columns <= 2 * LANES);
-        if E::IS_DOT { run_dot(self) } else { run(self) }
+        // SAFETY: the caller's promise.
+        unsafe { E::compute(self) }
     }
 }
 
@@ -271,8 +273,12 @@ pub(super) trait Element: Copy {
     /// What `A` is made of.
     type Input: Copy;
 
-    /// Whether the chain is one of [`Simd::dot_pairs`].
-    const IS_DOT: bool;
+    /// Computes a block, as this machine does it best.
+    ///
+    /// # Safety
+    ///
+    /// What [`Block::compute`] asks for.
+    unsafe fn compute(block: Block<Self>);
 
     /// Adds the terms of one product, in order, to a tile's sums.
     ///
@@ -290,11 +296,13 @@ pub(super) trait Element: Copy {
 
 /// Elements whose chain is that of another function.
 macro_rules! element {
-    ($element:ty, $input:ty, $is_dot:literal, $chain:ident) => {
+    ($element:ty, $input:ty, $compute:ident, $chain:ident) => {
         impl Element for $element {
             type Input = $input;
 
-            const IS_DOT: bool = $is_dot;
+            unsafe fn compute(block: Block<Self>) {
+                $compute(block)
+            }
 
             #[inline(always)]
             unsafe fn chain<S: Simd, const R: usize, const N: usize>(
@@ -311,11 +319,29 @@ macro_rules! element {
     };
 }
 
-element!(f32, f32, false, chain);
-element!(WidePair, f32, false, chain_wide);
-element!(Pair, Pair, true, chain_pairs);
-element!(FourBits, f32, false, chain_blocks);
-element!(EightBits, f32, false, chain_blocks);
+element!(f32, f32, run, chain);
+element!(WidePair, f32, run, chain_wide);
+element!(Pair, Pair, run_pairs, chain_pairs);
+element!(FourBits, f32, run, chain_blocks);
+element!(FiveBits, f32, run, chain_blocks);
+element!(SixBits, f32, run, chain_blocks);
+element!(EightBits, f32, run, chain_blocks);
+
+/// A block of products of pairs.
+fn run_pairs(block: Block<Pair>) {
+    if !has_tiles() {
+        return run_dot(block);
+    }
+    let Block { rows, columns, second, c, c_row, .. } = block;
+    // SAFETY: whoever comes from `Block::compute` has promised what both ask for; the second product goes on from
+    // what the first has left.
+    unsafe {
+        amx::compute(&block);
+        if let Some(product) = second {
+            Block { rows, columns, product, second: None, c, c_row, start: Start::Stored }.compute();
+        }
+    }
+}
 
 /// The values of vector `j` in a row of `columns` values.
 #[inline(always)]

@@ -185,7 +185,7 @@ impl Library {
     /// gives the same bits.
     pub fn engine(&self) -> &str {
         match &self.gpu {
-            None => kernels::numerics(),
+            None => kernels::numerics(self.options.dtype),
             Some(gpu) => gpu.engine(),
         }
     }

@@ -29,7 +29,7 @@ pub use error::NodeError;
 
 use crate::{
     collective::GpuSeat,
-    kernels::CoreBudget,
+    kernels::{self, CoreBudget},
     model::{ComputeOptions, Library, ModelSource},
     transport::Endpoint,
 };
@@ -85,6 +85,10 @@ pub async fn serve(
         .await
         .map_err(|panic| NodeError::Died { what: panic.to_string() })??;
     let library = Arc::new(library);
+    tracing::info!(kernels = kernels::path(), numerics = library.engine(), dtype = %config.compute.dtype, "computes");
+    if let Some(Err(reason)) = kernels::amx() {
+        tracing::info!("the AMX of this CPU is not used: {reason}");
+    }
     let blobs = BlobClient::new(tokio::runtime::Handle::current());
 
     let (death, mut deaths) = tokio::sync::mpsc::channel(1);

@@ -20,7 +20,7 @@ use super::{
 pub struct Numerics {
     /// Version of this program.
     pub build: String,
-    /// Kernel path: `avx512`, `avx2`, `neon`, …
+    /// Whose bits: `amx_bf16`, `avx512`, `avx2`, `neon`, … or a GPU's name.
     pub kernels: String,
     /// Type of the base weights: `f32`.
     pub dtype: String,

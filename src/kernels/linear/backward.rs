@@ -1,5 +1,6 @@
 use crate::kernels::{
     Matrix, Team,
+    amx::STEP_TERMS,
     buffer::{Shared, with_scratch},
     matrix::PANEL,
     pack::{pack_columns, panel_width},
@@ -36,6 +37,9 @@ pub(crate) struct Adapted<'a> {
 /// Outputs whose weights are transposed at a time: 128 KiB of scratch.
 pub(super) const CHUNK: usize = 1024;
 
+// Else a row's bits in tiles would depend on it.
+const _: () = assert!(CHUNK.is_multiple_of(STEP_TERMS));
+
 /// Tasks per thread, so that an unlucky thread costs little.
 pub(super) const TASKS_PER_THREAD: usize = 4;
 
@@ -67,12 +71,12 @@ pub(crate) fn linear_backward(
     let dx_tasks = match (dx, rounds) {
         (None, _) => 0,
         (Some(_), false) => input_panels * row_parts,
-        (Some(_), true) => blocks * groups,
+        (Some(_), true) => blocks.count * groups,
     };
     let adapter_tasks: usize = layers.iter().map(|layer| layer.adapter_tasks()).sum();
     team.run(dx_tasks + adapter_tasks, |task| {
         if let (Some(dx), true, true) = (dx, rounds, task < dx_tasks) {
-            let rows = part_of(rows, blocks, task / groups);
+            let rows = blocks.get(task / groups);
             return rounded_input_gradient(rows, layers, dx, part_of(input_panels, groups, task % groups));
         }
         if let (Some(dx), true) = (dx, task < dx_tasks) {

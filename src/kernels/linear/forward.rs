@@ -9,7 +9,7 @@ use crate::kernels::{
 };
 
 use super::{
-    LowRank, NARROW_ROWS, part_of,
+    LowRank, NARROW_ROWS, RowBlocks, part_of,
     rows::{Rows, with_rows},
 };
 
@@ -30,6 +30,9 @@ pub(crate) struct Layer<'a, F> {
 /// panels of the weights: a multiple of every tile's height.
 const BLOCK_ROWS: usize = 120;
 
+/// The same where they go through [tiles](crate::kernels::amx).
+const TILED_BLOCK_ROWS: usize = 128;
+
 /// Rows of the tallest tile.
 const TALLEST_TILE: usize = 12;
 
@@ -48,12 +51,12 @@ where
     }
     down_projections(x, segments, layers, team);
     let panels: usize = layers.iter().map(|layer| layer.weight.panels()).sum();
-    let blocks = rows.div_ceil(BLOCK_ROWS);
-    let groups = (team.width() * TASKS_PER_THREAD).div_ceil(blocks).min(panels);
-    let inputs = layers[0].weight.in_features();
     let rounds = layers.iter().any(|layer| layer.weight.rounds_inputs());
-    team.run(blocks * groups, |task| {
-        let block = part_of(rows, blocks, task / groups);
+    let blocks = RowBlocks::new(rows, rounds, BLOCK_ROWS, TILED_BLOCK_ROWS);
+    let groups = (team.width() * TASKS_PER_THREAD).div_ceil(blocks.count).min(panels);
+    let inputs = layers[0].weight.in_features();
+    team.run(blocks.count * groups, |task| {
+        let block = blocks.get(task / groups);
         let group = part_of(panels, groups, task % groups);
         let x = &x[block.start * inputs..block.end * inputs];
         with_rows(x, inputs, inputs, rounds, |plain, rounded| {
@@ -172,6 +175,8 @@ where
             }),
             Panel::Bf16(weights) => self.outputs(x, inputs, segments, rows, panel, WidePair::of(weights)),
             Panel::FourBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
+            Panel::FiveBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
+            Panel::SixBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
             Panel::EightBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
         }
     }

@@ -12,6 +12,8 @@ mod rows;
 
 use std::ops::Range;
 
+use super::{amx::TILE_ROWS, simd::has_tiles};
+
 pub(crate) use backward::{Adapted, Gradients, linear_backward};
 pub(crate) use forward::{Layer, down_projections, linear};
 
@@ -28,6 +30,28 @@ pub(crate) struct LowRank<'a> {
 
 /// Rows of a task of the narrow products with A and B: enough that packing them costs little.
 const NARROW_ROWS: usize = 256;
+
+/// How rows of a product with base weights are cut into tasks.
+struct RowBlocks {
+    rows: usize,
+    /// Rows that stay together.
+    unit: usize,
+    count: usize,
+}
+
+impl RowBlocks {
+    /// Blocks of at most `most` rows, or of at most `tiled` where they [round](super::WeightDtype::Bf16) what goes
+    /// through tiles of 32 rows.
+    fn new(rows: usize, rounds: bool, most: usize, tiled: usize) -> Self {
+        let (most, unit) = if rounds && has_tiles() { (tiled, TILE_ROWS) } else { (most, 1) };
+        Self { rows, unit, count: rows.div_ceil(most) }
+    }
+
+    fn get(&self, block: usize) -> Range<usize> {
+        let units = part_of(self.rows.div_ceil(self.unit), self.count, block);
+        units.start * self.unit..self.rows.min(units.end * self.unit)
+    }
+}
 
 /// One of the nearly equal parts of `rows`.
 fn part_of(rows: usize, parts: usize, part: usize) -> Range<usize> {

@@ -12,11 +12,12 @@ use crate::kernels::{
     matrix::{PANEL, Panel},
     pack::panel_width,
     pair::{Pair, as_pairs},
+    simd::{Kernel, LANES, Simd, run},
     tile::{Block, Element, Factors, Start},
 };
 
 use super::{
-    Gradients,
+    Gradients, RowBlocks,
     backward::{CHUNK, TASKS_PER_THREAD, transpose_weights},
     rows::{Rows, with_rows},
 };
@@ -25,10 +26,15 @@ use super::{
 /// second-level cache, and transposing the weights once for them costs a few percent.
 const BLOCK_ROWS: usize = 256;
 
+/// The same in [tiles](crate::kernels::amx), beside whose products transposing would cost a large part: a MiB of
+/// pairs of caches that have two.
+const TILED_BLOCK_ROWS: usize = 512;
+
 /// (blocks of rows, groups of panels) whose pairs are the tasks.
-pub(super) fn rounded_tasks(rows: usize, input_panels: usize, team: &Team) -> (usize, usize) {
-    let blocks = rows.div_ceil(BLOCK_ROWS);
-    (blocks, (team.width() * TASKS_PER_THREAD).div_ceil(blocks.max(1)).min(input_panels))
+pub(super) fn rounded_tasks(rows: usize, input_panels: usize, team: &Team) -> (RowBlocks, usize) {
+    let blocks = RowBlocks::new(rows, true, BLOCK_ROWS, TILED_BLOCK_ROWS);
+    let groups = (team.width() * TASKS_PER_THREAD).div_ceil(blocks.count.max(1)).min(input_panels);
+    (blocks, groups)
 }
 
 /// The gradient of the inputs in these panels, for some rows.
@@ -123,15 +129,38 @@ fn transpose_pairs(
     columns: usize,
     transposed: &mut [Pair],
 ) {
+    struct Transpose<'a>(&'a [Pair], &'a mut [Pair]);
+    impl Kernel for Transpose<'_> {
+        type Output = ();
+
+        /// 16 inputs at a time: their weights of 32 outputs, regrouped to pairs of outputs, fill 16 registers.
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let Self(pairs, transposed) = self;
+            let transposed = &mut transposed[..LANES * PANEL];
+            for (inputs, pairs) in pairs.chunks(LANES / 2 * PANEL).enumerate() {
+                let mut of_input = [s.splat(0.0); LANES];
+                for (two, of_outputs) in of_input.chunks_exact_mut(2).zip(pairs.chunks_exact(PANEL)) {
+                    // SAFETY: the chunk has 32 pairs, which have the size of numbers.
+                    let halves = unsafe {
+                        let from = of_outputs.as_ptr().cast();
+                        [s.load(from), s.load(from.add(LANES))]
+                    };
+                    two.copy_from_slice(&s.regroup_pairs(halves));
+                }
+                for (of_outputs, line) in
+                    s.transpose(of_input).into_iter().zip(transposed.chunks_exact_mut(PANEL))
+                {
+                    let to = &mut line[inputs * LANES..][..LANES];
+                    // SAFETY: the slice has 16 pairs, which have the size of numbers.
+                    unsafe { s.store(to.as_mut_ptr().cast(), of_outputs) };
+                }
+            }
+        }
+    }
     for (n, to) in (0..outputs.len()).step_by(PANEL).zip(transposed.chunks_exact_mut(PANEL / 2 * PANEL)) {
         let panel = weight.panel_inputs((outputs.start + n) / PANEL, column..column + columns);
         let Panel::Bf16(pairs) = panel else { unreachable!("only bf16 rounds its inputs") };
-        for (inputs, of_outputs) in pairs.chunks_exact(PANEL).enumerate() {
-            for (two, line) in of_outputs.as_chunks::<2>().0.iter().zip(to.chunks_exact_mut(PANEL)) {
-                let [upper, lower] = Pair::transposed(*two);
-                line[2 * inputs] = upper;
-                line[2 * inputs + 1] = lower;
-            }
-        }
+        run(Transpose(pairs, to));
     }
 }

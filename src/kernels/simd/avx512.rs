@@ -3,6 +3,7 @@
 use std::{arch::x86_64::*, sync::OnceLock};
 
 use super::Simd;
+use crate::kernels::pair::LEAST_INPUT;
 
 /// Proof that the CPU has AVX-512 (F, DQ, BW, VL), and if `BF16`, AVX512-BF16.
 #[derive(Clone, Copy)]
@@ -54,6 +55,76 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn round_to_pairs(self, numbers: [__m512; 2]) -> __m512 {
+        if !BF16 {
+            return super::round_lanes(self, numbers);
+        }
+        unsafe {
+            let least = _mm512_set1_ps(LEAST_INPUT);
+            // What is no number is not less than the least input.
+            let numbers = numbers.map(|v| {
+                let passes = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(_mm512_abs_ps(v), least);
+                _mm512_maskz_mov_ps(passes, v)
+            });
+            round(numbers)
+        }
+    }
+
+    #[inline(always)]
+    fn regroup_pairs(self, [first, last]: [__m512; 2]) -> [__m512; 2] {
+        /// Words: the second neighbour's upper (or lower) half, and above it the first one's.
+        const fn words(half: u16) -> [u16; 32] {
+            let mut words = [0; 32];
+            let mut pair = 0;
+            while pair < 16 {
+                words[2 * pair] = 4 * pair as u16 + 3 - half;
+                words[2 * pair + 1] = 4 * pair as u16 + 1 - half;
+                pair += 1;
+            }
+            words
+        }
+        const WORDS: [[u16; 32]; 2] = [words(0), words(1)];
+        unsafe {
+            let [first, last] = [first, last].map(|pairs| _mm512_castps_si512(pairs));
+            [0, 1].map(|half| {
+                let words = _mm512_loadu_si512(WORDS[half].as_ptr().cast());
+                _mm512_castsi512_ps(_mm512_permutex2var_epi16(first, words, last))
+            })
+        }
+    }
+
+    /// Within four lanes, then among the four quarters of a register.
+    #[inline(always)]
+    fn transpose(self, rows: [__m512; 16]) -> [__m512; 16] {
+        unsafe {
+            let mut twos = rows;
+            for i in (0..16).step_by(2) {
+                twos[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+                twos[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+            }
+            let twos = twos.map(|two| _mm512_castps_pd(two));
+            let mut fours = twos;
+            for i in (0..16).step_by(4) {
+                for high in 0..2 {
+                    fours[i + 2 * high] = _mm512_unpacklo_pd(twos[i + high], twos[i + high + 2]);
+                    fours[i + 2 * high + 1] = _mm512_unpackhi_pd(twos[i + high], twos[i + high + 2]);
+                }
+            }
+            let fours = fours.map(|four| _mm512_castpd_ps(four));
+            let mut columns = rows;
+            for j in 0..4 {
+                let even = |i: usize| _mm512_shuffle_f32x4::<0x88>(fours[i + j], fours[i + 4 + j]);
+                let odd = |i: usize| _mm512_shuffle_f32x4::<0xdd>(fours[i + j], fours[i + 4 + j]);
+                columns[j] = _mm512_shuffle_f32x4::<0x88>(even(0), even(8));
+                columns[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd(0), odd(8));
+                columns[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even(0), even(8));
+                columns[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd(0), odd(8));
+            }
+            columns
+        }
+    }
+
+    #[inline(always)]
     fn read_nibbles(self, bytes: &[u8; 16], half: usize) -> __m512 {
         unsafe {
             let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
@@ -63,6 +134,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             };
             _mm512_cvtepi32_ps(low)
         }
+    }
+
+    #[inline(always)]
+    fn add_where(self, mask: u16, v: __m512, amount: f32) -> __m512 {
+        unsafe { _mm512_mask_add_ps(v, mask, v, _mm512_set1_ps(amount)) }
     }
 
     #[inline(always)]
@@ -144,6 +220,19 @@ unsafe fn dot(a: __m512, b: __m512, sum: __m512) -> __m512 {
     // SAFETY: both types are 512 bits.
     let [a, b] = unsafe { [a, b].map(|pairs| std::mem::transmute::<__m512, __m512bh>(pairs)) };
     _mm512_dpbf16_ps(sum, a, b)
+}
+
+/// `vcvtne2ps2bf16`, and each pair's first number above the second.
+///
+/// # Safety
+///
+/// The CPU must have AVX512-BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn round([first, last]: [__m512; 2]) -> __m512 {
+    // SAFETY: both types are 512 bits.
+    let pairs = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(last, first)) };
+    _mm512_castsi512_ps(_mm512_rol_epi32::<16>(pairs))
 }
 
 /// Whether `vdpbf16ps` of this CPU is two fused multiply-adds in the order of Intel's manual, as what it is used

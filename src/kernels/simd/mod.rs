@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
 use self::{avx2::Avx2, avx512::Avx512};
+use super::{WeightDtype, amx, pair::Pair};
 use plain::Plain;
 
 /// Lanes of a vector.
@@ -25,6 +26,9 @@ pub(crate) const LANES: usize = 16;
 /// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Path {
+    /// [`Path::Avx512Bf16`], and AMX for products of bf16 with bf16, with [bits of its own](amx).
+    #[cfg(target_arch = "x86_64")]
+    AmxBf16,
     /// AVX-512, and AVX512-BF16 for products of bf16 with bf16.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
@@ -70,8 +74,38 @@ pub(crate) trait Simd: Copy {
         self.fma(a_lower, b_lower, self.fma(a_upper, b_upper, sum))
     }
 
+    /// 32 numbers, [rounded](crate::kernels::pair::round_input), as pairs.
+    #[inline(always)]
+    fn round_to_pairs(self, numbers: [Self::V; 2]) -> Self::V {
+        round_lanes(self, numbers)
+    }
+
+    /// Of 32 pairs, whose bits the lanes are, the upper halves, neighbours as a pair, and the lower halves.
+    #[inline(always)]
+    fn regroup_pairs(self, pairs: [Self::V; 2]) -> [Self::V; 2] {
+        let bits = pairs.map(|pairs| self.lanes(pairs).map(f32::to_bits));
+        let place = |lane: usize| bits[lane / LANES][lane % LANES];
+        let both = [0, 1].map(|half| {
+            std::array::from_fn::<f32, LANES, _>(|lane| {
+                let [first, second] = [place(2 * lane), place(2 * lane + 1)].map(|pair| pair << (16 * half));
+                f32::from_bits(first & 0xffff_0000 | second >> 16)
+            })
+        });
+        both.map(|lanes| self.read(&lanes))
+    }
+
+    /// Lane `i` of row `j` becomes lane `j` of row `i`.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let rows = rows.map(|row| self.lanes(row));
+        std::array::from_fn(|i| self.read(&rows.map(|row| row[i])))
+    }
+
     /// The low (`half` 0) or high (1) halves of 16 bytes, as numbers.
     fn read_nibbles(self, bytes: &[u8; LANES], half: usize) -> Self::V;
+
+    /// `v` plus `amount` in the lanes whose bit of `mask` is set, from the lowest on.
+    fn add_where(self, mask: u16, v: Self::V, amount: f32) -> Self::V;
 
     /// 16 whole numbers of a slice.
     fn read_i8(self, values: &[i8]) -> Self::V;
@@ -155,6 +189,16 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// [`Simd::round_to_pairs`] without an instruction for it.
+#[inline(always)]
+fn round_lanes<S: Simd>(s: S, numbers: [S::V; 2]) -> S::V {
+    let numbers = numbers.map(|numbers| s.lanes(numbers));
+    let number = |place: usize| numbers[place / LANES][place % LANES];
+    s.read(&std::array::from_fn::<f32, LANES, _>(|i| {
+        Pair::rounded([number(2 * i), number(2 * i + 1)]).as_f32()
+    }))
+}
+
 /// Runs a kernel on this machine's best path.
 #[inline]
 pub(crate) fn run<K: Kernel>(kernel: K) -> K::Output {
@@ -178,7 +222,7 @@ pub(crate) fn run_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
     match path {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Path::best` and `Path::available` name only what the CPU has.
-        Path::Avx512Bf16 | Path::Avx512 => unsafe { avx512(Avx512::new(), kernel) },
+        Path::AmxBf16 | Path::Avx512Bf16 | Path::Avx512 => unsafe { avx512(Avx512::new(), kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Path::Avx2 => unsafe { avx2(Avx2::new(), kernel) },
@@ -199,7 +243,7 @@ pub(crate) fn run_dot_on<K: Kernel>(path: Path, kernel: K) -> K::Output {
     match path {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as in `run_on`.
-        Path::Avx512Bf16 => unsafe { avx512_bf16(Avx512::new(), kernel) },
+        Path::AmxBf16 | Path::Avx512Bf16 => unsafe { avx512_bf16(Avx512::new(), kernel) },
         path => run_on(path, kernel),
     }
 }
@@ -214,23 +258,35 @@ pub(crate) fn run_dot<K: Kernel>(kernel: K) -> K::Output {
 pub(crate) fn has_dot() -> bool {
     match Path::best() {
         #[cfg(target_arch = "x86_64")]
-        Path::Avx512Bf16 => true,
-        _ => false,
+        Path::AmxBf16 | Path::Avx512Bf16 => true,
+        _ => amx::is_emulated(),
     }
 }
 
-/// Name of the kernel path of this process: `avx512_bf16`, `avx512`, `avx2`, `neon` or `scalar`. The fastest of
-/// the machine, unless another was chosen.
+/// Whether this process multiplies pairs in [tiles](amx).
+pub(crate) fn has_tiles() -> bool {
+    match Path::best() {
+        #[cfg(target_arch = "x86_64")]
+        Path::AmxBf16 => true,
+        _ => amx::is_emulated(),
+    }
+}
+
+/// Name of the kernel path of this process: `amx_bf16`, `avx512_bf16`, `avx512`, `avx2`, `neon` or `scalar`. The
+/// fastest of the machine, unless another was chosen.
 pub fn path() -> &'static str {
     Path::best().name()
 }
 
-/// Name of the bits that this process computes: machines on which it differs may differ in their last bits.
-/// The instruction of `avx512_bf16` has the bits of `avx512` without it.
-pub fn numerics() -> &'static str {
+/// Name of the bits that this process computes with models of this type: machines on which it differs may differ
+/// in their last bits. The instruction of `avx512_bf16` has the bits of `avx512` without it; those of `amx_bf16`
+/// have their own, but only bf16 meets them.
+pub fn numerics(dtype: WeightDtype) -> &'static str {
     match Path::best() {
         #[cfg(target_arch = "x86_64")]
-        Path::Avx512Bf16 => Path::Avx512.name(),
+        Path::AmxBf16 if dtype == WeightDtype::Bf16 => Path::AmxBf16.name(),
+        #[cfg(target_arch = "x86_64")]
+        Path::AmxBf16 | Path::Avx512Bf16 => Path::Avx512.name(),
         path => path.name(),
     }
 }
@@ -254,6 +310,8 @@ impl Path {
     /// From the fastest to the slowest.
     const ALL: &[Self] = &[
         #[cfg(target_arch = "x86_64")]
+        Self::AmxBf16,
+        #[cfg(target_arch = "x86_64")]
         Self::Avx512Bf16,
         #[cfg(target_arch = "x86_64")]
         Self::Avx512,
@@ -264,6 +322,8 @@ impl Path {
 
     fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::AmxBf16 => "amx_bf16",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => "avx512_bf16",
             #[cfg(target_arch = "x86_64")]
@@ -287,6 +347,8 @@ impl Path {
 
     fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::AmxBf16 => Self::Avx512Bf16.is_available() && amx::amx() == Some(Ok(())),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => {
                 is_x86_feature_detected!("avx512bf16")

@@ -3,19 +3,14 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::kernels::{
-    Adapted, CoreBudget, Gradients, Layer, LowRank, Matrix, Priority, Shared, Team, WeightDtype, linear,
+    Adapted, CoreBudget, Gradients, Layer, LowRank, Matrix, Priority, Shared, Team, WeightDtype, amx, linear,
     linear_backward,
     pair::{Pair, round_input, round_to_pairs, round_weight},
-    simd::{Path, run_dot_on, run_on},
+    simd::{Kernel, Path, Simd, run_dot_on, run_on},
     tile::{Block, Factors, Start, WidePair},
 };
 
-use super::{bits, noise};
-
-/// The definition: one chain of fused products in the order of the reduction.
-fn chain(x: &[f32], w: &[f32]) -> f32 {
-    x.iter().zip(w).fold(0.0, |sum, (x, w)| x.mul_add(*w, sum))
-}
+use super::{bits, chain, chain_of_bf16, noise};
 
 #[derive(Clone, Copy)]
 struct Shape {
@@ -92,11 +87,11 @@ impl Shape {
     /// A row's outputs by the definition.
     fn row(&self, x: &[f32], adapter: Option<&(Vec<f32>, Vec<f32>)>) -> Vec<f32> {
         let low: Option<Vec<f32>> =
-            adapter.map(|(a, _)| a.chunks(self.inputs).map(|a| 2.0 * chain(x, a)).collect());
+            adapter.map(|(a, _)| a.chunks(self.inputs).map(|a| 2.0 * chain(x, a, 0.0)).collect());
         let weights = self.weights();
         let inputs: Vec<f32> = x.iter().map(|value| self.kind.input(*value)).collect();
         let outputs = weights.chunks(self.inputs).enumerate().map(|(output, w)| {
-            let base = chain(&inputs, w);
+            let base = if self.kind == Kind::Bf16 { chain_of_bf16 } else { chain }(&inputs, w, 0.0);
             match (&low, adapter) {
                 (Some(low), Some((_, b))) => {
                     let b = &b[output * self.rank..][..self.rank];
@@ -121,14 +116,24 @@ fn shapes() -> impl Iterator<Item = Shape> {
 fn a_row_has_the_bits_of_its_definition_among_any_number_of_rows() {
     let budget = CoreBudget::new(3);
     let lease = budget.lease(3, Priority::Training);
-    for shape in shapes() {
+    rows_have_the_bits_of_their_definition(shapes(), &[&Team::solo(), lease.team()]);
+}
+
+#[test]
+fn a_row_in_tiles_has_the_bits_of_its_definition_among_any_number_of_rows() {
+    let rounded = shapes().filter(|shape| shape.kind == Kind::Bf16);
+    amx::with_emulation(|| rows_have_the_bits_of_their_definition(rounded, &[&Team::solo()]));
+}
+
+fn rows_have_the_bits_of_their_definition(shapes: impl Iterator<Item = Shape>, teams: &[&Team]) {
+    for shape in shapes {
         let x = noise(2, 300 * shape.inputs);
         let adapter = Some(shape.adapter(3));
         let expected: Vec<f32> =
             x.chunks(shape.inputs).flat_map(|x| shape.row(x, adapter.as_ref())).collect();
         for rows in (1..=40).chain([63, 119, 120, 121, 255, 300]) {
             let x = &x[..rows * shape.inputs];
-            for team in [&Team::solo(), lease.team()] {
+            for team in teams {
                 let y =
                     shape.compute(x, std::slice::from_ref(&(0..rows)), std::slice::from_ref(&adapter), team);
                 assert_eq!(bits(&y), bits(&expected[..rows * shape.outputs]), "{rows} rows");
@@ -139,7 +144,17 @@ fn a_row_has_the_bits_of_its_definition_among_any_number_of_rows() {
 
 #[test]
 fn a_row_has_the_bits_of_its_definition_among_rows_of_other_adapters() {
-    for shape in shapes() {
+    segments_have_the_bits_of_their_definition(shapes());
+}
+
+#[test]
+fn a_row_in_tiles_has_the_bits_of_its_definition_among_rows_of_other_adapters() {
+    let rounded = shapes().filter(|shape| shape.kind == Kind::Bf16);
+    amx::with_emulation(|| segments_have_the_bits_of_their_definition(rounded));
+}
+
+fn segments_have_the_bits_of_their_definition(shapes: impl Iterator<Item = Shape>) {
+    for shape in shapes {
         let segments = [0..1, 1..14, 14..15, 15..140];
         let adapters = [Some(shape.adapter(3)), None, Some(shape.adapter(5)), Some(shape.adapter(7))];
         let x = noise(2, 140 * shape.inputs);
@@ -203,6 +218,43 @@ fn every_path_widens_without_loss() {
     }
 }
 
+/// Pairs of inputs become pairs of outputs, by the definition of both.
+#[test]
+fn every_path_regroups_and_transposes_alike() {
+    struct Turn<'a>(&'a [f32], &'a mut [f32]);
+    impl Kernel for Turn<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let [upper, lower] = s.regroup_pairs([s.read(self.0), s.read(&self.0[16..])]);
+            s.write(self.1, upper);
+            s.write(&mut self.1[16..], lower);
+            let rows = s.transpose(std::array::from_fn(|row| s.read(&self.0[16 * row..])));
+            for (row, to) in rows.into_iter().zip(self.1[32..].chunks_mut(16)) {
+                s.write(to, row);
+            }
+        }
+    }
+    let values = noise(1, 256);
+    let word = |pair: usize, half: usize| (values[pair].to_bits() >> (16 - 16 * half)) as u16;
+    for path in Path::available() {
+        let mut turned = vec![0.0; 32 + 256];
+        run_on(path, Turn(&values, &mut turned));
+        for half in 0..2 {
+            for pair in 0..16 {
+                let expected = u32::from(word(2 * pair, half)) << 16 | u32::from(word(2 * pair + 1, half));
+                assert_eq!(
+                    turned[16 * half + pair].to_bits(),
+                    expected,
+                    "{path:?}, half {half}, pair {pair}"
+                );
+            }
+        }
+        assert!((0..256).all(|at| turned[32 + at] == values[at % 16 * 16 + at / 16]), "{path:?}");
+    }
+}
+
 /// Tiles of every height on every path, with numbers of all sizes that may pass: the least, whose products are
 /// the least that are normal, and sums that cancel; with and without the instruction for pairs.
 #[test]
@@ -256,6 +308,16 @@ fn every_path_multiplies_pairs_as_a_chain() {
 fn a_rounded_gradient_has_the_bits_of_its_definition() {
     let budget = CoreBudget::new(3);
     let lease = budget.lease(3, Priority::Training);
+    rounded_gradients_have_the_bits_of_their_definition(&[1, 2, 37, 300], &[&Team::solo(), lease.team()]);
+}
+
+#[test]
+fn a_rounded_gradient_in_tiles_has_the_bits_of_its_definition() {
+    let compare = || rounded_gradients_have_the_bits_of_their_definition(&[1, 17, 45], &[&Team::solo()]);
+    amx::with_emulation(compare);
+}
+
+fn rounded_gradients_have_the_bits_of_their_definition(row_counts: &[usize], teams: &[&Team]) {
     let rank = 3;
     // More outputs than are transposed at a time, an odd number of them, and panels that are not full.
     for (inputs, outputs) in [(5, [3, 70]), (70, [33, 1061])] {
@@ -264,7 +326,7 @@ fn a_rounded_gradient_has_the_bits_of_its_definition() {
             rows.into_iter().map(|weight| WeightDtype::Bf16.round(weight)).collect::<Vec<_>>()
         });
         let matrices = [0, 1].map(|i| Kind::Bf16.matrix(outputs[i], inputs, &weights[i]));
-        for rows in [1, 2, 37, 300] {
+        for &rows in row_counts {
             let x = noise(2, rows * inputs);
             let dy = outputs.map(|outputs| noise(3 + outputs as u64, rows * outputs));
             let [a, low] = [noise(5, rank * inputs), noise(6, rows * rank)];
@@ -277,10 +339,11 @@ fn a_rounded_gradient_has_the_bits_of_its_definition() {
             };
             for (row, sums) in sums {
                 for i in 0..2 {
-                    for n in 0..outputs[i] {
-                        let dy = round_input(dy[i][row * outputs[i] + n]);
-                        let w = &weights[i][n * inputs..][..inputs];
-                        sums.iter_mut().zip(w).for_each(|(sum, w)| *sum = dy.mul_add(*w, *sum));
+                    let dy = &dy[i][row * outputs[i]..][..outputs[i]];
+                    let dy: Vec<f32> = dy.iter().map(|dy| round_input(*dy)).collect();
+                    for (input, sum) in sums.iter_mut().enumerate() {
+                        let w: Vec<f32> = weights[i][input..].iter().step_by(inputs).copied().collect();
+                        *sum = chain_of_bf16(&dy, &w, *sum);
                     }
                 }
                 for i in 0..2 {
@@ -290,7 +353,7 @@ fn a_rounded_gradient_has_the_bits_of_its_definition() {
                     }
                 }
             }
-            for team in [&Team::solo(), lease.team()] {
+            for team in teams {
                 let mut dx = vec![f32::NAN; rows * inputs];
                 let mut own = [0, 1].map(|i| {
                     (vec![0.0; rows * rank], vec![0.0; rank * inputs], vec![0.0; outputs[i] * rank])

@@ -5,7 +5,7 @@ use super::{
     TensorSource, Weight, check,
 };
 use crate::{
-    kernels::{BLOCK, CodeBits, Matrix, MatrixForm, WeightDtype},
+    kernels::{CodeBits, Matrix, MatrixForm, WeightDtype},
     model::{ModelConfig, ModelError},
 };
 
@@ -120,6 +120,8 @@ impl<S: TensorSource> Read for FromSource<'_, S> {
             (WeightDtype::F32, Stored::F32) => MatrixForm::F32,
             (WeightDtype::F32, Stored::Bf16) => MatrixForm::Bf16,
             (WeightDtype::F32, Stored::Blocks(CodeBits::Four)) => MatrixForm::FourBits,
+            (WeightDtype::F32, Stored::Blocks(CodeBits::Five)) => MatrixForm::FiveBits,
+            (WeightDtype::F32, Stored::Blocks(CodeBits::Six)) => MatrixForm::SixBits,
             (WeightDtype::F32, Stored::Blocks(CodeBits::Eight)) => MatrixForm::EightBits,
         }
     }
@@ -137,13 +139,13 @@ impl<S: TensorSource> Read for FromSource<'_, S> {
         let shape = weight.shape(self.config);
         let (outputs, inputs) = (shape[0], shape[1]);
         let form = self.form(weight);
-        if let MatrixForm::FourBits | MatrixForm::EightBits = form
+        if form.is_coded()
             && let Some(rows) = self.source.blocks(weight, self.config)?
         {
             let numbers = rows.scales.iter().zip(&rows.offsets);
             return match numbers.map(|(scale, offset)| scale * offset).position(|both| !both.is_finite()) {
                 None => Ok(Matrix::from_blocks(outputs, inputs, &rows)),
-                Some(block) => Err(self.not_finite(weight, block * BLOCK)),
+                Some(run) => Err(self.not_finite(weight, run * rows.bits.run())),
             };
         }
         let values = self.vector(weight)?;
