@@ -369,7 +369,7 @@ mod tests {
         };
         let error = open(DeviceChoice::Emulated).err().unwrap().to_string();
         assert!(error.starts_with("`org/Mixture`: `num_experts`"), "{error}");
-        assert_eq!(open(DeviceChoice::Cpu).unwrap().engine(), kernels::numerics());
+        assert_eq!(open(DeviceChoice::Cpu).unwrap().engine(), kernels::numerics(WeightDtype::F32));
     }
 
     #[test]
