@@ -83,7 +83,8 @@ pub struct StartTimes {
     pub step_s: f64,
     pub step_s_min: f64,
     pub step_s_max: f64,
-    /// Of the node processes after the step, pages that several of them share counted in each; MiB.
+    /// Of the node processes after another pass in which every rank has a sequence, pages that several of them share
+    /// counted in each; MiB.
     pub nodes_rss_mib: f64,
     /// The same with shared pages divided among those that share them.
     pub nodes_pss_mib: f64,
@@ -195,16 +196,22 @@ async fn one(
     }
     let ready = since();
     let service = ServiceClient::connect(data.path()).await?;
-    let training =
-        service.create_lora_training_client(&model.name, config.rank, LoraOptions::default()).await?;
+    let options = LoraOptions { micro_batch_tokens: Some(config.tokens as u32), ..LoraOptions::default() };
+    let training = service.create_lora_training_client(&model.name, config.rank, options).await?;
     let run = since();
     let datum = Datum { model_input: ModelInput::from_ints(tokens), loss_fn_inputs: Default::default() };
-    let pass = training.forward_backward(vec![datum], LossSpec::new(LossFn::CrossEntropy));
+    let pass = |sequences: u32| {
+        let data = vec![datum.clone(); sequences as usize];
+        training.forward_backward(data, LossSpec::new(LossFn::CrossEntropy))
+    };
+    let first = pass(1);
     let step = training.optim_step(AdamParams::default());
-    pass.await?;
+    first.await?;
     let forward_backward = since();
     step.await?;
     let step = since();
+    // So that what each node holds is there.
+    pass(config.trainers).await?;
     let mut memory_mib = [0.0; 2];
     for node in &service.cluster_status().await?.nodes {
         for (sum, name) in memory_mib.iter_mut().zip(["Rss", "Pss"]) {

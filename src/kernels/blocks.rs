@@ -1,5 +1,7 @@
 //! Weights in blocks of 32, as GGUF files hold them: `weight = code · scale + offset`.
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     matrix::PANEL,
     simd::{LANES, Simd},
@@ -10,7 +12,8 @@ use super::{
 pub const BLOCK: usize = 32;
 
 /// Bits of a code.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CodeBits {
     /// 0 to 15.
     Four,

@@ -65,10 +65,7 @@ pub enum MatrixForm {
     Bf16,
     /// Multiplied with rows that are rounded to bf16.
     RoundedBf16,
-    FourBits,
-    FiveBits,
-    SixBits,
-    EightBits,
+    Blocks(CodeBits),
 }
 
 impl<T: Plain> Packed<T> {
@@ -133,20 +130,12 @@ impl<T: Plain> Deref for Packed<T> {
 }
 
 impl MatrixForm {
-    /// Whether weights are codes of a few bits.
-    pub fn is_coded(self) -> bool {
-        !matches!(self, Self::F32 | Self::Bf16 | Self::RoundedBf16)
-    }
-
     /// Bytes of a matrix of this form, missing outputs included.
     pub fn bytes_of(self, out_features: usize, in_features: usize) -> usize {
         match self {
             Self::F32 => Matrix::bytes_of(out_features, in_features, WeightDtype::F32),
             Self::Bf16 | Self::RoundedBf16 => Matrix::bytes_of(out_features, in_features, WeightDtype::Bf16),
-            Self::FourBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Four),
-            Self::FiveBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Five),
-            Self::SixBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Six),
-            Self::EightBits => Matrix::bytes_of_blocks(out_features, in_features, CodeBits::Eight),
+            Self::Blocks(bits) => Matrix::bytes_of_blocks(out_features, in_features, bits),
         }
     }
 }
@@ -158,10 +147,10 @@ impl Matrix {
             Panels::F32(_) => MatrixForm::F32,
             Panels::Bf16(_) if self.rounds_inputs() => MatrixForm::RoundedBf16,
             Panels::Bf16(_) => MatrixForm::Bf16,
-            Panels::FourBits(_) => MatrixForm::FourBits,
-            Panels::FiveBits(_) => MatrixForm::FiveBits,
-            Panels::SixBits(_) => MatrixForm::SixBits,
-            Panels::EightBits(_) => MatrixForm::EightBits,
+            Panels::FourBits(_) => MatrixForm::Blocks(CodeBits::Four),
+            Panels::FiveBits(_) => MatrixForm::Blocks(CodeBits::Five),
+            Panels::SixBits(_) => MatrixForm::Blocks(CodeBits::Six),
+            Panels::EightBits(_) => MatrixForm::Blocks(CodeBits::Eight),
         }
     }
 
@@ -188,19 +177,23 @@ impl Matrix {
         map: &Arc<Mmap>,
         bytes: Range<usize>,
     ) -> Option<Self> {
+        let coded = matches!(form, MatrixForm::Blocks(_));
         if bytes.len() != form.bytes_of(out_features, in_features)
-            || form.is_coded() && !in_features.is_multiple_of(BLOCK)
+            || coded && !in_features.is_multiple_of(BLOCK)
         {
             return None;
         }
-        let (panels, inputs) = match form {
-            MatrixForm::F32 => (Panels::F32(Packed::of_file(map, bytes)?), WeightDtype::F32),
-            MatrixForm::Bf16 => (Panels::Bf16(Packed::of_file(map, bytes)?), WeightDtype::F32),
-            MatrixForm::RoundedBf16 => (Panels::Bf16(Packed::of_file(map, bytes)?), WeightDtype::Bf16),
-            MatrixForm::FourBits => (Panels::FourBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
-            MatrixForm::FiveBits => (Panels::FiveBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
-            MatrixForm::SixBits => (Panels::SixBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
-            MatrixForm::EightBits => (Panels::EightBits(Packed::of_file(map, bytes)?), WeightDtype::F32),
+        let panels = match form {
+            MatrixForm::F32 => Panels::F32(Packed::of_file(map, bytes)?),
+            MatrixForm::Bf16 | MatrixForm::RoundedBf16 => Panels::Bf16(Packed::of_file(map, bytes)?),
+            MatrixForm::Blocks(CodeBits::Four) => Panels::FourBits(Packed::of_file(map, bytes)?),
+            MatrixForm::Blocks(CodeBits::Five) => Panels::FiveBits(Packed::of_file(map, bytes)?),
+            MatrixForm::Blocks(CodeBits::Six) => Panels::SixBits(Packed::of_file(map, bytes)?),
+            MatrixForm::Blocks(CodeBits::Eight) => Panels::EightBits(Packed::of_file(map, bytes)?),
+        };
+        let inputs = match form {
+            MatrixForm::RoundedBf16 => WeightDtype::Bf16,
+            MatrixForm::F32 | MatrixForm::Bf16 | MatrixForm::Blocks(_) => WeightDtype::F32,
         };
         Some(Self { out_features, in_features, inputs, panels })
     }

@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{
     collections::HashMap,
+    fs,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -168,11 +169,12 @@ impl Library {
     fn place(&self, entry: &Entry) -> Result<Place, ModelError> {
         let dtype = self.options.dtype;
         let Some(gpu) = &self.gpu else {
-            let (files, source) = (&entry.files, &*entry.source.path);
-            return Ok(Place::Cpu(match &self.packs {
-                Some(packs) => packs.load(&Wanted { files, source, dtype, digest: entry.digest })?,
-                None => files.load_weights(dtype)?,
-            }));
+            let Some(packs) = &self.packs else { return Ok(Place::Cpu(entry.files.load_weights(dtype)?)) };
+            let path = &entry.source.path;
+            let source = &fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            let (files, digest, bytes) = (&entry.files, entry.digest, entry.weight_bytes);
+            let wanted = Wanted { files, source, dtype, digest, bytes };
+            return Ok(Place::Cpu(packs.load(&wanted)?));
         };
         let weights = entry.files.load_weights(dtype)?;
         let _turn = gpu.turn();

@@ -65,6 +65,9 @@ pub enum PackError {
     /// Another model's, or the same in another dtype.
     #[error("it holds the model {found}, not {expected}", found = .found.short(), expected = .expected.short())]
     Model { expected: Digest, found: Digest },
+    /// A program that held the model's weights in other forms has written it.
+    #[error("its weights take {found} bytes, those of this program {expected}")]
+    Held { expected: u64, found: u64 },
     /// A weight has another shape than the model's, or lies where none can.
     #[error("its tensor {index} {problem}")]
     Tensor { index: usize, problem: &'static str },
@@ -152,8 +155,8 @@ impl Pack {
         }
     }
 
-    /// The weights of this model, which stay where they are.
-    pub fn weights(&self, config: &ModelConfig, model: Digest) -> Result<BaseWeights, PackError> {
+    /// The weights of this model, which stay where they are and take `bytes` bytes.
+    pub fn weights(&self, config: &ModelConfig, model: Digest, bytes: u64) -> Result<BaseWeights, PackError> {
         if self.table.model != model {
             return Err(PackError::Model { expected: model, found: self.table.model });
         }
@@ -162,18 +165,22 @@ impl Pack {
             let problem = format!("has {} tensors instead of {}", self.table.tensors.len(), index.len());
             return Err(PackError::Table { problem });
         }
-        let mut end = 0;
+        let (mut end, mut held) = (0, 0);
         for (index, (weight, tensor)) in Weight::all(config).zip(&self.table.tensors).enumerate() {
             if tensor.shape != weight.shape(config) {
                 return Err(PackError::Tensor { index, problem: "has another shape than the model's" });
             }
-            let Some(bytes) = tensor.bytes().filter(|_| tensor.start == end) else {
+            let Some(length) = tensor.bytes().filter(|_| tensor.start == end) else {
                 return Err(PackError::Tensor {
                     index,
                     problem: "begins where the one before it does not end",
                 });
             };
-            end = aligned(end + bytes);
+            end = aligned(end + length);
+            held += length as u64;
+        }
+        if held != bytes {
+            return Err(PackError::Held { expected: bytes, found: held });
         }
         if end as u64 != self.table.bytes {
             return Err(PackError::Table { problem: format!("ends at {end} of {} bytes", self.table.bytes) });

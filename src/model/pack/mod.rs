@@ -45,8 +45,8 @@ use crate::{
     types::Digest,
 };
 
-/// How long a process waits for another one to write the same file, before it takes memory of its own: one that
-/// hangs must not hold up all of them.
+/// How long a process waits for another one that packs and writes nothing meanwhile, before it takes memory of its
+/// own: one that hangs must not hold up all of them. Making 20 GB durable takes a minute.
 const LOCK_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Between two looks at the lock.
@@ -55,7 +55,9 @@ const LOCK_POLL: Duration = Duration::from_millis(10);
 /// What a file leaves free of its disk, in bytes: on the same one the journal lies.
 const SPARE: u64 = 1 << 30;
 
+/// Endings of whole files, and of those that are being written.
 const ENDING: &str = "pack";
+const UNFINISHED: &str = "partial";
 
 /// The packed weights in a directory.
 pub(super) struct PackCache {
@@ -66,11 +68,19 @@ pub(super) struct PackCache {
 /// A model, and what its weights are held as.
 pub(super) struct Wanted<'a> {
     pub files: &'a ModelFiles,
-    /// Where they stand.
+    /// Where they stand, absolute.
     pub source: &'a Path,
     pub dtype: WeightDtype,
     /// Of the model in this dtype.
     pub digest: Digest,
+    /// Bytes of its weights in memory.
+    pub bytes: u64,
+}
+
+impl Wanted<'_> {
+    fn weights_in(&self, pack: &Pack) -> Result<BaseWeights, PackError> {
+        pack.weights(&self.files.config, self.digest, self.bytes)
+    }
 }
 
 /// A file of packed weights, as it is listed.
@@ -109,7 +119,7 @@ impl PackCache {
     /// The weights of a file that is there and sound.
     fn present(&self, wanted: &Wanted<'_>) -> Option<BaseWeights> {
         let path = self.path_of(wanted);
-        match self.open(&path).and_then(|pack| pack.weights(&wanted.files.config, wanted.digest)) {
+        match self.open(&path).and_then(|pack| wanted.weights_in(&pack)) {
             Ok(weights) => Some(weights),
             Err(PackError::Io(error)) if error.kind() == io::ErrorKind::NotFound => None,
             Err(problem) => {
@@ -140,7 +150,7 @@ impl PackCache {
         }
         let begun = Instant::now();
         let path = self.path_of(wanted);
-        let partial = path.with_extension("partial");
+        let partial = path.with_extension(UNFINISHED);
         self.write(wanted, &partial).inspect_err(|_| drop(fs::remove_file(&partial)))?;
         fs::rename(&partial, &path)?;
         File::open(&self.directory)?.sync_all()?;
@@ -149,13 +159,8 @@ impl PackCache {
         // Nobody but the holder of the lock writes files of this name, so it is no matter how young it is.
         let stamp = Stamp::of(&path).map_err(io::Error::other)?;
         self.proved.put_at_once(&[stamp], pack.table.content);
-        let weights = pack.weights(&wanted.files.config, wanted.digest).map_err(unusable)?;
-        tracing::info!(
-            "packed weights of {} into {} in {:.1?}",
-            wanted.source.display(),
-            path.display(),
-            begun.elapsed()
-        );
+        let weights = wanted.weights_in(&pack).map_err(unusable)?;
+        tracing::info!("packed weights of {} in {:.1?}", wanted.source.display(), begun.elapsed());
         self.tidy_up(wanted, &path);
         Ok(weights)
     }
@@ -175,6 +180,12 @@ impl PackCache {
                 format!("{free} bytes are free on its disk; it takes {needed} with what is to stay free");
             return Err(io::Error::new(io::ErrorKind::StorageFull, problem).into());
         }
+        tracing::info!(
+            "packing weights of {} into {}, {:.0} MiB, once",
+            wanted.source.display(),
+            self.directory.display(),
+            contents.bytes() as f64 / f64::from(1 << 20)
+        );
         // What a writer left that was killed is overwritten; nobody maps it.
         let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(partial)?;
         file::write(&file, &contents)
@@ -184,18 +195,28 @@ impl PackCache {
     fn lock(&self) -> io::Result<File> {
         let path = self.directory.join("packing.lock");
         let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path)?;
-        let begun = Instant::now();
+        let (mut written, mut since) = (self.unfinished_bytes(), Instant::now());
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
                 Err(TryLockError::Error(error)) => return Err(error),
-                Err(TryLockError::WouldBlock) if begun.elapsed() > LOCK_DEADLINE => {
-                    let problem = format!("another process has been packing for {LOCK_DEADLINE:?}");
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
-                }
                 Err(TryLockError::WouldBlock) => thread::sleep(LOCK_POLL),
             }
+            match self.unfinished_bytes() {
+                now if now != written => (written, since) = (now, Instant::now()),
+                _ if since.elapsed() > LOCK_DEADLINE => {
+                    let problem =
+                        format!("another process packs, and has written nothing for {LOCK_DEADLINE:?}");
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
+                }
+                _ => {}
+            }
         }
+    }
+
+    fn unfinished_bytes(&self) -> u64 {
+        let unfinished = entries(&self.directory).filter(|path| ends(path, UNFINISHED));
+        unfinished.filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum()
     }
 
     /// Removes files that nobody will ask for again, and what killed writers left. Whoever has one mapped keeps it.
@@ -208,9 +229,8 @@ impl PackCache {
                 replaced || !table.source.exists()
             }
         };
-        let ends = |path: &PathBuf, ending: &str| path.extension().is_some_and(|found| found == ending);
         for path in entries(&self.directory).filter(|path| path != written) {
-            if ends(&path, "partial") || ends(&path, ENDING) && dead(&path) {
+            if ends(&path, UNFINISHED) || ends(&path, ENDING) && dead(&path) {
                 self.remove(&path);
             }
         }
@@ -231,8 +251,7 @@ impl PackCache {
 impl PackFile {
     /// Those of a cache, by name.
     pub fn list(cache: &Path) -> Vec<Self> {
-        let mut paths: Vec<_> =
-            entries(cache).filter(|path| path.extension().is_some_and(|e| e == ENDING)).collect();
+        let mut paths: Vec<_> = entries(cache).filter(|path| ends(path, ENDING)).collect();
         paths.sort();
         let list = paths.into_iter().map(|path| Self {
             bytes: fs::metadata(&path).map_or(0, |metadata| metadata.len()),
@@ -259,6 +278,10 @@ impl PackFile {
 
 fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> {
     fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+fn ends(path: &Path, ending: &str) -> bool {
+    path.extension().is_some_and(|found| found == ending)
 }
 
 /// Bytes that this user may still write to the disk of a directory.

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    kernels::{Matrix, MatrixForm, Team},
+    kernels::{CodeBits, Matrix, MatrixForm, Team},
     model::{
         BaseModel, Batch, BatchSequence, Mlp, ModelConfig, Place, Workspace, decoder, files::tests::gguf,
         forward, head_logits, tiny, weights::base_digest,
@@ -42,7 +42,8 @@ impl Case {
     }
 
     fn wanted(&self) -> Wanted<'_> {
-        Wanted { files: &self.files, source: &self.model, dtype: self.dtype, digest: self.digest }
+        let bytes = self.files.weight_bytes(self.dtype).unwrap();
+        Wanted { files: &self.files, source: &self.model, dtype: self.dtype, digest: self.digest, bytes }
     }
 
     /// As a process that has just started.
@@ -156,7 +157,7 @@ fn mapped_weights_are_those_in_memory_to_the_bit() {
         assert_eq!(reckoned, (bytes - tied) as u64, "what a node says of its memory");
     }
     use MatrixForm::*;
-    for form in [F32, Bf16, RoundedBf16, FourBits, EightBits] {
+    for form in [F32, Bf16, RoundedBf16, Blocks(CodeBits::Four), Blocks(CodeBits::Eight)] {
         assert!(forms.contains(&form), "no weights of the test are {form:?}");
     }
 }
@@ -225,12 +226,15 @@ fn another_models_file_is_not_taken() {
     drop((case.load(), other.load()));
     fs::copy(other.path(), case.path()).unwrap();
     let pack = case.cache().open(&case.path()).unwrap();
-    let error = pack.weights(&case.files.config, case.digest).err().unwrap();
+    let error = case.wanted().weights_in(&pack).err().unwrap();
     assert!(matches!(error, PackError::Model { found, .. } if found == other.digest), "{error:?}");
     let wider = ModelConfig { vocab_size: 300, ..tiny::config() };
-    assert!(matches!(pack.weights(&wider, other.digest), Err(PackError::Tensor { index: 0, .. })));
+    let bytes = other.wanted().bytes;
+    assert!(matches!(pack.weights(&wider, other.digest, bytes), Err(PackError::Tensor { index: 0, .. })));
     let deeper = ModelConfig { num_layers: 3, ..tiny::config() };
-    assert!(matches!(pack.weights(&deeper, other.digest), Err(PackError::Table { .. })));
+    assert!(matches!(pack.weights(&deeper, other.digest, bytes), Err(PackError::Table { .. })));
+    let otherwise = pack.weights(&other.files.config, other.digest, 2 * bytes).err().unwrap();
+    assert!(matches!(otherwise, PackError::Held { found, .. } if found == bytes), "{otherwise:?} {bytes}");
     assert_eq!(bits(&case.load()), bits(&case.in_memory()));
 }
 
@@ -272,7 +276,8 @@ fn what_nobody_will_ask_for_is_removed() {
     put("notes.txt", b"not ours");
     // A model that is gone, the same model in another dtype, and the same place with another model.
     let gone = Case::of(&ModelConfig { num_layers: 3, ..tiny::config() }, WeightDtype::F32);
-    let half = Wanted { dtype: WeightDtype::Bf16, digest: Digest([2; 32]), ..case.wanted() };
+    let bytes = case.files.weight_bytes(WeightDtype::Bf16).unwrap();
+    let half = Wanted { dtype: WeightDtype::Bf16, digest: Digest([2; 32]), bytes, ..case.wanted() };
     let former = Wanted { digest: Digest([3; 32]), ..case.wanted() };
     for wanted in [&gone.wanted(), &half, &former] {
         case.cache().pack(wanted).map_err(|_| "written").unwrap();
@@ -323,7 +328,7 @@ fn read(bytes: &[u8]) -> Result<BaseWeights, PackError> {
     file.write_all(bytes).unwrap();
     let pack = Pack::open(file.path())?;
     pack.verify()?;
-    pack.weights(&case.files.config, case.digest)
+    case.wanted().weights_in(&pack)
 }
 
 /// The same file with another table, whose digest is right.
@@ -355,7 +360,7 @@ fn a_table_may_be_longer_or_shorter() {
     assert!(matches!(refused(|t| t["content"] = "00".repeat(32).into()), PackError::Content { .. }));
     assert!(matches!(refused(|t| t["tensors"][0]["start"] = 32.into()), PackError::Tensor { index: 0, .. }));
     assert!(matches!(
-        refused(|t| t["tensors"][0]["form"] = "eight_bits".into()),
+        refused(|t| t["tensors"][0]["form"] = "bf16".into()),
         PackError::Tensor { index: 1, .. }
     ));
     assert!(matches!(refused(|t| drop(t["tensors"].as_array_mut().unwrap().pop())), PackError::Table { .. }));

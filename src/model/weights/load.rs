@@ -5,7 +5,7 @@ use super::{
     TensorSource, Weight, check,
 };
 use crate::{
-    kernels::{CodeBits, Matrix, MatrixForm, WeightDtype},
+    kernels::{Matrix, MatrixForm, WeightDtype},
     model::{ModelConfig, ModelError},
 };
 
@@ -119,10 +119,7 @@ impl<S: TensorSource> Read for FromSource<'_, S> {
             (WeightDtype::Bf16, _) => MatrixForm::RoundedBf16,
             (WeightDtype::F32, Stored::F32) => MatrixForm::F32,
             (WeightDtype::F32, Stored::Bf16) => MatrixForm::Bf16,
-            (WeightDtype::F32, Stored::Blocks(CodeBits::Four)) => MatrixForm::FourBits,
-            (WeightDtype::F32, Stored::Blocks(CodeBits::Five)) => MatrixForm::FiveBits,
-            (WeightDtype::F32, Stored::Blocks(CodeBits::Six)) => MatrixForm::SixBits,
-            (WeightDtype::F32, Stored::Blocks(CodeBits::Eight)) => MatrixForm::EightBits,
+            (WeightDtype::F32, Stored::Blocks(bits)) => MatrixForm::Blocks(bits),
         }
     }
 
@@ -139,7 +136,7 @@ impl<S: TensorSource> Read for FromSource<'_, S> {
         let shape = weight.shape(self.config);
         let (outputs, inputs) = (shape[0], shape[1]);
         let form = self.form(weight);
-        if form.is_coded()
+        if let MatrixForm::Blocks(_) = form
             && let Some(rows) = self.source.blocks(weight, self.config)?
         {
             let numbers = rows.scales.iter().zip(&rows.offsets);
