@@ -81,7 +81,7 @@ pub(super) fn run_on<T: DeserializeOwned>(
         .args(arguments)
         // The peers fetch nothing.
         .env("HF_HUB_OFFLINE", "1")
-        .env("CUDA_VISIBLE_DEVICES", gpu.map_or_else(String::new, |ordinal| visible(ordinal)))
+        .env("CUDA_VISIBLE_DEVICES", gpu.map_or_else(String::new, visible))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output();

@@ -39,7 +39,7 @@ struct Usage {
 enum Backend {
     Emulated(Emulator),
     #[cfg(feature = "cuda")]
-    Cuda(Cuda),
+    Cuda(Box<Cuda>),
 }
 
 /// Memory of a GPU, counted as long as it lives.
@@ -82,7 +82,7 @@ impl Gpu {
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self, GpuError> {
         let cuda = Cuda::open(ordinal)?;
-        Ok(Self::of(cuda.name(), format!("cuda {}", cuda.model()), Backend::Cuda(cuda)))
+        Ok(Self::of(cuda.name(), format!("cuda {}", cuda.model()), Backend::Cuda(Box::new(cuda))))
     }
 
     /// Refused: this lockstep was built without CUDA.

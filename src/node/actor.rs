@@ -134,6 +134,7 @@ impl NodeActor {
                     cores: cores.clone(),
                     kv_bytes: limits.cache_bytes,
                     max_batch: limits.batch,
+                    prefill_rows: limits.prefill_rows,
                     on_death: on_death.clone(),
                 };
                 SamplerReplica::launch(replica, replica_reports.clone())

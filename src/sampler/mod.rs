@@ -56,6 +56,8 @@ pub struct ReplicaConfig {
     pub kv_bytes: usize,
     /// Most sequences decoded together.
     pub max_batch: usize,
+    /// Most prompt rows computed together.
+    pub prefill_rows: usize,
     /// Called with a sentence when the actor or one of its threads has panicked, after its
     /// pending requests were answered: the binary aborts and is restarted by its launcher, an
     /// embedded cluster fails its operations.

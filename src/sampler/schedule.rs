@@ -41,6 +41,9 @@ pub struct Capacity {
     pub max_batch: usize,
     /// Most bytes of keys and values reserved.
     pub kv_bytes: usize,
+    /// Most prompt rows of one step: as many as a product is fastest with, so that neither the decoding sequences nor
+    /// training that wants to compute waits much longer for the step's end than without them.
+    pub prefill_rows: usize,
 }
 
 /// The rows of one step, all of one model.
@@ -52,11 +55,6 @@ pub struct Step {
     /// Sequences that get one token more.
     pub decode: Vec<(RequestKey, u32)>,
 }
-
-/// Most prompt rows of one step. The matrix products of a layer are fastest at about this many
-/// rows, and neither the decoding sequences nor a training operation that wants the cores waits
-/// much longer for the step's end than without them.
-pub const PREFILL_ROWS: usize = 256;
 
 /// Begins sequences in order while there is room; returns the requests admitted by it. `ready`
 /// says whether a model's weights are loaded: requests for others are passed over.
@@ -89,14 +87,14 @@ pub fn admit(
 }
 
 /// The next step of the first model from `turn` on (cyclically) that has rows to compute.
-pub fn plan(works: &BTreeMap<RequestKey, Work>, models: usize, turn: ModelIndex) -> Step {
+pub fn plan(works: &BTreeMap<RequestKey, Work>, capacity: Capacity, models: usize, turn: ModelIndex) -> Step {
     let from_turn = |model: ModelIndex| (model.0 + models - turn.0 % models) % models;
     let runnable = works.values().filter(|work| work.has_rows());
     let Some(model) = runnable.map(|work| work.model).min_by_key(|&model| from_turn(model)) else {
         return Step::default();
     };
     let mut step = Step { model: Some(model), ..Step::default() };
-    let mut room = PREFILL_ROWS;
+    let mut room = capacity.prefill_rows;
     for (&key, work) in works.iter().filter(|(_, work)| work.model == model && work.admitted) {
         if work.prompt_rows == 0 {
             step.decode.extend(work.live.iter().map(|&sequence| (key, sequence)));
@@ -127,6 +125,10 @@ mod tests {
 
     const READY: fn(ModelIndex) -> bool = |_| true;
 
+    fn capacity(max_batch: usize, kv_bytes: usize) -> Capacity {
+        Capacity { max_batch, kv_bytes, prefill_rows: 256 }
+    }
+
     fn work(model: usize, prompt_rows: usize, samples: u32) -> Work {
         Work {
             model: ModelIndex(model),
@@ -150,7 +152,7 @@ mod tests {
     #[test]
     fn nobody_overtakes_one_who_waits_for_room() {
         let mut queue = works(vec![work(0, 4, 2), work(0, 4, 4), work(0, 4, 1)]);
-        let capacity = Capacity { max_batch: 4, kv_bytes: 1000 };
+        let capacity = capacity(4, 1000);
         assert_eq!(admit(&mut queue, capacity, READY), [RequestKey(1), RequestKey(2)]);
         // The third fits neither before nor beside the second's remaining two.
         assert_eq!(live(&queue), [vec![0, 1], vec![0, 1], vec![]]);
@@ -162,7 +164,7 @@ mod tests {
     #[test]
     fn bytes_bound_what_begins() {
         let mut queue = works(vec![work(0, 4, 3), work(0, 4, 1)]);
-        let capacity = Capacity { max_batch: 100, kv_bytes: 24 };
+        let capacity = capacity(100, 24);
         admit(&mut queue, capacity, READY);
         assert_eq!(live(&queue), [vec![0, 1], vec![]]);
         assert_eq!(reserved_bytes(&queue), 20);
@@ -171,30 +173,29 @@ mod tests {
     #[test]
     fn requests_of_a_model_that_loads_are_passed_over() {
         let mut queue = works(vec![work(0, 4, 1), work(1, 4, 1)]);
-        let capacity = Capacity { max_batch: 8, kv_bytes: 1000 };
-        let admitted = admit(&mut queue, capacity, |model| model == ModelIndex(1));
+        let admitted = admit(&mut queue, capacity(8, 1000), |model| model == ModelIndex(1));
         assert_eq!(admitted, [RequestKey(2)]);
-        assert_eq!(plan(&queue, 2, ModelIndex(0)).model, Some(ModelIndex(1)));
+        assert_eq!(plan(&queue, capacity(8, 1000), 2, ModelIndex(0)).model, Some(ModelIndex(1)));
     }
 
     #[test]
     fn prompts_are_computed_in_pieces_beside_those_that_decode() {
         let mut queue = works(vec![work(0, 0, 2), work(0, 200, 1), work(0, 300, 1), work(0, 9, 1)]);
-        admit(&mut queue, Capacity { max_batch: 8, kv_bytes: 1000 }, READY);
-        let step = plan(&queue, 1, ModelIndex(0));
-        assert_eq!(step.prefill, [(RequestKey(2), 200), (RequestKey(3), PREFILL_ROWS - 200)]);
+        admit(&mut queue, capacity(8, 1000), READY);
+        let step = plan(&queue, capacity(8, 1000), 1, ModelIndex(0));
+        assert_eq!(step.prefill, [(RequestKey(2), 200), (RequestKey(3), 56)]);
         assert_eq!(step.decode, [(RequestKey(1), 0), (RequestKey(1), 1)]);
     }
 
     #[test]
     fn models_take_turns() {
         let mut queue = works(vec![work(0, 4, 1), work(2, 4, 1)]);
-        admit(&mut queue, Capacity { max_batch: 8, kv_bytes: 1000 }, READY);
-        let chosen = |turn| plan(&queue, 3, ModelIndex(turn)).model;
+        admit(&mut queue, capacity(8, 1000), READY);
+        let chosen = |turn| plan(&queue, capacity(8, 1000), 3, ModelIndex(turn)).model;
         assert_eq!(chosen(0), Some(ModelIndex(0)));
         assert_eq!(chosen(1), Some(ModelIndex(2)));
         assert_eq!(chosen(2), Some(ModelIndex(2)));
         assert_eq!(chosen(3), Some(ModelIndex(0)));
-        assert_eq!(plan(&BTreeMap::new(), 3, ModelIndex(0)), Step::default());
+        assert_eq!(plan(&BTreeMap::new(), capacity(8, 1000), 3, ModelIndex(0)), Step::default());
     }
 }

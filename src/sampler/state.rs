@@ -401,7 +401,7 @@ impl SamplerState {
         let models = &self.models;
         let ready = |model: ModelIndex| models[model.0].weights == Weights::Ready;
         let admitted = schedule::admit(&mut self.works, self.capacity, ready);
-        let step = schedule::plan(&self.works, self.models.len(), self.turn);
+        let step = schedule::plan(&self.works, self.capacity, self.models.len(), self.turn);
         let drop = std::mem::take(&mut self.leaving);
         let admit = admitted.into_iter().filter_map(|key| self.admission(key)).collect();
         let order = Order { drop, admit, step };

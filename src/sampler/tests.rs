@@ -57,6 +57,7 @@ impl Replica {
             cores: cores.clone(),
             kv_bytes: 64 << 20,
             max_batch,
+            prefill_rows: 256,
             on_death: Arc::new(move |_| {
                 counter.fetch_add(1, Ordering::SeqCst);
             }),

@@ -1,6 +1,6 @@
 //! The rows of a model: Lockstep's figure, its share of what the chip can do, and a peer's.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -150,7 +150,7 @@ pub(super) fn peers(config: &GpuBenchConfig, name: &str, model: &Path) -> (Vec<P
 
 fn ask(
     config: &GpuBenchConfig,
-    python: &PathBuf,
+    python: &Path,
     script: peer::Script,
     model: &Path,
     arguments: &str,

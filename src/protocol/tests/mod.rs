@@ -271,6 +271,8 @@ fn hello() -> NodeHello {
         gpu_footprint: Some(tiny::config().gpu_footprint(&ComputeOptions::default())),
         lora_rank_max: tiny::config().lora_rank_max(),
     };
+    let [build, kernels, dtype, reduction] = ["0.1.0", "avx512", "f32", "deterministic"].map(str::to_owned);
+    let numerics = Numerics { build, kernels, dtype, reduction };
     NodeHello {
         protocol_version: PROTOCOL_VERSION,
         name: "node".into(),
@@ -278,12 +280,7 @@ fn hello() -> NodeHello {
         trainers: 2,
         samplers: 3,
         models: vec![model],
-        numerics: Numerics {
-            build: "0.1.0".into(),
-            kernels: "avx512".into(),
-            dtype: "f32".into(),
-            reduction: "deterministic".into(),
-        },
+        numerics,
         address: "127.0.0.1:1".into(),
         host: "host".into(),
         memory: Some(NodeMemory { machine_bytes: 1 << 34, cache_bytes: 0 }),

@@ -15,7 +15,7 @@ use crate::{
     types::{ErrorKind, SampledSequence, StopReason},
 };
 
-const CAPACITY: Capacity = Capacity { max_batch: 6, kv_bytes: 2000 };
+const CAPACITY: Capacity = Capacity { max_batch: 6, kv_bytes: 2000, prefill_rows: 256 };
 
 fn other_facts() -> ModelFacts {
     ModelFacts { name: "other".into(), aliases: vec![], ..facts() }
