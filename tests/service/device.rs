@@ -12,7 +12,8 @@ use crate::up::*;
 fn trainer_and_sampler_agree_on_a_gpu() {
     let directory = tempfile::tempdir().expect("a directory");
     let arguments = ["--device", "emulated", "--nodes", "2", "--trainers", "2", "--samplers", "1"];
-    let up = Up::start(directory.path(), &arguments);
+    // An emulation has no NCCL: its nodes take the word and add up in the tree all the same.
+    let up = Up::start(directory.path(), &[&arguments[..], &["--reduce", "fast"]].concat());
     let service = connect(directory.path());
     let training = train(&service);
     step(&training);
@@ -54,6 +55,8 @@ fn a_gpu_that_cannot_be_had_is_refused_unless_auto() {
     assert!(refusal.contains("this lockstep was built without CUDA"), "{refusal}");
     let refusal = refused(directory.path(), &["--device", "tpu"]);
     assert!(refusal.contains("a device is cpu, cuda, cuda:N, auto or emulated"), "{refusal}");
+    let refusal = refused(directory.path(), &["--reduce", "slow"]);
+    assert!(refusal.contains("gradients are added up deterministic or fast"), "{refusal}");
     let up = Up::start(directory.path(), &["--device", "auto"]);
     step(&train(&connect(directory.path())));
     drop(up);
