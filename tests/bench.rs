@@ -128,6 +128,28 @@ fn the_gateway_is_measured_with_its_processes() {
 }
 
 #[test]
+fn a_start_is_measured_on_a_new_and_on_a_used_directory() {
+    let (_directory, model) = tiny_model();
+    let said = bench(&[
+        "start",
+        &model,
+        "--threads=2",
+        "--repeats=1",
+        "--tokens=16",
+        "--nodes=2",
+        "--cold",
+        "--json",
+    ]);
+    for which in ["fresh", "used"] {
+        let start = &said[which];
+        let phases = ["coordinator_s", "ready_s", "run_s", "forward_backward_s", "step_s"];
+        let times = phases.map(|phase| start[phase].as_f64().expect("a time"));
+        assert!(times[0] > 0.0 && times.is_sorted(), "{said}");
+        assert!(start["nodes_pss_mib"].as_f64() < start["nodes_rss_mib"].as_f64(), "{said}");
+    }
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused_by_its_flag() {
     for (arguments, flag) in [
         (["allreduce", "--processes", "1"], "--processes"),
@@ -137,6 +159,7 @@ fn what_cannot_be_measured_is_refused_by_its_flag() {
         (["gateway", "--connections", "0"], "--connections"),
         (["train", "--model", "/nowhere"], "--model"),
         (["gpu", "--device", "cpu"], "--device"),
+        (["start", "--model", "/nowhere"], "--model"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_lockstep"))
             .arg("bench")

@@ -22,7 +22,7 @@ use super::{
 /// Version of the order and elements of panels: weights that were written by another one are of no use.
 pub const LAYOUT: u32 = 1;
 
-/// What the first byte of a mapped matrix is aligned to, as vectors of [`Plain`] elements are.
+/// What the first byte of a mapped matrix is aligned to, as that of one in memory is.
 pub const ALIGNMENT: usize = 64;
 
 /// What panels are made of.
