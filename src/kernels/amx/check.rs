@@ -12,7 +12,7 @@ const BLOCKS: u64 = 14;
 /// What the operands of a block are like.
 #[derive(Debug, Clone, Copy)]
 enum Numbers {
-    /// ±1, each digit at random.
+    /// Up to two and not much less: every sum is rounded.
     Plain,
     /// Of very different sizes, so that each order and place of a rounding gives other bits.
     Uneven,
@@ -95,7 +95,7 @@ impl Random {
 
     fn operand(&mut self, numbers: Numbers) -> f32 {
         match numbers {
-            Numbers::Plain => self.with_exponent(0, 1),
+            Numbers::Plain => self.with_exponent(-5, 6),
             Numbers::Uneven => self.with_exponent(-12, 24),
             Numbers::Whole => (self.bits() % 7) as f32 - 3.0,
             Numbers::Tiny => self.with_exponent(-66, 6),

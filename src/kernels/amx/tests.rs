@@ -291,7 +291,7 @@ fn a_unit_that_computes_otherwise_is_found_out() {
     ] {
         assert!(with(fault).is_err(), "{fault:?}");
     }
-    assert!(with(Fault::OneChain).unwrap_err().starts_with("Plain numbers, seed 0: output [0, 0] is "));
+    assert!(with(Fault::OneChain).unwrap_err().starts_with("Plain numbers, seed 0: output ["));
 }
 
 #[test]
