@@ -43,7 +43,7 @@ pub(super) fn state() -> Option<Result<(), &'static str>> {
         }
         state
     });
-    state.as_ref().map(|state| state.as_ref().map(|()| ()).map_err(String::as_str))
+    state.as_ref().map(|state| state.as_ref().copied().map_err(String::as_str))
 }
 
 fn find() -> State {
