@@ -138,7 +138,8 @@ for ((index = 0; index < nodes; index++)); do
         far=$(printf '%q ' sh -c "$node" sh "$lockstep" "${flags[@]}" --data-dir "$remote_dir")
         keep "node-$index on $host" ssh -o BatchMode=yes "$host" "$far" &
     else
-        keep "node-$index" sh -c "$node" sh "$lockstep" "${flags[@]}" --data-dir "$data_dir/node-$index" &
+        keep "node-$index" sh -c "$node" sh "$lockstep" "${flags[@]}" --data-dir "$data_dir/node-$index" \
+            --cache-dir "$data_dir/cache" &
     fi
     keepers+=($!)
 done

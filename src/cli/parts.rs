@@ -109,10 +109,13 @@ pub struct Node {
     models: Vec<String>,
     #[command(flatten)]
     compute: Compute,
-    /// Holds the certificates in `identity/`, and in `cache/` packed weights, which nodes of this machine that have
-    /// the same data directory share in memory.
+    /// Holds the certificates in `identity/`.
     #[arg(long, default_value = DATA_DIR, env = "LOCKSTEP_DATA_DIR")]
     data_dir: PathBuf,
+    /// Packed weights, which all nodes of this machine that have this directory share in memory; by default `cache` in
+    /// the data directory.
+    #[arg(long, env = "LOCKSTEP_CACHE_DIR")]
+    cache_dir: Option<PathBuf>,
     /// Says what this node takes from its flags and environment, and ends.
     #[arg(long)]
     print_env: bool,
@@ -170,7 +173,7 @@ impl Node {
             threads: self.threads.unwrap_or_else(all_cores),
             models: parse_models(&self.models)?,
             compute: self.compute.options(),
-            cache: Some(self.data_dir.join(CACHE)),
+            cache: Some(self.cache_dir.unwrap_or_else(|| self.data_dir.join(CACHE))),
         };
         Ok(run_node(NodeProcess { config, data_dir: self.data_dir, listen: self.listen, join })?)
     }

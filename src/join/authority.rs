@@ -63,10 +63,15 @@ impl Authority {
         self.ca().is_rotating()
     }
 
-    /// From now on these are refused, and no others. What this machine's processes have of them is made anew.
+    /// From now on these are refused, too. What this machine's processes have of them is made anew.
     pub fn revoke(&self, revocations: &[Revocation]) -> Result<Vec<Issued>, JoinError> {
-        let revoked = revocations.iter().map(|r| ((r.role, r.name.clone()), r.upto)).collect();
-        *self.revoked.write().unwrap_or_else(PoisonError::into_inner) = revoked;
+        {
+            let mut revoked = self.revoked.write().unwrap_or_else(PoisonError::into_inner);
+            for Revocation { role, name, upto } in revocations {
+                let known = revoked.entry((*role, name.clone())).or_default();
+                *known = (*known).max(*upto);
+            }
+        }
         self.tend()
     }
 
@@ -211,6 +216,9 @@ mod tests {
             Revocation { role: Role::Client, name: "client".into(), upto: before.validity().issued_at };
         assert_eq!(names(&authority.revoke(std::slice::from_ref(&revocation)).unwrap()), ["client"]);
         assert!(load().validity().issued_at > revocation.upto, "in the same second, too");
+        // One that was decided before, and comes later, takes nothing back.
+        assert!(authority.revoke(&[]).unwrap().is_empty());
+        assert!(authority.is_revoked(Role::Client, "client", revocation.upto));
         let key = Applicant::new().unwrap().public_key();
         authority.admit(Role::Client, "client", &key).unwrap();
         assert!(authority.tend().unwrap().is_empty());

@@ -52,7 +52,10 @@ pub use stream::{BlobReply, StreamOpen};
 pub const PROTOCOL_VERSION: u32 = 3;
 
 /// ALPN name under which endpoints speak this protocol.
-pub const ALPN: &[u8] = b"lockstep/2";
+pub const ALPN: &[u8] = b"lockstep/3";
+
+const _: () =
+    assert!(ALPN[ALPN.len() - 1] == b'0' + PROTOCOL_VERSION as u8, "the ALPN name ends in the version");
 
 /// Largest control message. The largest legitimate one is a `Generate` with a prompt of
 /// 128 Ki tokens (512 KiB) or its reply with 20 alternatives for each of 32 Ki positions.

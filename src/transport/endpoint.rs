@@ -60,8 +60,8 @@ impl Endpoint {
         }
     }
 
-    /// From the next handshake on, has nothing to do with whom these revocations concern, and tells them so;
-    /// replaces what was refused before. Nothing in memory.
+    /// From the next handshake on, has nothing to do with whom these revocations concern, and tells them so.
+    /// What was refused before stays so, whichever order two of these come in. Nothing in memory.
     pub fn refuse(&self, revoked: Vec<Revocation>) {
         match &self.0 {
             Kind::Quic(socket) => socket.refuse(revoked),

@@ -125,7 +125,14 @@ impl Socket {
     }
 
     pub(super) fn refuse(&self, revoked: Vec<Revocation>) {
-        *self.shared.revoked.write().unwrap_or_else(PoisonError::into_inner) = revoked;
+        let mut refused = self.shared.revoked.write().unwrap_or_else(PoisonError::into_inner);
+        for revocation in revoked {
+            let is_same = |r: &&mut Revocation| (r.role, &r.name) == (revocation.role, &revocation.name);
+            match refused.iter_mut().find(is_same) {
+                Some(before) => before.upto = before.upto.max(revocation.upto),
+                None => refused.push(revocation),
+            }
+        }
     }
 
     pub(super) fn local_address(&self) -> String {

@@ -46,6 +46,9 @@ async fn whoever_is_revoked_is_told_so_and_a_later_certificate_is_taken() {
     let (near, far) = connect(&client, &server, Role::Coordinator).await;
     let revocation = Revocation { role: Role::Node, name: "a".into(), upto: now - 5 };
     server.refuse(vec![revocation.clone()]);
+    // One that was decided before, and comes later, takes nothing back.
+    let earlier = Revocation { upto: now - 20, ..revocation.clone() };
+    server.refuse(vec![earlier, Revocation { role: Role::Client, name: "c".into(), upto: now }]);
     assert!(revocation.concerns(far.peer(), far.proof().unwrap()));
     far.shut_out(&revocation.to_string());
     let error = near.closed().await;
