@@ -1,5 +1,6 @@
 //! Tokens per second of the decoder on this machine's CPU, with random weights of
-//! SmolLM2-135M's shape: `cargo bench --bench engine [-- --threads N] [--dtype f32|bf16] [NAME …]`.
+//! SmolLM2-135M's shape: `cargo bench --bench engine [-- --threads N] [--dtype f32|bf16] [--kernels PATH] [NAME …]`.
+//! With `--dtype bf16` on a CPU with AMX, `--kernels amx_bf16` and `avx512_bf16` show what its tiles are worth.
 //!
 //! Each line is the median of several runs with its range, and the tokens per second of CPU time
 //! that the process used, which says more on a machine that is shared.
@@ -7,7 +8,7 @@
 use std::{hint::black_box, sync::Arc, time::Instant};
 
 use lockstep::{
-    kernels::{CoreBudget, Matrix, Priority, Team, WeightDtype, path},
+    kernels::{CoreBudget, Matrix, Priority, Team, WeightDtype, amx, choose_path, path, paths},
     model::{
         Adapter, AdapterRows, BaseModel, BaseWeights, Batch, BatchSequence, Family, HeadGradient,
         HeadRequest, KvCache, LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, Place, RopeScaling,
@@ -25,6 +26,10 @@ fn main() {
             "--dtype" => {
                 dtype = arguments.next().and_then(|name| name.parse().ok()).expect("--dtype f32|bf16")
             }
+            "--kernels" => {
+                let path = arguments.next().expect("--kernels PATH");
+                assert!(choose_path(&path), "--kernels {path}: this machine has {}", paths().join(", "));
+            }
             "--threads" => threads = arguments.next().and_then(|n| n.parse().ok()).expect("--threads N"),
             _ => names.push(argument),
         }
@@ -36,6 +41,9 @@ fn main() {
     let budget = CoreBudget::new(threads);
     let lease = budget.lease(threads, Priority::Training);
     println!("kernel path {}, {} threads, base weights {dtype}", path(), lease.team().width());
+    if let Some(Err(reason)) = amx() {
+        println!("the AMX of this CPU is not used: {reason}");
+    }
     let mut bench = Bench { model, adapter, workspace: Workspace::default(), names };
     bench.run_all(lease.team());
 }

@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::{
     BLOCK, BlockRows, CodeBits, WeightDtype,
-    blocks::{Codes, EightBits, FourBits, write_out},
+    blocks::{Codes, EightBits, FiveBits, FourBits, SixBits, write_out},
     buffer::Buffer,
     pack::pack_transposed,
     pair::{Pair, round_weight},
@@ -46,6 +46,8 @@ enum Panels {
     F32(Arc<Buffer>),
     Bf16(Arc<Vec<PairLine>>),
     FourBits(Arc<Vec<FourBits>>),
+    FiveBits(Arc<Vec<FiveBits>>),
+    SixBits(Arc<Vec<SixBits>>),
     EightBits(Arc<Vec<EightBits>>),
 }
 
@@ -61,6 +63,8 @@ pub(crate) enum Panel<'a> {
     /// `[inputs / 2, 32]`
     Bf16(&'a [Pair]),
     FourBits(&'a [FourBits]),
+    FiveBits(&'a [FiveBits]),
+    SixBits(&'a [SixBits]),
     EightBits(&'a [EightBits]),
 }
 
@@ -112,11 +116,13 @@ impl Matrix {
     /// If `in_features` isn't a multiple of [`BLOCK`], or `rows` has other lengths than that asks for.
     pub fn from_blocks(out_features: usize, in_features: usize, rows: &BlockRows) -> Self {
         assert!(in_features.is_multiple_of(BLOCK), "rows are whole blocks");
-        let blocks = out_features * (in_features / BLOCK);
+        let runs = out_features * (in_features / rows.bits.run());
         let lengths = (rows.codes.len(), rows.scales.len(), rows.offsets.len());
-        assert_eq!(lengths, (out_features * in_features, blocks, blocks), "a matrix needs out x in codes");
+        assert_eq!(lengths, (out_features * in_features, runs, runs), "a matrix needs out x in codes");
         let panels = match rows.bits {
             CodeBits::Four => Panels::FourBits(Arc::new(pack_blocks(out_features, in_features, rows))),
+            CodeBits::Five => Panels::FiveBits(Arc::new(pack_blocks(out_features, in_features, rows))),
+            CodeBits::Six => Panels::SixBits(Arc::new(pack_blocks(out_features, in_features, rows))),
             CodeBits::Eight => Panels::EightBits(Arc::new(pack_blocks(out_features, in_features, rows))),
         };
         Self { out_features, in_features, inputs: WeightDtype::F32, panels }
@@ -131,7 +137,7 @@ impl Matrix {
     pub fn dtype(&self) -> WeightDtype {
         match &self.panels {
             Panels::Bf16(_) => WeightDtype::Bf16,
-            Panels::F32(_) | Panels::FourBits(_) | Panels::EightBits(_) => WeightDtype::F32,
+            _ => WeightDtype::F32,
         }
     }
 
@@ -146,6 +152,8 @@ impl Matrix {
             (Panels::F32(ours), Panels::F32(theirs)) => Arc::ptr_eq(ours, theirs),
             (Panels::Bf16(ours), Panels::Bf16(theirs)) => Arc::ptr_eq(ours, theirs),
             (Panels::FourBits(ours), Panels::FourBits(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Panels::FiveBits(ours), Panels::FiveBits(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Panels::SixBits(ours), Panels::SixBits(theirs)) => Arc::ptr_eq(ours, theirs),
             (Panels::EightBits(ours), Panels::EightBits(theirs)) => Arc::ptr_eq(ours, theirs),
             _ => false,
         }
@@ -168,6 +176,8 @@ impl Matrix {
             Panel::F32(panel) => copy_column(panel, output % PANEL, row),
             Panel::Bf16(panel) => copy_halves(panel, output % PANEL, row),
             Panel::FourBits(blocks) => copy_coded(blocks, output % PANEL, row),
+            Panel::FiveBits(blocks) => copy_coded(blocks, output % PANEL, row),
+            Panel::SixBits(blocks) => copy_coded(blocks, output % PANEL, row),
             Panel::EightBits(blocks) => copy_coded(blocks, output % PANEL, row),
         }
     }
@@ -185,6 +195,8 @@ impl Matrix {
     pub fn bytes_of_blocks(out_features: usize, in_features: usize, bits: CodeBits) -> usize {
         let block = match bits {
             CodeBits::Four => size_of::<FourBits>(),
+            CodeBits::Five => size_of::<FiveBits>(),
+            CodeBits::Six => size_of::<SixBits>(),
             CodeBits::Eight => size_of::<EightBits>(),
         };
         out_features.div_ceil(PANEL) * (in_features / BLOCK) * block
@@ -197,6 +209,8 @@ impl Matrix {
             Panels::F32(_) => Self::bytes_of(outputs, inputs, WeightDtype::F32),
             Panels::Bf16(_) => Self::bytes_of(outputs, inputs, WeightDtype::Bf16),
             Panels::FourBits(_) => Self::bytes_of_blocks(outputs, inputs, CodeBits::Four),
+            Panels::FiveBits(_) => Self::bytes_of_blocks(outputs, inputs, CodeBits::Five),
+            Panels::SixBits(_) => Self::bytes_of_blocks(outputs, inputs, CodeBits::Six),
             Panels::EightBits(_) => Self::bytes_of_blocks(outputs, inputs, CodeBits::Eight),
         }
     }
@@ -224,6 +238,8 @@ impl Matrix {
                 Panel::Bf16(flat(&panels[first + inputs.start / 2..first + inputs.end.div_ceil(2)]))
             }
             Panels::FourBits(blocks) => Panel::FourBits(&blocks[whole_blocks(lines)]),
+            Panels::FiveBits(blocks) => Panel::FiveBits(&blocks[whole_blocks(lines)]),
+            Panels::SixBits(blocks) => Panel::SixBits(&blocks[whole_blocks(lines)]),
             Panels::EightBits(blocks) => Panel::EightBits(&blocks[whole_blocks(lines)]),
         }
     }
@@ -242,6 +258,8 @@ impl Panel<'_> {
                     Panel::F32(panel) => self.1.copy_from_slice(panel),
                     Panel::Bf16(panel) => widen_pairs(s, panel, self.1),
                     Panel::FourBits(blocks) => write_out(s, blocks, self.1),
+                    Panel::FiveBits(blocks) => write_out(s, blocks, self.1),
+                    Panel::SixBits(blocks) => write_out(s, blocks, self.1),
                     Panel::EightBits(blocks) => write_out(s, blocks, self.1),
                 }
             }
@@ -253,7 +271,7 @@ impl Panel<'_> {
     pub(super) fn transpose(self, columns: usize, transposed: &mut [f32]) {
         match self {
             Self::F32(block) => pack_transposed(block, PANEL, columns, PANEL, transposed),
-            Self::Bf16(_) | Self::FourBits(_) | Self::EightBits(_) => {
+            _ => {
                 let mut weights = [0.0; BLOCK * PANEL];
                 self.widen(&mut weights[..columns * PANEL]);
                 pack_transposed(&weights, PANEL, columns, PANEL, transposed);
@@ -292,7 +310,11 @@ fn pack_blocks<C: Codes>(out_features: usize, in_features: usize, rows: &BlockRo
         let panel = &mut panels[output / PANEL * blocks..][..blocks];
         for (i, block) in panel.iter_mut().enumerate() {
             let place = output * blocks + i;
-            block.set_scale(output % PANEL, rows.scales[place], rows.offsets[place]);
+            let runs = BLOCK / C::BITS.run();
+            for run in 0..runs {
+                let place = place * runs + run;
+                block.set_scale(run, output % PANEL, rows.scales[place], rows.offsets[place]);
+            }
             for (input, code) in rows.codes[place * BLOCK..][..BLOCK].iter().enumerate() {
                 block.set_code(input, output % PANEL, *code);
             }
@@ -384,7 +406,7 @@ mod tests {
                     Panel::Bf16(pairs) => {
                         pairs.iter().flat_map(|pair| pair.widen()).filter(|value| *value == 0.0).count()
                     }
-                    Panel::FourBits(_) | Panel::EightBits(_) => unreachable!("made of numbers"),
+                    _ => unreachable!("made of numbers"),
                 });
                 assert_eq!(zeros.sum::<usize>(), padding, "what no output fills is zero");
                 assert_eq!(matrix.bytes(), (padding + rows.len()) * dtype.bytes());

@@ -29,6 +29,8 @@ pub use matrix::Matrix;
 pub use simd::{choose_path, numerics, path, paths};
 pub use threads::{CoreBudget, Lease, Priority, Team, lower_thread_priority};
 
+#[cfg(test)]
+pub(crate) use amx::with_emulation as with_emulated_tiles;
 pub(crate) use attention::{
     AttentionGradients, BLOCK as ATTENTION_BLOCK, Heads, KvBlocks, Span, append, attention,
     attention_backward,

@@ -12,7 +12,7 @@
 
 use half::bf16;
 
-use super::simd::{Kernel, Simd, run};
+use super::simd::{Kernel, LANES, Simd, run, run_dot};
 
 /// Two bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,7 +26,7 @@ pub(crate) struct Pair(u32);
 const LEAST_WEIGHT: f32 = f32::from_bits((127 - 40) << 23);
 
 /// Smaller inputs, activations and their gradients, are zero: 2⁻⁷².
-const LEAST_INPUT: f32 = f32::from_bits((127 - 72) << 23);
+pub(super) const LEAST_INPUT: f32 = f32::from_bits((127 - 72) << 23);
 
 /// Upper half of an f32.
 const UPPER: u32 = 0xffff_0000;
@@ -34,6 +34,12 @@ const UPPER: u32 = 0xffff_0000;
 impl Pair {
     pub(crate) fn new(upper: bf16, lower: bf16) -> Self {
         Self(u32::from(upper.to_bits()) << 16 | u32::from(lower.to_bits()))
+    }
+
+    /// Two [inputs](round_input).
+    #[inline(always)]
+    pub(super) fn rounded([upper, lower]: [f32; 2]) -> Self {
+        Self(rounded(upper) & UPPER | rounded(lower) >> 16)
     }
 
     /// Both, widened.
@@ -77,21 +83,28 @@ pub(super) fn round_to_pairs(rows: &[f32], row_len: usize, depth: usize, pairs: 
         type Output = ();
 
         #[inline(always)]
-        fn run<S: Simd>(self, _: S) {
+        fn run<S: Simd>(self, s: S) {
             let Self(rows, row_len, depth, pairs) = self;
             for (row, pairs) in rows.chunks(row_len).zip(pairs.chunks_exact_mut(depth.div_ceil(2))) {
-                let (whole, last) = row[..depth].as_chunks::<2>();
-                for (pair, [upper, lower]) in pairs.iter_mut().zip(whole) {
-                    *pair = Pair(rounded(*upper) & UPPER | rounded(*lower) >> 16);
+                let (blocks, rest) = row[..depth].as_chunks::<{ 2 * LANES }>();
+                let (to_blocks, to_rest) = pairs.split_at_mut(blocks.len() * LANES);
+                for (to, block) in to_blocks.chunks_exact_mut(LANES).zip(blocks) {
+                    let pairs = s.round_to_pairs([s.read(block), s.read(&block[LANES..])]);
+                    // SAFETY: the chunk has 16 pairs, which have the size of numbers.
+                    unsafe { s.store(to.as_mut_ptr().cast(), pairs) };
                 }
-                if let ([last], Some(pair)) = (last, pairs.last_mut()) {
-                    *pair = Pair(rounded(*last) & UPPER);
+                let (whole, last) = rest.as_chunks::<2>();
+                for (pair, two) in to_rest.iter_mut().zip(whole) {
+                    *pair = Pair::rounded(*two);
+                }
+                if let ([last], Some(pair)) = (last, to_rest.last_mut()) {
+                    *pair = Pair::rounded([*last, 0.0]);
                 }
             }
         }
     }
     if depth > 0 {
-        run(ToPairs(rows, row_len, depth, pairs));
+        run_dot(ToPairs(rows, row_len, depth, pairs));
     }
 }
 
@@ -125,6 +138,7 @@ pub(super) fn as_pairs(values: &mut [f32]) -> &mut [Pair] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::simd::{Path, run_dot_on};
 
     #[test]
     fn rounds_to_nearest_ties_to_even() {
@@ -155,6 +169,34 @@ mod tests {
         }
         for infinite in [f32::INFINITY, f32::NEG_INFINITY] {
             assert_eq!(round_input(infinite), infinite);
+        }
+    }
+
+    /// Every upper half of an f32, with lower halves around a tie, among others.
+    #[test]
+    fn every_path_rounds_to_pairs_alike() {
+        struct ToPairs<'a>(&'a [f32], &'a mut [f32]);
+        impl Kernel for ToPairs<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                s.write(self.1, s.round_to_pairs([s.read(self.0), s.read(&self.0[LANES..])]));
+            }
+        }
+        let lower = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let all = (0..=0xffffu32).flat_map(|upper| lower.map(|lower| f32::from_bits(upper << 16 | lower)));
+        let mut all: Vec<f32> = all.collect();
+        let least = LEAST_INPUT.to_bits();
+        all.extend([least - 1, least, least + 1].map(f32::from_bits).repeat(16));
+        for path in Path::available() {
+            for block in all.chunks_exact(2 * LANES) {
+                let mut found = [0.0; LANES];
+                run_dot_on(path, ToPairs(block, &mut found));
+                for (found, two) in found.iter().zip(block.as_chunks::<2>().0) {
+                    assert_eq!(found.to_bits(), Pair::rounded(*two).0, "{path:?}: {two:?}");
+                }
+            }
         }
     }
 

@@ -13,7 +13,7 @@
 
 use super::{
     amx,
-    blocks::{EightBits, FourBits, chain_blocks},
+    blocks::{EightBits, FiveBits, FourBits, SixBits, chain_blocks},
     pair::Pair,
     simd::{Kernel, LANES, Simd, has_tiles, run, run_dot},
 };
@@ -323,6 +323,8 @@ element!(f32, f32, run, chain);
 element!(WidePair, f32, run, chain_wide);
 element!(Pair, Pair, run_pairs, chain_pairs);
 element!(FourBits, f32, run, chain_blocks);
+element!(FiveBits, f32, run, chain_blocks);
+element!(SixBits, f32, run, chain_blocks);
 element!(EightBits, f32, run, chain_blocks);
 
 /// A block of products of pairs.

@@ -12,7 +12,7 @@ const BLOCKS: u64 = 14;
 /// What the operands of a block are like.
 #[derive(Debug, Clone, Copy)]
 enum Numbers {
-    /// ±1, each digit at random.
+    /// Up to two and not much less: every sum is rounded.
     Plain,
     /// Of very different sizes, so that each order and place of a rounding gives other bits.
     Uneven,
@@ -88,17 +88,17 @@ impl Random {
     }
 
     /// A number of random digits whose exponent is one of `count` from `first` on.
-    fn with_exponent(&mut self, first: u32, count: u32) -> f32 {
+    fn with_exponent(&mut self, first: i32, count: u32) -> f32 {
         let bits = self.bits();
-        f32::from_bits(bits & 0x807f_ffff | (127 + first + self.bits() % count) << 23)
+        f32::from_bits(bits & 0x807f_ffff | ((127 + first) as u32 + self.bits() % count) << 23)
     }
 
     fn operand(&mut self, numbers: Numbers) -> f32 {
         match numbers {
-            Numbers::Plain => self.with_exponent(0, 1),
-            Numbers::Uneven => self.with_exponent(0u32.wrapping_sub(12), 24),
+            Numbers::Plain => self.with_exponent(-5, 6),
+            Numbers::Uneven => self.with_exponent(-12, 24),
             Numbers::Whole => (self.bits() % 7) as f32 - 3.0,
-            Numbers::Tiny => self.with_exponent(0u32.wrapping_sub(66), 6),
+            Numbers::Tiny => self.with_exponent(-66, 6),
             Numbers::Huge => self.with_exponent(60, 4),
             Numbers::Any => f32::from_bits(self.bits()),
         }

@@ -18,8 +18,11 @@
 //!
 //! **It has not run on a CPU with AMX yet.** All but the instructions themselves is generic over [`Tiles`] and runs
 //! in the tests over [`Emulated`]; and where a process finds the instructions, [`check`] compares them with the
-//! emulation before anything else uses them.
+//! emulation before anything else uses them. That check, as a program without an operating system, has passed in Bochs
+//! (783b58f, a Sapphire Rapids), an emulator by other people, once its `f32` subtraction no longer made zeros of
+//! differences from 2⁻¹²⁶ to 2⁻¹²⁵.
 
+#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
 mod check;
 mod emulation;
 #[cfg(test)]
@@ -126,7 +129,7 @@ pub(super) unsafe fn compute(block: &Block<Pair>) {
 ///
 /// As there.
 unsafe fn in_tiles<T: Tiles>(tiles: &mut T, block: &Block<Pair>) {
-    debug_assert!(block.columns <= TWO && block.product.a_step == 1);
+    debug_assert!((1..=TWO).contains(&block.columns) && block.product.a_step == 1);
     let depth = block.product.depth;
     let mut start = block.start;
     // Whole steps, and then what is left for one that is shorter.

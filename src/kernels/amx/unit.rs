@@ -1,6 +1,6 @@
 //! The tiles of a CPU with Intel AMX.
 //!
-//! Rust has no stable intrinsics for them, but inline assembly. What `objdump -d -M intel` reads back of each
+//! Rust has no stable intrinsics for them, but inline assembly. What `objdump -d -M intel` (binutils 2.40) reads back of each
 //! instruction stands beside it (opcodes as in the Intel SDM, volume 2). Nobody else in a process uses tiles: no
 //! compiler makes such instructions by itself, and calls don't keep them (System V ABI, x86-64 supplement), so what
 //! a tile holds stays there from one block of assembly to the next. The system saves them with a thread's other
@@ -43,7 +43,7 @@ pub(super) fn state() -> Option<Result<(), &'static str>> {
         }
         state
     });
-    state.as_ref().map(|state| state.as_ref().map(|()| ()).map_err(String::as_str))
+    state.as_ref().map(|state| state.as_ref().copied().map_err(String::as_str))
 }
 
 fn find() -> State {
@@ -143,7 +143,7 @@ impl Tiles for Unit {
 
     #[inline(always)]
     unsafe fn load<const T: u8>(&mut self, from: *const u32, step: usize) {
-        // c4 e2 7b 4b 2c 37    tileloadd tmm5, [rdi + rsi*1]
+        // c4 e2 7b 4b 2c 08    tileloadd tmm5,[rax+rcx*1]
         unsafe {
             asm!("tileloadd tmm{tile}, [{from} + {step}*1]", tile = const T, from = in(reg) from,
                 step = in(reg) step, options(readonly, nostack, preserves_flags));
@@ -152,7 +152,7 @@ impl Tiles for Unit {
 
     #[inline(always)]
     unsafe fn store<const T: u8>(&mut self, to: *mut u32, step: usize) {
-        // c4 e2 7a 4b 1c 37    tilestored [rdi + rsi*1], tmm3
+        // c4 e2 7a 4b 1c 08    tilestored [rax+rcx*1],tmm3
         unsafe {
             asm!("tilestored [{to} + {step}*1], tmm{tile}", tile = const T, to = in(reg) to,
                 step = in(reg) step, options(nostack, preserves_flags));
@@ -161,7 +161,7 @@ impl Tiles for Unit {
 
     #[inline(always)]
     fn dot<const C: u8, const A: u8, const B: u8>(&mut self) {
-        // c4 e2 42 5c dd       tdpbf16ps tmm3, tmm5, tmm7
+        // c4 e2 42 5c dd       tdpbf16ps tmm3,tmm5,tmm7
         unsafe {
             asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B,
                 options(nomem, nostack, preserves_flags));

@@ -175,6 +175,8 @@ where
             }),
             Panel::Bf16(weights) => self.outputs(x, inputs, segments, rows, panel, WidePair::of(weights)),
             Panel::FourBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
+            Panel::FiveBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
+            Panel::SixBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
             Panel::EightBits(blocks) => self.outputs(x, inputs, segments, rows, panel, blocks),
         }
     }

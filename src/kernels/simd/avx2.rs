@@ -70,6 +70,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn add_where(self, mask: u16, v: Self::V, amount: f32) -> Self::V {
+        unsafe {
+            let bit_of_lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let part = |v, bits: u16| {
+                let bits = _mm256_and_si256(_mm256_set1_epi32(bits.into()), bit_of_lane);
+                let is_set = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, bit_of_lane));
+                _mm256_add_ps(v, _mm256_and_ps(is_set, _mm256_set1_ps(amount)))
+            };
+            [part(v[0], mask & 0xff), part(v[1], mask >> 8)]
+        }
+    }
+
+    #[inline(always)]
     fn read_i8(self, values: &[i8]) -> Self::V {
         let values = &values[..16];
         unsafe {

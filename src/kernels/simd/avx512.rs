@@ -3,6 +3,7 @@
 use std::{arch::x86_64::*, sync::OnceLock};
 
 use super::Simd;
+use crate::kernels::pair::LEAST_INPUT;
 
 /// Proof that the CPU has AVX-512 (F, DQ, BW, VL), and if `BF16`, AVX512-BF16.
 #[derive(Clone, Copy)]
@@ -51,6 +52,22 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         }
         let ([a_upper, a_lower], [b_upper, b_lower]) = (self.widen_pairs(a), self.widen_pairs(b));
         self.fma(a_lower, b_lower, self.fma(a_upper, b_upper, sum))
+    }
+
+    #[inline(always)]
+    fn round_to_pairs(self, numbers: [__m512; 2]) -> __m512 {
+        if !BF16 {
+            return super::round_lanes(self, numbers);
+        }
+        unsafe {
+            let least = _mm512_set1_ps(LEAST_INPUT);
+            // What is no number is not less than the least input.
+            let numbers = numbers.map(|v| {
+                let passes = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(_mm512_abs_ps(v), least);
+                _mm512_maskz_mov_ps(passes, v)
+            });
+            round(numbers)
+        }
     }
 
     #[inline(always)]
@@ -117,6 +134,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             };
             _mm512_cvtepi32_ps(low)
         }
+    }
+
+    #[inline(always)]
+    fn add_where(self, mask: u16, v: __m512, amount: f32) -> __m512 {
+        unsafe { _mm512_mask_add_ps(v, mask, v, _mm512_set1_ps(amount)) }
     }
 
     #[inline(always)]
@@ -198,6 +220,19 @@ unsafe fn dot(a: __m512, b: __m512, sum: __m512) -> __m512 {
     // SAFETY: both types are 512 bits.
     let [a, b] = unsafe { [a, b].map(|pairs| std::mem::transmute::<__m512, __m512bh>(pairs)) };
     _mm512_dpbf16_ps(sum, a, b)
+}
+
+/// `vcvtne2ps2bf16`, and each pair's first number above the second.
+///
+/// # Safety
+///
+/// The CPU must have AVX512-BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn round([first, last]: [__m512; 2]) -> __m512 {
+    // SAFETY: both types are 512 bits.
+    let pairs = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(last, first)) };
+    _mm512_castsi512_ps(_mm512_rol_epi32::<16>(pairs))
 }
 
 /// Whether `vdpbf16ps` of this CPU is two fused multiply-adds in the order of Intel's manual, as what it is used

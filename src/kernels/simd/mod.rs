@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
 use self::{avx2::Avx2, avx512::Avx512};
-use super::{WeightDtype, amx};
+use super::{WeightDtype, amx, pair::Pair};
 use plain::Plain;
 
 /// Lanes of a vector.
@@ -74,6 +74,12 @@ pub(crate) trait Simd: Copy {
         self.fma(a_lower, b_lower, self.fma(a_upper, b_upper, sum))
     }
 
+    /// 32 numbers, [rounded](crate::kernels::pair::round_input), as pairs.
+    #[inline(always)]
+    fn round_to_pairs(self, numbers: [Self::V; 2]) -> Self::V {
+        round_lanes(self, numbers)
+    }
+
     /// Of 32 pairs, whose bits the lanes are, the upper halves, neighbours as a pair, and the lower halves.
     #[inline(always)]
     fn regroup_pairs(self, pairs: [Self::V; 2]) -> [Self::V; 2] {
@@ -97,6 +103,9 @@ pub(crate) trait Simd: Copy {
 
     /// The low (`half` 0) or high (1) halves of 16 bytes, as numbers.
     fn read_nibbles(self, bytes: &[u8; LANES], half: usize) -> Self::V;
+
+    /// `v` plus `amount` in the lanes whose bit of `mask` is set, from the lowest on.
+    fn add_where(self, mask: u16, v: Self::V, amount: f32) -> Self::V;
 
     /// 16 whole numbers of a slice.
     fn read_i8(self, values: &[i8]) -> Self::V;
@@ -178,6 +187,16 @@ pub(crate) trait Simd: Copy {
     fn largest(self, v: Self::V) -> f32 {
         self.lanes(v).into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
+}
+
+/// [`Simd::round_to_pairs`] without an instruction for it.
+#[inline(always)]
+fn round_lanes<S: Simd>(s: S, numbers: [S::V; 2]) -> S::V {
+    let numbers = numbers.map(|numbers| s.lanes(numbers));
+    let number = |place: usize| numbers[place / LANES][place % LANES];
+    s.read(&std::array::from_fn::<f32, LANES, _>(|i| {
+        Pair::rounded([number(2 * i), number(2 * i + 1)]).as_f32()
+    }))
 }
 
 /// Runs a kernel on this machine's best path.

@@ -44,6 +44,11 @@ impl Simd for Plain {
     }
 
     #[inline(always)]
+    fn add_where(self, mask: u16, v: V, amount: f32) -> V {
+        std::array::from_fn(|lane| if mask >> lane & 1 == 1 { v[lane] + amount } else { v[lane] })
+    }
+
+    #[inline(always)]
     fn read_i8(self, values: &[i8]) -> V {
         let values = &values[..LANES];
         std::array::from_fn(|lane| f32::from(values[lane]))

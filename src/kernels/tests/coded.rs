@@ -1,8 +1,8 @@
 //! Weights in blocks: the bits are those of the f32 weights that the blocks stand for.
 
 use crate::kernels::{
-    Adapted, BLOCK, BlockRows, CodeBits, CoreBudget, Gradients, Layer, LowRank, Matrix, Priority, Shared,
-    Team, linear, linear_backward,
+    Adapted, BlockRows, CodeBits, CoreBudget, Gradients, Layer, LowRank, Matrix, Priority, Shared, Team,
+    linear, linear_backward,
     matrix::Panel,
     simd::{Path, run_on},
     tile::{Block, Element, Factors, Start},
@@ -13,14 +13,21 @@ use super::{bits, noise};
 fn rows(bits: CodeBits, outputs: usize, inputs: usize) -> BlockRows {
     let codes = noise(8, outputs * inputs).into_iter().map(|value| match bits {
         CodeBits::Four => ((value.abs() * 1e4) as i64 % 16) as i8,
+        CodeBits::Five => ((value.abs() * 1e4) as i64 % 32) as i8,
+        CodeBits::Six => ((value.abs() * 1e4) as i64 % 64 - 32) as i8,
         CodeBits::Eight => (value * 1e4) as i64 as i8,
     });
-    let blocks = outputs * inputs / BLOCK;
+    let runs = outputs * inputs / bits.run();
     // As f16 are, of which they come.
-    let short =
-        |seed| noise(seed, blocks).into_iter().map(|value| half::f16::from_f32(value / 16.0).to_f32());
-    BlockRows { bits, codes: codes.collect(), scales: short(9).collect(), offsets: short(10).collect() }
+    let short = |seed| noise(seed, runs).into_iter().map(|value| half::f16::from_f32(value / 16.0).to_f32());
+    let offsets = match bits {
+        CodeBits::Six => vec![0.0; runs],
+        _ => short(10).collect(),
+    };
+    BlockRows { bits, codes: codes.collect(), scales: short(9).collect(), offsets }
 }
+
+const ALL_BITS: [CodeBits; 4] = [CodeBits::Four, CodeBits::Five, CodeBits::Six, CodeBits::Eight];
 
 /// (outputs, inputs): panels whole and not.
 const SIZES: [(usize, usize); 3] = [(1, 32), (70, 96), (64, 64)];
@@ -28,7 +35,7 @@ const SIZES: [(usize, usize); 3] = [(1, 32), (70, 96), (64, 64)];
 /// The matrix of codes and that of the numbers they stand for.
 fn pairs() -> impl Iterator<Item = [Matrix; 2]> {
     SIZES.into_iter().flat_map(|(outputs, inputs)| {
-        [CodeBits::Four, CodeBits::Eight].map(|bits| {
+        ALL_BITS.map(|bits| {
             let rows = rows(bits, outputs, inputs);
             let values: Vec<f32> = (0..outputs * inputs).map(|index| rows.value(index)).collect();
             [Matrix::from_blocks(outputs, inputs, &rows), Matrix::from_rows(outputs, inputs, &values)]
@@ -100,7 +107,7 @@ fn a_gradient_has_the_bits_of_the_numbers() {
 #[test]
 fn every_path_reads_codes_alike() {
     let (outputs, inputs) = (32, 96);
-    for code_bits in [CodeBits::Four, CodeBits::Eight] {
+    for code_bits in ALL_BITS {
         let rows = rows(code_bits, outputs, inputs);
         let matrix = Matrix::from_blocks(outputs, inputs, &rows);
         for height in 1..=13 {
@@ -116,6 +123,8 @@ fn every_path_reads_codes_alike() {
                 let mut c = vec![f32::NAN; height * outputs];
                 match matrix.panel(0) {
                     Panel::FourBits(blocks) => product(path, &a, blocks, &mut c),
+                    Panel::FiveBits(blocks) => product(path, &a, blocks, &mut c),
+                    Panel::SixBits(blocks) => product(path, &a, blocks, &mut c),
                     Panel::EightBits(blocks) => product(path, &a, blocks, &mut c),
                     Panel::F32(_) | Panel::Bf16(_) => unreachable!("made of blocks"),
                 }

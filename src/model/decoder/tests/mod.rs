@@ -5,7 +5,7 @@ mod reference;
 use std::sync::{Arc, OnceLock};
 
 use crate::{
-    kernels::{CoreBudget, Matrix, Priority, Team, WeightDtype},
+    kernels::{CoreBudget, Matrix, Priority, Team, WeightDtype, with_emulated_tiles},
     model::{
         Adapter, BaseModel, Batch, BatchSequence, ComputeOptions, ExpertsConfig, Family, HeadGradient,
         HeadRequest, KvCache, LayerWeights, LoraLayout, Mlp, MlpWeights, ModelConfig, RopeScaling, Tape,
@@ -255,6 +255,29 @@ fn the_width_of_the_team_changes_nothing() {
             let team = train(model, &sequences(), &adapter, &mut Workspace::default(), lease.team());
             assert_eq!(bits(&solo.gradient), bits(&team.gradient));
             assert_eq!(bits(&solo.logprobs), bits(&team.logprobs));
+        }
+    }
+}
+
+/// All of it on emulated tiles, as a CPU with AMX computes bf16: itself to the bit, and near the other paths. Sums in
+/// another order differ by some 1e-7, which turns a few roundings to bf16; the tolerance is that of bf16's goldens.
+#[test]
+fn a_model_in_tiles_is_itself_and_near_the_others() {
+    with_emulated_tiles(|| {
+        packed_sequences_are_those_alone();
+        decoding_in_any_steps_is_the_whole_forward();
+        a_tape_and_a_used_workspace_change_nothing();
+    });
+    for model in models().iter().filter(|model| model.weights().embed.dtype() == WeightDtype::Bf16) {
+        let adapter = adapter(model, 3, &ALL);
+        let trained = || train(model, &sequences(), &adapter, &mut Workspace::default(), &Team::solo());
+        let (tiled, other) = (with_emulated_tiles(trained), trained());
+        let gap = |tiled: &[f32], other: &[f32]| {
+            distance(tiled, &other.iter().map(|value| f64::from(*value)).collect::<Vec<_>>())
+        };
+        for gap in [gap(&tiled.gradient, &other.gradient), gap(&tiled.logprobs, &other.logprobs)] {
+            assert!(gap < 1e-2, "{gap}");
+            assert!(gap > 0.0 || crate::kernels::path() == "amx_bf16", "tiles have bits of their own");
         }
     }
 }

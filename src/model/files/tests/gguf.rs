@@ -298,24 +298,27 @@ fn reads_every_quantisation() {
     tiny::write(directory.path(), &config, 1).unwrap();
     let exact = flat(&load(directory.path()).unwrap());
     // Frobenius-relative error of rounding uniform weights: half a step of 2^-bits of a block's
-    // range, over sqrt(3) twice; twice that is allowed.
+    // range, over sqrt(3) twice; twice that is allowed. Then the bits of memory that a weight takes.
     let formats = [
-        (GgmlDType::F16, 0.001),
-        (GgmlDType::BF16, 0.005),
-        (GgmlDType::Q8_0, 0.01),
-        (GgmlDType::Q6K, 0.04),
-        (GgmlDType::Q5_0, 0.07),
-        (GgmlDType::Q5_1, 0.07),
-        (GgmlDType::Q5K, 0.07),
-        (GgmlDType::Q4_0, 0.14),
-        (GgmlDType::Q4_1, 0.14),
-        (GgmlDType::Q4K, 0.14),
-        (GgmlDType::Q3K, 0.3),
-        (GgmlDType::Q2K, 0.6),
+        (GgmlDType::F16, 0.001, 32),
+        (GgmlDType::BF16, 0.005, 16),
+        (GgmlDType::Q8_0, 0.01, 10),
+        (GgmlDType::Q6K, 0.04, 8),
+        (GgmlDType::Q5_0, 0.07, 7),
+        (GgmlDType::Q5_1, 0.07, 7),
+        (GgmlDType::Q5K, 0.07, 7),
+        (GgmlDType::Q4_0, 0.14, 6),
+        (GgmlDType::Q4_1, 0.14, 6),
+        (GgmlDType::Q4K, 0.14, 6),
+        (GgmlDType::Q3K, 0.3, 32),
+        (GgmlDType::Q2K, 0.6, 32),
     ];
-    for (format, tolerance) in formats {
+    for (format, tolerance, bits) in formats {
         let (_kept, path) = TinyGguf::of(&config, directory.path(), format).write();
-        let found = flat(&load(&path).unwrap());
+        let weights = load(&path).unwrap();
+        let embedded = config.vocab_size.next_multiple_of(32) * config.hidden_size;
+        assert_eq!(8 * weights.embed.bytes(), bits * embedded, "{format:?}");
+        let found = flat(&weights);
         let norm =
             |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
         let gap = norm(&mut found.iter().zip(&exact).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied());

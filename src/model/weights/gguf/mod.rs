@@ -13,7 +13,7 @@ use memmap2::Mmap;
 
 use super::{LayerWeight, Stored, TensorSource, Weight};
 use crate::{
-    kernels::{BLOCK, BlockRows},
+    kernels::BlockRows,
     model::{Family, ModelConfig, ModelError, files::map_file},
 };
 
@@ -151,12 +151,12 @@ impl TensorSource for Gguf {
         Ok(blocks::read(format, bytes).map(|rows| match is_permuted(weight, config) {
             false => rows,
             true => {
-                let (width, blocks) = (config.hidden_size, config.hidden_size / BLOCK);
+                let (width, runs) = (config.hidden_size, config.hidden_size / rows.bits.run());
                 BlockRows {
                     bits: rows.bits,
                     codes: unpermute(&rows.codes, config.head_dim, width),
-                    scales: unpermute(&rows.scales, config.head_dim, blocks),
-                    offsets: unpermute(&rows.offsets, config.head_dim, blocks),
+                    scales: unpermute(&rows.scales, config.head_dim, runs),
+                    offsets: unpermute(&rows.offsets, config.head_dim, runs),
                 }
             }
         }))
