@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use lockstep::model::tiny;
+use lockstep::{kernels, model::tiny};
 use serde_json::Value;
 
 /// The one line of JSON that a benchmark prints.
@@ -71,8 +71,10 @@ fn the_engine_is_measured_under_the_peers_keys() {
     let keys = ["fwd_tokens_per_s", "fwdbwd_tokens_per_s", "step_tokens_per_s", "peak_rss_mib"];
     assert!(keys.iter().all(|key| positive(&said[*key])), "{said}");
     assert_eq!((&said["dtype"], &said["rank"]), (&"bf16".into(), &2.into()));
+    // Not the name of its bits, which it has with others.
+    assert_eq!(said["machine"]["kernels"], kernels::path());
 
-    let said = run(&["decode", "--batch", "2", "--prompt", "8", "--new", "4"]);
+    let said = run(&["decode", "--batch", "2", "--prompt", "8", "--new", "40"]);
     let keys = ["prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_mib"];
     assert!(keys.iter().all(|key| positive(&said[*key])), "{said}");
 
@@ -90,7 +92,7 @@ fn the_engine_is_measured_under_the_peers_keys() {
 fn a_gpu_is_measured_from_random_weights() {
     let models = tempfile::tempdir().expect("a temporary directory");
     let models = format!("--models-dir={}", models.path().display());
-    let sizes = "--shape tiny --train 2x16 --prefill 2x8 --decode 1,3 --prompt 8 --new 4 --rank 2";
+    let sizes = "--shape tiny --train 2x16 --prefill 2x8 --decode 1,3 --prompt 8 --new 32 --rank 2";
     let common = ["gpu", "--device", "emulated", "--repeats", "1", "--threads", "1", "--json", &models];
     let run = |more: &[&str]| {
         let sizes: Vec<&str> = sizes.split(' ').collect();

@@ -9,9 +9,10 @@ use rand_chacha::{
     rand_core::{RngCore, SeedableRng},
 };
 
-use super::BenchError;
+use super::{BenchError, Machine};
 use crate::{
     client::ServiceClient,
+    kernels::{self, WeightDtype},
     model::{ComputeOptions, ModelConfig, ModelSource},
     service::{Cluster, ClusterConfig},
     types::ModelInput,
@@ -36,6 +37,7 @@ pub(super) struct Local {
     pub vocabulary: u32,
     /// What its node computes on.
     pub engine: String,
+    dtype: WeightDtype,
     // In this order: the cluster ends before its folder does.
     _cluster: Cluster,
     _data: Folder,
@@ -74,7 +76,16 @@ impl Local {
         let service = ServiceClient::connect_blocking(cluster.connector())?;
         let engine = engine(&service, subject)?;
         let vocabulary = config.vocab_size as u32;
-        Ok(Self { service, model, vocabulary, engine, _cluster: cluster, _data: data })
+        Ok(Self { service, model, vocabulary, engine, dtype: subject.compute.dtype, _cluster: cluster, _data: data })
+    }
+
+    /// The machine that its figures stand beside: with the GPU, if one computes. What a CPU's node says names the bits,
+    /// which several kernel paths share.
+    pub fn computing(&self, machine: Machine) -> Machine {
+        match self.engine == kernels::numerics(self.dtype) {
+            true => machine,
+            false => machine.computing_on(&self.engine),
+        }
     }
 
     /// Random ordinary tokens: speed is measured, not learning. The first hundred ids are left to what

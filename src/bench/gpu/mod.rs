@@ -109,6 +109,7 @@ pub fn gpu(config: &GpuBenchConfig, mut each: impl FnMut(&GpuRow)) -> Result<Gpu
                 let rows = measured.rows(config, report.peak.as_ref());
                 rows.iter().for_each(&mut each);
                 report.rows.extend(rows);
+                report.left_out.extend(measured.without_a_figure(config));
                 report.left_out.extend(measured.left_out);
             }
             // The other models are worth having.
