@@ -9,7 +9,7 @@ use rand_chacha::{
     rand_core::{RngCore, SeedableRng},
 };
 
-use super::{BenchError, Machine};
+use super::{BenchError, Machine, folder::TemporaryFolder};
 use crate::{
     client::ServiceClient,
     kernels::{self, WeightDtype},
@@ -40,15 +40,7 @@ pub(super) struct Local {
     dtype: WeightDtype,
     // In this order: the cluster ends before its folder does.
     _cluster: Cluster,
-    _data: Folder,
-}
-
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+    _data: TemporaryFolder,
 }
 
 impl Local {
@@ -61,11 +53,10 @@ impl Local {
             });
         }
         let (source, config) = checked(&subject.model)?;
-        let data_dir = std::env::temp_dir().join(format!("lockstep-bench-{}-data", std::process::id()));
-        let data = Folder(data_dir.clone());
+        let data = TemporaryFolder::new("data");
         let model = source.name.clone();
         let cluster = Cluster::local(ClusterConfig {
-            data_dir,
+            data_dir: data.path().to_owned(),
             models: vec![source],
             nodes: 1,
             trainers,
@@ -76,7 +67,15 @@ impl Local {
         let service = ServiceClient::connect_blocking(cluster.connector())?;
         let engine = engine(&service, subject)?;
         let vocabulary = config.vocab_size as u32;
-        Ok(Self { service, model, vocabulary, engine, dtype: subject.compute.dtype, _cluster: cluster, _data: data })
+        Ok(Self {
+            service,
+            model,
+            vocabulary,
+            engine,
+            dtype: subject.compute.dtype,
+            _cluster: cluster,
+            _data: data,
+        })
     }
 
     /// The machine that its figures stand beside: with the GPU, if one computes. What a CPU's node says names the bits,
