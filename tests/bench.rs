@@ -1,22 +1,33 @@
 //! `lockstep bench`, run as a user runs it: the smallest sizes, since a figure is no test.
 
-use std::process::Command;
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
+    process::{Command, ExitStatus},
+};
 
-use lockstep::model::tiny;
+use lockstep::{kernels, model::tiny};
 use serde_json::Value;
 
-/// The one line of JSON that a benchmark prints.
+/// The one line of JSON that a benchmark prints when all goes well.
 fn bench(arguments: &[&str]) -> Value {
+    let (done, said) = bench_said(arguments);
+    assert!(done.success(), "{said}");
+    said
+}
+
+/// And how it ends.
+fn bench_said(arguments: &[&str]) -> (ExitStatus, Value) {
     let output = Command::new(env!("CARGO_BIN_EXE_lockstep"))
         .arg("bench")
         .args(arguments)
         .output()
         .expect("it starts");
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
     let lines: Vec<&str> = said.lines().collect();
-    assert_eq!(lines.len(), 1, "{said}");
-    serde_json::from_str(lines[0]).expect("a line of JSON")
+    assert_eq!(lines.len(), 1, "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    (output.status, serde_json::from_str(lines[0]).expect("a line of JSON"))
 }
 
 fn positive(value: &Value) -> bool {
@@ -71,8 +82,10 @@ fn the_engine_is_measured_under_the_peers_keys() {
     let keys = ["fwd_tokens_per_s", "fwdbwd_tokens_per_s", "step_tokens_per_s", "peak_rss_mib"];
     assert!(keys.iter().all(|key| positive(&said[*key])), "{said}");
     assert_eq!((&said["dtype"], &said["rank"]), (&"bf16".into(), &2.into()));
+    // Not the name of its bits, which it has with others.
+    assert_eq!(said["machine"]["kernels"], kernels::path());
 
-    let said = run(&["decode", "--batch", "2", "--prompt", "8", "--new", "4"]);
+    let said = run(&["decode", "--batch", "2", "--prompt", "8", "--new", "40"]);
     let keys = ["prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_mib"];
     assert!(keys.iter().all(|key| positive(&said[*key])), "{said}");
 
@@ -90,7 +103,7 @@ fn the_engine_is_measured_under_the_peers_keys() {
 fn a_gpu_is_measured_from_random_weights() {
     let models = tempfile::tempdir().expect("a temporary directory");
     let models = format!("--models-dir={}", models.path().display());
-    let sizes = "--shape tiny --train 2x16 --prefill 2x8 --decode 1,3 --prompt 8 --new 4 --rank 2";
+    let sizes = "--shape tiny --train 2x16 --prefill 2x8 --decode 1,3 --prompt 8 --new 32 --rank 2";
     let common = ["gpu", "--device", "emulated", "--repeats", "1", "--threads", "1", "--json", &models];
     let run = |more: &[&str]| {
         let sizes: Vec<&str> = sizes.split(' ').collect();
@@ -111,9 +124,45 @@ fn a_gpu_is_measured_from_random_weights() {
     assert_eq!(said["machine"]["kernels"], "emulated");
     assert_eq!(said["left_out"], serde_json::json!(["all-reduce: no GPU computes"]));
 
-    // The model is there now, and of no chip anything is known.
-    let said = run(&["--dtype", "f32"]);
+    assert_eq!(said["failed"], serde_json::json!([]));
+
+    // The model is there now, and of no chip anything is known. One that fails takes no figures of the others with it, and
+    // does not pass for one that was measured.
+    let sizes: Vec<&str> = sizes.split(' ').collect();
+    let more = ["--dtype", "f32", "--model", "/nowhere"];
+    let (done, said) = bench_said(&[&common[..], &sizes, &more].concat());
     assert!(said["peak"].is_null() && said["rows"][0].get("percent_of_peak").is_none(), "{said}");
+    assert_eq!(said["rows"].as_array().map(Vec::len), Some(6), "{said}");
+    assert!(said["failed"][0].as_str().is_some_and(|why| why.starts_with("nowhere: ")), "{said}");
+    assert!(!done.success(), "{done}");
+}
+
+/// The script that tests a GPU, where another machine has built and there is no Python: it ends as the benchmark does.
+#[test]
+fn the_test_of_a_gpu_needs_no_python_and_ends_as_the_benchmark() {
+    let tools = tempfile::tempdir().expect("a temporary directory");
+    let at = |name: &str| tools.path().join(name);
+    for tool in ["bash", "dirname", "realpath", "grep"] {
+        let folders = ["/bin", "/usr/bin", "/usr/local/bin"].map(|folder| Path::new(folder).join(tool));
+        symlink(folders.iter().find(|path| path.exists()).expect(tool), at(tool)).expect("a link");
+    }
+    for (name, script) in [
+        ("nvidia-smi", "echo 'GPU 0: none'"),
+        ("tests", ":"),
+        ("passes", "[ $1 = doctor ] || [ \"$*\" = 'bench gpu' ]"),
+        ("fails", "[ $1 = doctor ]"),
+    ] {
+        fs::write(at(name), format!("#!/bin/bash\n{script}\n")).expect("a script");
+        fs::set_permissions(at(name), Permissions::from_mode(0o755)).expect("its mode");
+    }
+    let run = |lockstep: &str| {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/gpu/run"));
+        let output = command.args([at(lockstep), at("tests")]).env("PATH", tools.path()).output();
+        let output = output.expect("it starts");
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).contains("passed with one GPU"))
+    };
+    assert_eq!(run("passes"), (true, true));
+    assert_eq!(run("fails"), (false, false));
 }
 
 #[test]

@@ -36,7 +36,8 @@ pub struct GenerateReport {
     pub prefill_s: f64,
     /// From a request for one token: prompt tokens of all streams over its time.
     pub prefill_tokens_per_s: f64,
-    /// New tokens of all streams over the whole time less the prefill's; absent for the prefill alone.
+    /// New tokens of all streams over the whole time less the prefill's; absent for the prefill alone, and where the load
+    /// of the machine left it no time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_tokens_per_s: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,7 +50,7 @@ pub struct GenerateReport {
 pub fn generate(config: &GenerateConfig) -> Result<GenerateReport, BenchError> {
     let machine = Machine::here();
     let local = Local::start(&config.subject, 0, 1)?;
-    let machine = machine.computing_on(&local.engine);
+    let machine = local.computing(machine);
     generate_on(&local, config, machine)
 }
 
@@ -84,12 +85,17 @@ pub(super) fn generate_on(
         threads: config.subject.threads,
         prefill_s: round(prefill, 4),
         prefill_tokens_per_s: round(streams * config.prompt as f64 / prefill, 1),
-        decode_tokens_per_s: decodes
-            .then(|| round(streams * f64::from(config.new - 1) / (whole - prefill), 1)),
+        decode_tokens_per_s: decoded_per_s(streams * f64::from(config.new.saturating_sub(1)), whole, prefill),
         total_tokens_per_s: decodes.then(|| round(streams * f64::from(config.new) / whole, 1)),
         peak_rss_mib: peak_rss_mib(),
         machine,
     })
+}
+
+/// Both times are of draws of their own: a stall in one of few tokens leaves the others no time, or less, and no figure.
+fn decoded_per_s(tokens: f64, whole: f64, prefill: f64) -> Option<f64> {
+    let per_s = round(tokens / (whole - prefill), 1);
+    (per_s > 0.0 && per_s.is_finite()).then_some(per_s)
 }
 
 /// Seconds of a draw in which every stream came to its end. A temperature that makes all tokens about equally
@@ -136,4 +142,17 @@ async fn draw(
     };
     let results = try_join_all((0..config.batch).map(request)).await?;
     Ok(results.iter().flat_map(|result| &result.sequences).map(|s| s.tokens.len()).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_of_no_time_is_no_figure() {
+        assert_eq!(decoded_per_s(10.0, 3.0, 1.0), Some(5.0));
+        assert_eq!(decoded_per_s(10.0, 1.0, 1.0), None);
+        assert_eq!(decoded_per_s(10.0, 1.0, 3.0), None);
+        assert_eq!(decoded_per_s(0.0, f64::NAN, 1.0), None, "the prefill alone");
+    }
 }

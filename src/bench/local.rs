@@ -9,9 +9,10 @@ use rand_chacha::{
     rand_core::{RngCore, SeedableRng},
 };
 
-use super::BenchError;
+use super::{BenchError, Machine, folder::TemporaryFolder};
 use crate::{
     client::ServiceClient,
+    kernels::{self, WeightDtype},
     model::{ComputeOptions, ModelConfig, ModelSource},
     service::{Cluster, ClusterConfig},
     types::ModelInput,
@@ -36,17 +37,10 @@ pub(super) struct Local {
     pub vocabulary: u32,
     /// What its node computes on.
     pub engine: String,
+    dtype: WeightDtype,
     // In this order: the cluster ends before its folder does.
     _cluster: Cluster,
-    _data: Folder,
-}
-
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+    _data: TemporaryFolder,
 }
 
 impl Local {
@@ -59,11 +53,10 @@ impl Local {
             });
         }
         let (source, config) = checked(&subject.model)?;
-        let data_dir = std::env::temp_dir().join(format!("lockstep-bench-{}-data", std::process::id()));
-        let data = Folder(data_dir.clone());
+        let data = TemporaryFolder::new("data");
         let model = source.name.clone();
         let cluster = Cluster::local(ClusterConfig {
-            data_dir,
+            data_dir: data.path().to_owned(),
             models: vec![source],
             nodes: 1,
             trainers,
@@ -74,7 +67,24 @@ impl Local {
         let service = ServiceClient::connect_blocking(cluster.connector())?;
         let engine = engine(&service, subject)?;
         let vocabulary = config.vocab_size as u32;
-        Ok(Self { service, model, vocabulary, engine, _cluster: cluster, _data: data })
+        Ok(Self {
+            service,
+            model,
+            vocabulary,
+            engine,
+            dtype: subject.compute.dtype,
+            _cluster: cluster,
+            _data: data,
+        })
+    }
+
+    /// The machine that its figures stand beside: with the GPU, if one computes. What a CPU's node says names the bits,
+    /// which several kernel paths share.
+    pub fn computing(&self, machine: Machine) -> Machine {
+        match self.engine == kernels::numerics(self.dtype) {
+            true => machine,
+            false => machine.computing_on(&self.engine),
+        }
     }
 
     /// Random ordinary tokens: speed is measured, not learning. The first hundred ids are left to what

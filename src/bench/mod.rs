@@ -17,6 +17,7 @@
 
 mod error;
 mod figures;
+mod folder;
 mod machine;
 mod worker;
 

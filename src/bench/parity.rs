@@ -50,7 +50,7 @@ const LEARNING_RATE: f64 = 1e-3;
 pub fn parity(config: &ParityConfig) -> Result<ParityReport, BenchError> {
     let machine = Machine::here();
     let local = Local::start(&config.subject, 1, 1)?;
-    let machine = machine.computing_on(&local.engine);
+    let machine = local.computing(machine);
     parity_on(&local, config, machine)
 }
 

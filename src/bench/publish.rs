@@ -9,7 +9,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::{BenchError, Machine, figures::median, machine::round};
+use super::{BenchError, Machine, figures::median, folder::TemporaryFolder, machine::round};
 use crate::{
     client::{LoraOptions, ServiceClient, TrainingClient},
     model::{ComputeOptions, ModelConfig, ModelSource, tiny},
@@ -101,27 +101,19 @@ pub fn publish(
         return refused("--rank", format!("1 to {most}"));
     }
     let machine = Machine::here();
-    let folder = Folder(std::env::temp_dir().join(format!("lockstep-bench-{}-publish", std::process::id())));
-    let model = folder.0.join("model");
+    let folder = TemporaryFolder::new("publish");
+    let model = folder.path().join("model");
     tiny::write(&model, &shape(), 0)
         .map_err(|source| BenchError::File { what: format!("writing {}", model.display()), source })?;
     let mut results = Vec::new();
     for &replicas in &config.replicas {
-        let data = folder.0.join(format!("data-{replicas}"));
+        let data = folder.path().join(format!("data-{replicas}"));
         run_here("bench", async {
             results.extend(with_cluster(config, replicas, &model, &data, &mut each).await?);
             Ok::<_, BenchError>(())
         })?;
     }
     Ok(PublishReport { bench: "publish", machine, repeats: config.repeats, results })
-}
-
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 async fn with_cluster(

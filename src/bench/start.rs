@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use super::{
     BenchError, Machine,
     figures::median,
+    folder::TemporaryFolder,
     local::{random_tokens, source},
     machine::round,
 };
@@ -112,10 +113,10 @@ pub fn start(config: &StartConfig) -> Result<StartReport, BenchError> {
     let model = source(&config.model)?;
     let described =
         model.check().map_err(|e| BenchError::Refused { flag: "--model", problem: e.to_string() })?;
-    let folder = Folder(std::env::temp_dir().join(format!("lockstep-bench-{}-start", std::process::id())));
+    let folder = TemporaryFolder::new("start");
     let (mut fresh, mut used) = (Vec::new(), Vec::new());
     for repeat in 0..config.repeats {
-        let data = DataDirectory::open(folder.0.join(format!("data-{repeat}")))?;
+        let data = DataDirectory::open(folder.path().join(format!("data-{repeat}")))?;
         for starts in [&mut fresh, &mut used] {
             if config.cold {
                 forget_pages(&config.model)?;
@@ -160,14 +161,6 @@ impl StartTimes {
             nodes_rss_mib: memory(0),
             nodes_pss_mib: memory(1),
         }
-    }
-}
-
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

@@ -55,7 +55,7 @@ pub struct TrainReport {
 pub fn train(config: &TrainConfig) -> Result<TrainReport, BenchError> {
     let machine = Machine::here();
     let local = Local::start(&config.subject, config.trainers, 0)?;
-    let machine = machine.computing_on(&local.engine);
+    let machine = local.computing(machine);
     train_on(&local, config, machine)
 }
 

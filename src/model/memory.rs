@@ -61,6 +61,8 @@ pub struct RunMemory {
     pub state: u64,
     /// Bytes while one of its operations runs.
     pub work: u64,
+    /// Bytes of a GPU that a rank keeps for adding up gradients with ranks on other GPUs.
+    pub link: u64,
 }
 
 impl Footprint {
@@ -93,6 +95,7 @@ impl Footprint {
                 .saturating_mul(rows)
                 .saturating_add(self.workspace)
                 .saturating_add(adapter.saturating_mul(WORK_VECTORS)),
+            link: 0,
         }
     }
 }

@@ -28,11 +28,13 @@ const ON_CPU: ReplicaLimits = ReplicaLimits { cache_bytes: 2 << 30, batch: 64, p
 const GPU_BATCH: usize = 256;
 const GPU_PREFILL_ROWS: usize = 2048;
 
-/// The part of a GPU's memory that the caches of all its replicas get: training wants the rest.
+/// The part of what arrays may take of a GPU that the caches of all its replicas get, but for a least of [`ON_CPU`]'s
+/// `cache_bytes` each: training wants the rest.
 const GPU_CACHES: u64 = 4;
 
-/// What arrays don't get of a GPU's memory: a fixed part for CUDA's context, cuBLAS's workspace and NCCL, and a
-/// twentieth for what lies between arrays in the pool. Chosen, never measured: no GPU has been at hand.
+/// What arrays don't get of a GPU's memory: a fixed part for CUDA's context, cuBLAS's workspace and NCCL's own buffers (the
+/// vectors that it adds up are reckoned with each run), and a twentieth for what lies between arrays in the pool. Chosen,
+/// never measured: no GPU has been at hand.
 const GPU_TAKEN: u64 = 1 << 30;
 const GPU_PIECES: u64 = 20;
 
@@ -164,6 +166,7 @@ mod tests {
         assert_eq!(bytes, 142_143_337_268);
         assert_eq!(on_a_gpu(Some(bytes), 2).cache_bytes, 17_767_917_158);
         assert_eq!(on_a_gpu(None, 1).cache_bytes, ON_CPU.cache_bytes);
+        assert_eq!(on_a_gpu(Some(16 << 30), 3).cache_bytes, 2 << 30, "the least of each");
         assert_eq!(usable(1 << 29), 0);
     }
 

@@ -53,8 +53,8 @@ pub struct Figures {
     pub step_tokens_per_s: f64,
     pub fwdbwd_tokens_per_s: f64,
     pub prefill_tokens_per_s: f64,
-    /// One for each number of streams.
-    pub decode_tokens_per_s: Vec<f64>,
+    /// One for each number of streams; none where the load of the machine left it no time.
+    pub decode_tokens_per_s: Vec<Option<f64>>,
     /// From `optim_step` done to its version served.
     pub publish_s: f64,
     /// Largest difference between a sample's log-probability and the trainer's, in nats.
@@ -80,7 +80,7 @@ impl FiguresConfig {
 pub fn gpu_figures(config: &FiguresConfig) -> Result<Figures, BenchError> {
     let subject = config.subject()?;
     let local = Local::start(&subject, 1, 1)?;
-    let machine = || Machine::here().computing_on(&local.engine);
+    let machine = || local.computing(Machine::here());
     let (batch, seq) = config.train;
     let (batch, seq) = (batch as usize, seq as usize);
     let train = TrainConfig { subject: subject.clone(), batch, seq, rank: config.rank, trainers: 1 };
@@ -92,8 +92,7 @@ pub fn gpu_figures(config: &FiguresConfig) -> Result<Figures, BenchError> {
     let prefill = drawn(config.prefill.0, config.prefill.1, 1)?.prefill_tokens_per_s;
     let mut decode = Vec::new();
     for streams in &config.decode {
-        let drawn = drawn(*streams, config.prompt, config.new)?;
-        decode.push(drawn.decode_tokens_per_s.unwrap_or(f64::NAN));
+        decode.push(drawn(*streams, config.prompt, config.new)?.decode_tokens_per_s);
     }
     let publish_s = publish(&local, config)?;
     let parity = parity_on(

@@ -11,7 +11,10 @@ use std::{
 
 use serde::Serialize;
 
-use super::{AllReduceConfig, AllReduceResult, BenchError, Carrier, Machine, all_reduce, machine::round};
+use super::{
+    AllReduceConfig, AllReduceResult, BenchError, Carrier, Machine, all_reduce, folder::TemporaryFolder,
+    machine::round,
+};
 use crate::{gpu::DeviceChoice, kernels::WeightDtype, nvidia};
 
 mod chips;
@@ -69,8 +72,10 @@ pub struct GpuReport {
     pub rows: Vec<GpuRow>,
     /// Between all GPUs of this machine; empty where there are not two.
     pub all_reduce: Vec<AllReduceResult>,
-    /// What could not be measured, and why.
+    /// What this machine has not got, or is too busy for, and why.
     pub left_out: Vec<String>,
+    /// What should have been measured and was not: whoever runs this as a test has failed.
+    pub failed: Vec<String>,
 }
 
 /// Runs it all; `each` gets every row as it is there.
@@ -85,7 +90,7 @@ pub fn gpu(config: &GpuBenchConfig, mut each: impl FnMut(&GpuRow)) -> Result<Gpu
     if config.device == DeviceChoice::Cpu || config.device == DeviceChoice::Auto {
         return refused("--device", "must be cuda, cuda:N or emulated");
     }
-    let folder = Folder::new(config.folder.as_deref());
+    let random_models = Models::new(config.folder.as_deref());
     let mut report = GpuReport {
         bench: "gpu",
         machine: Machine::here(),
@@ -95,13 +100,14 @@ pub fn gpu(config: &GpuBenchConfig, mut each: impl FnMut(&GpuRow)) -> Result<Gpu
         rows: Vec::new(),
         all_reduce: Vec::new(),
         left_out: Vec::new(),
+        failed: Vec::new(),
     };
     let shapes = config.shapes.iter().map(|shape| (shape.to_string(), Some(*shape), PathBuf::new()));
     let models = config.models.iter().map(|path| {
         (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), None, path.clone())
     });
     for (name, shape, path) in shapes.chain(models) {
-        let measured = folder.model(shape, path).and_then(|model| measure(config, &name, &model));
+        let measured = random_models.model(shape, path).and_then(|model| measure(config, &name, &model));
         match measured {
             Ok(measured) => {
                 report.machine = report.machine.computing_on(&measured.figures.engine);
@@ -109,19 +115,21 @@ pub fn gpu(config: &GpuBenchConfig, mut each: impl FnMut(&GpuRow)) -> Result<Gpu
                 let rows = measured.rows(config, report.peak.as_ref());
                 rows.iter().for_each(&mut each);
                 report.rows.extend(rows);
+                report.left_out.extend(measured.without_a_figure(config));
                 report.left_out.extend(measured.left_out);
             }
             // The other models are worth having.
-            Err(error) => report.left_out.push(format!("{name}: {error}")),
+            Err(error) => report.failed.push(format!("{name}: {error}")),
         }
-        folder.clear(&name);
+        random_models.clear(&name);
     }
     match over_all_gpus(config) {
-        Ok(results) => report.all_reduce = results,
-        Err(why) => report.left_out.push(format!("all-reduce: {why}")),
+        Ok(Ok(results)) => report.all_reduce = results,
+        Ok(Err(why)) => report.left_out.push(format!("all-reduce: {why}")),
+        Err(why) => report.failed.push(format!("all-reduce: {why}")),
     }
     match report.rows.is_empty() {
-        true => Err(BenchError::worker("lockstep bench gpu", report.left_out.join("; "))),
+        true => Err(BenchError::worker("lockstep bench gpu", report.failed.join("; "))),
         false => Ok(report),
     }
 }
@@ -178,14 +186,15 @@ fn in_a_process(program: &Path, config: &FiguresConfig) -> Result<Figures, Bench
 /// MB of the all-reduced vectors: about the gradients of the shapes' adapters at rank 16, and one that shows bandwidth.
 const ALL_REDUCED_MB: [u64; 3] = [64, 175, 1024];
 
-/// Both reductions over NCCL, a process for each GPU of this machine.
-fn over_all_gpus(config: &GpuBenchConfig) -> Result<Vec<AllReduceResult>, String> {
+/// Both reductions over NCCL, a process for each GPU of this machine; or why this machine has nothing to measure. The outer
+/// error is one of the measurement.
+fn over_all_gpus(config: &GpuBenchConfig) -> Result<Result<Vec<AllReduceResult>, String>, String> {
     if !matches!(config.device, DeviceChoice::Cuda(_)) {
-        return Err("no GPU computes".into());
+        return Ok(Err("no GPU computes".into()));
     }
     let gpus = nvidia::gpus().map_err(|why| why.to_string())?.len() as u32;
     if gpus < 2 {
-        return Err(format!("takes two GPUs; {gpus} here"));
+        return Ok(Err(format!("takes two GPUs; {gpus} here")));
     }
     let config = AllReduceConfig {
         program: config.program.clone(),
@@ -195,25 +204,32 @@ fn over_all_gpus(config: &GpuBenchConfig) -> Result<Vec<AllReduceResult>, String
         repeats: config.repeats,
         python: None,
     };
-    all_reduce(&config, |_| {}).map(|report| report.results).map_err(|why| why.to_string())
+    all_reduce(&config, |_| {}).map(|report| Ok(report.results)).map_err(|why| why.to_string())
 }
 
 /// Where random models are.
-struct Folder {
-    path: PathBuf,
-    is_temporary: bool,
+enum Models {
+    /// Left there, for the next time.
+    Kept(PathBuf),
+    Temporary(TemporaryFolder),
 }
 
-impl Folder {
+impl Models {
     fn new(given: Option<&Path>) -> Self {
-        let temporary = || std::env::temp_dir().join(format!("lockstep-bench-{}-gpu", std::process::id()));
-        Self { path: given.map_or_else(temporary, Path::to_owned), is_temporary: given.is_none() }
+        given.map_or_else(|| Self::Temporary(TemporaryFolder::new("gpu")), |path| Self::Kept(path.to_owned()))
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Kept(path) => path,
+            Self::Temporary(folder) => folder.path(),
+        }
     }
 
     /// The path of a model; one of a shape is written unless an earlier run left it.
     fn model(&self, shape: Option<Shape>, path: PathBuf) -> Result<PathBuf, BenchError> {
         let Some(shape) = shape else { return Ok(path) };
-        let directory = self.path.join(shape.to_string());
+        let directory = self.path().join(shape.to_string());
         if !directory.join(WHOLE).exists() {
             shape.write(&directory)?;
             let marked = fs::write(directory.join(WHOLE), []);
@@ -225,22 +241,14 @@ impl Folder {
 
     /// Gives the disk back: the next model may be as large.
     fn clear(&self, name: &str) {
-        if self.is_temporary {
-            let _ = fs::remove_dir_all(self.path.join(name));
+        if let Self::Temporary(folder) = self {
+            let _ = fs::remove_dir_all(folder.path().join(name));
         }
     }
 }
 
 /// Stands in the directory of a random model that was written to its end.
 const WHOLE: &str = "random-weights";
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if self.is_temporary {
-            let _ = fs::remove_dir_all(&self.path);
-        }
-    }
-}
 
 /// A share of a limit, in percent.
 fn percent(part: f64, whole: f64) -> f64 {

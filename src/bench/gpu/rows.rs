@@ -81,7 +81,8 @@ impl Measured {
                 of_operations(prefilled, work.prefilled(config.prefill.1)),
             ),
         ];
-        for (&streams, &decoded) in config.decode.iter().zip(&self.figures.decode_tokens_per_s) {
+        for (&streams, decoded) in config.decode.iter().zip(&self.figures.decode_tokens_per_s) {
+            let Some(decoded) = *decoded else { continue };
             // In the middle of what is drawn.
             let positions = f64::from(config.prompt) + f64::from(config.new) / 2.0;
             let bytes = work.decoded_bytes(streams, positions);
@@ -92,6 +93,14 @@ impl Measured {
         rows.push(self.row("publish".into(), "ms", round(self.figures.publish_s * 1e3, 1), None));
         rows.push(self.row("sampler against trainer, at most".into(), "nats", self.figures.parity_max, None));
         rows
+    }
+
+    /// What of Lockstep's figures is not there.
+    pub(super) fn without_a_figure(&self, config: &GpuBenchConfig) -> Vec<String> {
+        let decoded = config.decode.iter().zip(&self.figures.decode_tokens_per_s);
+        let absent = decoded.filter(|(_, figure)| figure.is_none());
+        let why = "the prompt alone took as long as the whole draw; more --new or --repeats tell them apart";
+        absent.map(|(streams, _)| format!("{}, {}: {why}", self.name, decode_work(*streams))).collect()
     }
 
     fn row(&self, work: String, unit: &'static str, lockstep: f64, percent_of_peak: Option<f64>) -> GpuRow {
@@ -211,13 +220,13 @@ mod tests {
             step_tokens_per_s: 1e15 / work.trained(1024, 16),
             fwdbwd_tokens_per_s: 0.0,
             prefill_tokens_per_s: 0.5e15 / work.prefilled(1024),
-            decode_tokens_per_s: vec![decode(1), decode(256) / 4.0],
+            decode_tokens_per_s: vec![Some(decode(1)), Some(decode(256) / 4.0)],
             publish_s: 0.0125,
             parity_max: 0.001,
         };
         let work = train_work(&config);
         let peers = vec![PeerFigure { work, peer: "PEFT", figure: figures.step_tokens_per_s / 2.0 }];
-        let measured =
+        let mut measured =
             Measured { name: "qwen3-8b".into(), model_config, figures, peers, left_out: Vec::new() };
         let rows = measured.rows(&config, Some(&peak));
         let shares: Vec<_> = rows.iter().map(|row| row.percent_of_peak).collect();
@@ -225,5 +234,15 @@ mod tests {
         assert_eq!((rows[0].peer, rows[0].ratio), (Some("PEFT"), Some(2.0)));
         assert_eq!((rows[4].lockstep, rows[4].unit, rows[4].ratio), (12.5, "ms", None));
         assert!(measured.rows(&config, None).iter().all(|row| row.percent_of_peak.is_none()));
+        assert_eq!(measured.without_a_figure(&config), Vec::<String>::new());
+
+        // It goes through JSON, as from the process that measures.
+        measured.figures.decode_tokens_per_s[0] = None;
+        let said = serde_json::to_string(&measured.figures).unwrap();
+        measured.figures = serde_json::from_str(&said).unwrap();
+        let works: Vec<_> = measured.rows(&config, None).into_iter().map(|row| row.work).collect();
+        assert_eq!((works.len(), works[2].as_str()), (5, "decode, batch 256"));
+        let absent = measured.without_a_figure(&config);
+        assert!(absent.len() == 1 && absent[0].starts_with("qwen3-8b, decode, batch 1: "), "{absent:?}");
     }
 }

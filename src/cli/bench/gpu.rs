@@ -100,7 +100,9 @@ impl Gpu {
             gb_per_s: self.peak_gb_per_s,
         };
         if self.json {
-            return print_line(&bench::gpu(&config, |_| {})?);
+            let report = bench::gpu(&config, |_| {})?;
+            print_line(&report)?;
+            return whole(&report);
         }
         println!(
             "{:<14} {:<34} {:>12} {:>8} {:>12} {:>6}  peer",
@@ -108,7 +110,7 @@ impl Gpu {
         );
         let report = bench::gpu(&config, |row| println!("{}", line(row)))?;
         println!("{}", beneath(&report));
-        Ok(())
+        whole(&report)
     }
 }
 
@@ -133,6 +135,16 @@ fn line(row: &GpuRow) -> String {
     .to_owned()
 }
 
+/// The figures that are there have been printed; the exit code tells a test of the others.
+fn whole(report: &GpuReport) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        report.failed.is_empty(),
+        "not everything could be measured: {}",
+        report.failed.join("; ")
+    );
+    Ok(())
+}
+
 fn beneath(report: &GpuReport) -> String {
     let mut lines: Vec<String> = report.all_reduce.iter().map(processes::line).collect();
     lines.push(match &report.peak {
@@ -143,6 +155,7 @@ fn beneath(report: &GpuReport) -> String {
         None => "peak: not known of this chip; give --peak-tflops and --peak-gb-per-s".into(),
     });
     lines.extend(report.left_out.iter().map(|why| format!("left out: {why}")));
+    lines.extend(report.failed.iter().map(|why| format!("FAILED: {why}")));
     lines.push(report.machine.to_string());
     lines.join("\n")
 }

@@ -44,7 +44,7 @@ struct Pool {
     /// Absent: not known.
     bytes: Option<u64>,
     weights: u64,
-    /// States of the runs that the node holds.
+    /// States of the runs that the node holds, and on a GPU their links.
     states: u64,
     /// The largest of those runs at work.
     work: u64,
@@ -157,14 +157,19 @@ impl State {
             let of_run = node.hello.models.iter().find(|own| own.name == run.create.base_model);
             let Some(of_run) = of_run.filter(|_| seats > 0) else { continue };
             let Some(cost) = cost.of_another(of_run) else { continue };
-            let need = cost.run(&run.lora, run.rows());
+            let need = cost.run(&run.lora, run.rows(), run.roster().len() as u64);
             weights.insert(&of_run.name, cost.weights());
-            states = states.saturating_add(need.state.saturating_mul(seats as u64));
+            states = states.saturating_add(held(need, seats as u64));
             work = work.max(need.work);
         }
         let weights = weights.values().copied().fold(0, u64::saturating_add);
         Pool { cost, bytes, weights, states, work }
     }
+}
+
+/// What so many ranks of a run on one node hold as long as the run lives. Two on one GPU add up through the host: no link.
+fn held(run: RunMemory, ranks: u64) -> u64 {
+    run.state.saturating_mul(ranks).saturating_add(if ranks == 1 { run.link } else { 0 })
 }
 
 /// How many ranks of the run may be seated, if those of a node fill so many quarters of it.
@@ -188,10 +193,11 @@ impl Cost {
         }
     }
 
-    fn run(&self, lora: &LoraConfig, rows: u64) -> RunMemory {
+    /// Of one of so many ranks.
+    fn run(&self, lora: &LoraConfig, rows: u64, ranks: u64) -> RunMemory {
         match self {
             Self::Host(footprint) => footprint.run(lora, rows),
-            Self::Gpu(host, footprint) => footprint.run(lora, host.values(lora), rows),
+            Self::Gpu(host, footprint) => footprint.run(lora, host.values(lora), rows, ranks),
         }
     }
 
@@ -226,7 +232,7 @@ impl Pool {
                 largest.saturating_mul(u64::from(ranks)).saturating_add(others)
             }
         };
-        let states = run.state.saturating_mul(u64::from(ranks)).saturating_add(self.states);
+        let states = held(run, u64::from(ranks)).saturating_add(self.states);
         self.weights.saturating_add(states).saturating_add(work)
     }
 
@@ -238,7 +244,8 @@ impl Pool {
 impl Share {
     /// How many of its ranks may hold the run, if all together fill so many quarters of it.
     fn seats(&self, lora: &LoraConfig, rows: u64, replicas: u32, quarters: u64) -> u32 {
-        let needs: Vec<RunMemory> = self.pools.iter().map(|pool| pool.cost.run(lora, rows)).collect();
+        let needs: Vec<RunMemory> =
+            self.pools.iter().map(|pool| pool.cost.run(lora, rows, u64::from(replicas))).collect();
         let hold = |ranks: &u32| {
             let mut pools = self.pools.iter().zip(&needs);
             pools.all(|(pool, need)| pool.holds(*need, *ranks, self.trainers, quarters))
@@ -277,7 +284,7 @@ impl Asked<'_> {
         };
         // Ranks are spread over nodes first.
         let ranks = share.trainers.min(self.replicas.div_ceil(shares.len() as u32));
-        let need = |pool: &Pool| pool.cost.run(self.lora, self.rows(given));
+        let need = |pool: &Pool| pool.cost.run(self.lora, self.rows(given), u64::from(self.replicas));
         let short = |pool: &&Pool| !pool.holds(need(pool), ranks, share.trainers, 4);
         let Some(pool) = share.pools.iter().find(short).or(share.pools.first()) else {
             return InvalidInput::new(field, "no node offers this model");
@@ -292,7 +299,10 @@ impl Asked<'_> {
         }
         let (whose, moments, at_work) = match pool.cost {
             Cost::Host(_) => ("", " and moments", format!("{} ranks at work", share.trainers)),
-            Cost::Gpu(..) => (" of the GPU's memory", "", "the micro-batch at work".to_owned()),
+            Cost::Gpu(..) => {
+                let link = if ranks == 1 && need(pool).link > 0 { " and sums over NCCL" } else { "" };
+                (" of the GPU's memory", link, "the micro-batch at work".to_owned())
+            }
         };
         let run = need(pool);
         InvalidInput::new(
@@ -304,7 +314,7 @@ impl Asked<'_> {
                 share.node,
                 gib(pool.weights),
                 gib(pool.states),
-                gib(run.state.saturating_mul(u64::from(ranks))),
+                gib(held(run, u64::from(ranks))),
                 gib(pool.bytes.unwrap_or_default()),
             ),
         )

@@ -3,6 +3,8 @@
 //! ```text
 //!   GPU  =  weights of each model                                  shared by all its runs
 //!        +  4 P of each run, in T                                  versions of its adapter
+//!        +  3 P of each run with ranks on other GPUs, f32,         NCCL's link: partial sums of the gradient, their sum,
+//!                + 2 pieces of each of those ranks                 and what comes of the others' partial sums
 //!        +  of the one micro-batch at work: rows · kept            activations, for the way back
 //!                + the larger of  rows · passing                   one layer on its way back
 //!                            and  chunk of rows · head             logits and their gradient
@@ -25,6 +27,13 @@ use super::head::rows_most;
 
 /// Versions of an adapter that are on the GPU at once: a trainer's last and next, a replica's live and staged.
 const VERSIONS: u64 = 4;
+
+/// Partial sums of a gradient that a rank has: a range of micro-batches is mostly one or two subtrees. Few and unequal ranges
+/// are more, up to two a level; the link grows then beyond what is reckoned with.
+const PARTIAL_SUMS: u64 = 2;
+
+/// Bytes of a partial sum of another rank that are on the GPU at once, at most: `PIECE` of `collective/nccl`.
+const PIECE: u64 = 16 << 20;
 
 /// Bytes of an f32.
 const F32: u64 = 4;
@@ -74,8 +83,8 @@ impl GpuFootprint {
         Self { rows: self.checkpointed.unwrap_or(self.rows), checkpointed: None, ..self }
     }
 
-    /// The memory of a run with an adapter of so many values, and micro-batches of at most `rows` rows.
-    pub fn run(&self, lora: &LoraConfig, values: u64, rows: u64) -> RunMemory {
+    /// The memory of a run of so many ranks with an adapter of so many values, and micro-batches of at most `rows` rows.
+    pub fn run(&self, lora: &LoraConfig, values: u64, rows: u64, ranks: u64) -> RunMemory {
         let rank = u64::from(lora.rank);
         let of = |row: u64, of_rank: u64, rows: u64| {
             row.saturating_add(of_rank.saturating_mul(rank)).saturating_mul(rows)
@@ -86,8 +95,22 @@ impl GpuFootprint {
             .saturating_add(of(passing, passing_of_rank, rows).max(head))
             .saturating_add(self.workspace)
             .saturating_add(values.saturating_mul(F32));
-        RunMemory { state: values.saturating_mul(self.element).saturating_mul(VERSIONS), work }
+        RunMemory {
+            state: values.saturating_mul(self.element).saturating_mul(VERSIONS),
+            work,
+            link: link(values, ranks),
+        }
     }
+}
+
+/// Bytes of the link of one of so many ranks that each have a GPU; none of a rank alone.
+fn link(values: u64, ranks: u64) -> u64 {
+    if ranks < 2 {
+        return 0;
+    }
+    let own = values.saturating_mul(F32).saturating_mul(PARTIAL_SUMS + 1);
+    let piece = values.div_ceil(ranks).saturating_mul(F32).min(PIECE);
+    own.saturating_add(piece.saturating_mul(PARTIAL_SUMS).saturating_mul(ranks - 1))
 }
 
 impl ModelConfig {
@@ -155,7 +178,7 @@ mod tests {
     fn a_run_is_its_versions_and_one_micro_batch() {
         let footprint = tiny::config().gpu_footprint(&ComputeOptions::default());
         let lora = LoraConfig::new(4, 0);
-        let memory = |values, rows| footprint.run(&lora, values, rows);
+        let memory = |values, rows| footprint.run(&lora, values, rows, 1);
         assert_eq!(memory(1000, 0).state, 4 * 4 * 1000);
         assert_eq!(memory(1000, 0).work, footprint.workspace + 4 * 1000);
         let more_than_a_chunk = 100 * footprint.head_rows;
@@ -164,10 +187,21 @@ mod tests {
         assert_eq!(by_row, more_than_a_chunk * (kept + passing + 4 * (kept_of_rank + passing_of_rank)));
     }
 
+    /// What `collective/nccl/layout.rs` makes of it, by hand.
+    #[test]
+    fn ranks_on_other_gpus_take_vectors_and_pieces() {
+        assert_eq!((link(1000, 0), link(1000, 1)), (0, 0));
+        // Each rank's slice is less than a piece.
+        assert_eq!(link(1000, 2), 4 * (3 * 1000 + 2 * 500));
+        // And more.
+        assert_eq!(link(1 << 30, 4), 4 * (3 << 30) + 3 * 2 * (16 << 20));
+    }
+
     #[test]
     fn forged_sizes_end_in_a_large_number_not_in_a_wrong_one() {
         let mut footprint = tiny::config().gpu_footprint(&ComputeOptions::default());
         footprint.rows.kept = u64::MAX;
-        assert_eq!(footprint.run(&LoraConfig::new(8, 0), u64::MAX, 1 << 40).work, u64::MAX);
+        assert_eq!(footprint.run(&LoraConfig::new(8, 0), u64::MAX, 1 << 40, 1).work, u64::MAX);
+        assert_eq!(link(u64::MAX, u64::MAX), u64::MAX);
     }
 }

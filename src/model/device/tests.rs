@@ -342,7 +342,7 @@ fn assert_memory_with(model: &BaseModel, options: ComputeOptions) {
     assert_eq!(now, footprint.weights + version + footprint.workspace, "{what}");
     let said = footprint.weights
         + version
-        + footprint.run(&adapter.layout.config, values, examples[0].tokens() as u64).work;
+        + footprint.run(&adapter.layout.config, values, examples[0].tokens() as u64, 1).work;
     let ratio = said as f64 / most as f64;
     assert!((1.0..1.15).contains(&ratio), "{what}: {said} said, {most} allocated");
     // Without what both know exactly.

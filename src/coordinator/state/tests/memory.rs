@@ -220,6 +220,25 @@ fn ranks_of_a_gpu_take_turns_and_nodes_of_it_share_it() {
     assert_eq!(most(&mut desk(&two), 1), "at most 20 tokens fit");
 }
 
+/// A rank with a GPU of its own keeps three vectors of 7/32 GiB for the sums over NCCL, and two pieces of 1/64: 0.6875 GiB.
+#[test]
+fn ranks_on_two_gpus_keep_memory_for_their_sums() {
+    let own = |name: &str| {
+        let mut node = gpu_node(name, 1, 5 * GIB);
+        node.memory = Some(NodeMemory { machine_bytes: 64 * GIB, cache_bytes: 0 });
+        node
+    };
+    let mut two = desk(&[own("a"), own("b")]);
+    let error = refused(create_with(&mut two, |create| {
+        create.max_seq_len = Some(32);
+        create.replicas = Some(2);
+    }));
+    assert!(error.contains("this run's adapter and sums over NCCL 1.125, the rest"), "{error}");
+    // Of 2.65625 GiB: one that is alone has 3.34375.
+    assert!(error.ends_with("at most 7 tokens fit"), "{error}");
+    assert_eq!(most(&mut two, 1), "at most 8 tokens fit");
+}
+
 #[test]
 fn the_host_of_a_gpu_holds_the_moments() {
     let mut small = gpu_node("a", 1, 64 * GIB);
