@@ -65,10 +65,8 @@ pub enum PackError {
     /// Another model's, or the same in another dtype.
     #[error("it holds the model {found}, not {expected}", found = .found.short(), expected = .expected.short())]
     Model { expected: Digest, found: Digest },
-    /// A program that held the model's weights in other forms has written it.
-    #[error("its weights take {found} bytes, those of this program {expected}")]
-    Held { expected: u64, found: u64 },
-    /// A weight has another shape than the model's, or lies where none can.
+    /// A weight has another shape than the model's or another form than this program holds it in, or lies where
+    /// none can.
     #[error("its tensor {index} {problem}")]
     Tensor { index: usize, problem: &'static str },
     /// The tensors' values are not those that were written.
@@ -155,8 +153,14 @@ impl Pack {
         }
     }
 
-    /// The weights of this model, which stay where they are and take `bytes` bytes.
-    pub fn weights(&self, config: &ModelConfig, model: Digest, bytes: u64) -> Result<BaseWeights, PackError> {
+    /// The weights of this model, which stay where they are and are held in these forms (of
+    /// [`ModelFiles::weight_forms`](crate::model::files::ModelFiles::weight_forms)).
+    pub fn weights(
+        &self,
+        config: &ModelConfig,
+        model: Digest,
+        forms: &[Option<MatrixForm>],
+    ) -> Result<BaseWeights, PackError> {
         if self.table.model != model {
             return Err(PackError::Model { expected: model, found: self.table.model });
         }
@@ -165,10 +169,16 @@ impl Pack {
             let problem = format!("has {} tensors instead of {}", self.table.tensors.len(), index.len());
             return Err(PackError::Table { problem });
         }
-        let (mut end, mut held) = (0, 0);
+        let mut end = 0;
         for (index, (weight, tensor)) in Weight::all(config).zip(&self.table.tensors).enumerate() {
             if tensor.shape != weight.shape(config) {
                 return Err(PackError::Tensor { index, problem: "has another shape than the model's" });
+            }
+            if forms.get(index) != Some(&tensor.form) {
+                return Err(PackError::Tensor {
+                    index,
+                    problem: "has another form than this program holds it in",
+                });
             }
             let Some(length) = tensor.bytes().filter(|_| tensor.start == end) else {
                 return Err(PackError::Tensor {
@@ -177,10 +187,6 @@ impl Pack {
                 });
             };
             end = aligned(end + length);
-            held += length as u64;
-        }
-        if held != bytes {
-            return Err(PackError::Held { expected: bytes, found: held });
         }
         if end as u64 != self.table.bytes {
             return Err(PackError::Table { problem: format!("ends at {end} of {} bytes", self.table.bytes) });

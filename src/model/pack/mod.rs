@@ -41,7 +41,7 @@ use super::{
     files::{ModelFiles, Stamp},
 };
 use crate::{
-    kernels::{LAYOUT, WeightDtype},
+    kernels::{LAYOUT, MatrixForm, WeightDtype},
     types::Digest,
 };
 
@@ -68,18 +68,20 @@ pub(super) struct PackCache {
 /// A model, and what its weights are held as.
 pub(super) struct Wanted<'a> {
     pub files: &'a ModelFiles,
+    /// Of the files when the digest was taken.
+    pub stamps: &'a [Stamp],
     /// Where they stand, absolute.
     pub source: &'a Path,
     pub dtype: WeightDtype,
     /// Of the model in this dtype.
     pub digest: Digest,
-    /// Bytes of its weights in memory.
-    pub bytes: u64,
+    /// What its weights are held as.
+    pub forms: &'a [Option<MatrixForm>],
 }
 
 impl Wanted<'_> {
     fn weights_in(&self, pack: &Pack) -> Result<BaseWeights, PackError> {
-        pack.weights(&self.files.config, self.digest, self.bytes)
+        pack.weights(&self.files.config, self.digest, self.forms)
     }
 }
 
@@ -111,7 +113,7 @@ impl PackCache {
                 tracing::warn!(
                     "weights are in this process's own memory, not shared: cannot pack them into {cache}: {error}"
                 );
-                wanted.files.load_weights(wanted.dtype)
+                wanted.files.load_unchanged(wanted.dtype, wanted.stamps)
             }
         }
     }
@@ -188,7 +190,10 @@ impl PackCache {
         );
         // What a writer left that was killed is overwritten; nobody maps it.
         let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(partial)?;
-        file::write(&file, &contents)
+        file::write(&file, &contents)?;
+        // The files were opened anew by their names, maybe minutes after the digest was found to be theirs: under it
+        // no other weights may ever stand, they would outlive a rollback of the model.
+        Ok(wanted.files.check_unchanged(wanted.stamps)?)
     }
 
     /// Waits for its turn to write.
