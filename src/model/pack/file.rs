@@ -25,6 +25,7 @@ use std::{
 use memmap2::{Advice, Mmap};
 use serde::{Deserialize, Serialize};
 
+use super::disk;
 use crate::{
     kernels::{ALIGNMENT, LAYOUT, Matrix, MatrixForm},
     model::{
@@ -50,6 +51,18 @@ const PIECE: usize = 1 << 20;
 pub enum PackError {
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// On NFS and the like a map can be taken away.
+    #[error("it is on {system}, which may take a mapped file away")]
+    Remote { system: &'static str },
+    /// Another user could write to it while it is mapped.
+    #[error("it belongs to the user {uid}")]
+    Owner { uid: u32 },
+    /// The same, of this user's file.
+    #[error("others may write to it: its mode is {mode:03o}")]
+    Mode { mode: u32 },
+    /// It has not got its name yet.
+    #[error("it is being written, or its writer was killed")]
+    Unfinished,
     /// It ends before its table does, or begins with something else.
     #[error("it is no file of packed weights")]
     Foreign,
@@ -132,9 +145,11 @@ impl Pack {
     /// never written to or shortened.
     pub fn open(path: &Path) -> Result<Self, PackError> {
         let (file, table, data) = open(path)?;
-        // SAFETY: the map is read-only. Nobody writes to or shortens the file: it stands in a directory that is its
-        // owner's alone, under the name that a rename gave it when it was whole, and Lockstep only ever renames
-        // another one over it or removes it, which leaves a map as it is.
+        disk::check_local(&file)?;
+        disk::check_ours(&file.metadata()?)?;
+        // SAFETY: the map is read-only. Nobody writes to or shortens the file: no other user may write to it, and
+        // Lockstep, which gave it its name when it was whole, only ever renames another one over it or removes it.
+        // That leaves a map as it is, because the file is on a disk of this machine, which keeps what is mapped.
         let map = unsafe { Mmap::map(&file) }?;
         let expected = (data as u64).saturating_add(table.bytes);
         if map.len() as u64 != expected {

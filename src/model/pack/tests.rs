@@ -329,9 +329,67 @@ fn files_are_listed_verified_and_removed() {
     pack.verify().unwrap();
     case.alter(|bytes| *bytes.last_mut().unwrap() ^= 1);
     assert!(matches!(pack.verify(), Err(PackError::Content { .. })));
-    pack.remove().unwrap();
+    // A writer was killed.
+    fs::write(case.path().with_extension("partial"), "of a pack").unwrap();
+    let listed = PackFile::list(case.cache.path());
+    let [unfinished, _] = &listed[..] else { panic!("two files: {listed:?}") };
+    assert!(matches!(unfinished.holds, Err(PackError::Unfinished)) && unfinished.bytes == 9);
+    assert!(matches!(unfinished.verify(), Err(PackError::Unfinished)));
+    let removed = PackFile::clear(case.cache.path()).unwrap();
+    assert_eq!(removed.len(), 2, "{removed:?}");
     let left: Vec<_> = entries(case.cache.path()).collect();
     assert_eq!(left, [case.cache.path().join("packing.lock")]);
+    assert!(PackFile::clear(case.cache.path()).unwrap().is_empty());
+    // What somebody else has just removed is as good as removed.
+    case.cache().remove(&case.path()).unwrap();
+}
+
+/// Whoever removes unfinished files waits until none of them is being written.
+#[test]
+fn clearing_waits_for_a_writer() {
+    let case = Case::tiny();
+    drop(case.load());
+    let lock = case.cache().lock().unwrap();
+    thread::scope(|scope| {
+        let clearing = scope.spawn(|| PackFile::clear(case.cache.path()).unwrap());
+        thread::sleep(Duration::from_millis(50));
+        assert!(!clearing.is_finished() && case.path().exists());
+        drop(lock);
+        assert_eq!(clearing.join().unwrap().len(), 1);
+    });
+    assert!(!case.path().exists());
+}
+
+/// A disk that is full of what nobody will ask for again has room at the next start.
+#[test]
+fn a_full_disk_loses_what_is_no_use() {
+    let case = Case::tiny();
+    drop(case.load());
+    let former = Wanted { digest: Digest([3; 32]), ..case.wanted() };
+    let former = case.cache().path_of(&former);
+    fs::rename(case.path(), &former).unwrap();
+    let unfinished = former.with_extension("partial");
+    fs::write(&unfinished, "of a writer that was killed").unwrap();
+    let full = PackCache { spare: u64::MAX, ..case.cache() };
+    assert_eq!(bits(&full.load(&case.wanted()).unwrap()), bits(&case.in_memory()));
+    assert!(!former.exists() && !unfinished.exists() && !case.path().exists());
+}
+
+#[test]
+fn a_file_to_which_others_may_write_is_not_mapped() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let case = Case::tiny();
+    drop(case.load());
+    fs::set_permissions(case.path(), fs::Permissions::from_mode(0o620)).unwrap();
+    assert!(matches!(case.cache().open(&case.path()), Err(PackError::Mode { mode: 0o620 })));
+    drop(case.load());
+    assert_eq!(fs::metadata(case.path()).unwrap().permissions().mode() & 0o777, 0o600, "packed anew");
+    // Only root can give a file away.
+    if chown(case.path(), Some(12_345), None).is_ok() {
+        assert!(matches!(case.cache().open(&case.path()), Err(PackError::Owner { uid: 12_345 })));
+    }
+    assert_eq!(bits(&case.load()), bits(&case.in_memory()));
+    case.cache().open(&case.path()).unwrap();
 }
 
 /// The bytes of a packed tiny model.
