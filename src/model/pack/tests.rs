@@ -269,7 +269,8 @@ fn a_model_that_is_refused_leaves_no_file() {
     let end = bytes.len();
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&path, bytes).unwrap();
-    let error = case.cache().load(&case.wanted()).err().unwrap();
+    let stamps = &case.files.stamps().unwrap();
+    let error = case.cache().load(&Wanted { stamps, ..case.wanted() }).err().unwrap();
     assert!(matches!(error, ModelError::NotFinite { .. }), "{error}");
     let left: Vec<_> = entries(case.cache.path()).collect();
     assert_eq!(left, [case.cache.path().join("packing.lock")]);
@@ -332,7 +333,7 @@ fn files_are_listed_verified_and_removed() {
     // A writer was killed.
     fs::write(case.path().with_extension("partial"), "of a pack").unwrap();
     let listed = PackFile::list(case.cache.path());
-    let [unfinished, _] = &listed[..] else { panic!("two files: {listed:?}") };
+    let [_, unfinished] = &listed[..] else { panic!("two files: {listed:?}") };
     assert!(matches!(unfinished.holds, Err(PackError::Unfinished)) && unfinished.bytes == 9);
     assert!(matches!(unfinished.verify(), Err(PackError::Unfinished)));
     let removed = PackFile::clear(case.cache.path()).unwrap();
