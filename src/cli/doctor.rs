@@ -191,13 +191,8 @@ fn store(directory: &Path, wanted: Option<&BucketLocation>) -> Finding {
 }
 
 fn free_bytes(directory: &Path) -> Option<u64> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = std::ffi::CString::new(directory.as_os_str().as_bytes()).ok()?;
-    // SAFETY: all zeroes is a valid value of this plain C struct.
-    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path ends with a zero and the struct is ours; both outlive the call.
-    let failed = unsafe { libc::statvfs(path.as_ptr(), &mut stat) } != 0;
-    (!failed).then(|| stat.f_bavail as u64 * stat.f_frsize as u64)
+    let disk = rustix::fs::statvfs(directory).ok()?;
+    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 /// Whether the certificates of the data directory belong together, and until when they are good.

@@ -2,7 +2,11 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::{Args, Subcommand};
-use lockstep::{model::PackFile, pull, service::DataDirectory};
+use lockstep::{
+    model::{PackError, PackFile},
+    pull,
+    service::DataDirectory,
+};
 
 use super::up::{CACHE, DATA_DIR};
 
@@ -14,7 +18,8 @@ pub enum Model {
     List(Data),
     /// Read all packed weights and compare them with the digest of what was written.
     Verify(Data),
-    /// Remove all packed weights: the next start of a node packs them again.
+    /// Remove all packed weights, unfinished ones too: the next start of a node packs them again. Waits for a node that
+    /// is packing.
     Clear(Data),
 }
 
@@ -52,6 +57,10 @@ impl Model {
                         println!("{}: as it was written", line(pack));
                         false
                     }
+                    Err(PackError::Unfinished) => {
+                        println!("{}", line(pack));
+                        false
+                    }
                     Err(problem) => {
                         println!("{}: {problem}", line(pack));
                         true
@@ -63,8 +72,7 @@ impl Model {
                 }
             }
             Self::Clear(data) => {
-                for pack in data.packs() {
-                    pack.remove()?;
+                for pack in PackFile::clear(&data.cache())? {
                     println!("removed {}", line(&pack));
                 }
             }
@@ -75,7 +83,11 @@ impl Model {
 
 impl Data {
     fn packs(&self) -> Vec<PackFile> {
-        PackFile::list(&self.data_dir.join(CACHE))
+        PackFile::list(&self.cache())
+    }
+
+    fn cache(&self) -> PathBuf {
+        self.data_dir.join(CACHE)
     }
 }
 

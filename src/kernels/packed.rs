@@ -198,3 +198,69 @@ impl Matrix {
         Some(Self { out_features, in_features, inputs, panels })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{kernels::BlockRows, types::Digest};
+
+    /// Outputs: a whole panel and a part of one.
+    const OUTPUTS: usize = 40;
+    const INPUTS: usize = 2 * BLOCK;
+
+    fn plain() -> Vec<f32> {
+        let mut values: Vec<f32> =
+            (0..OUTPUTS * INPUTS).map(|index| (index * 37 % 4099) as f32 / 1024.0 - 2.0).collect();
+        // Just above and just below the least that a rounded weight is, 2⁻⁴⁰: the second one is zero.
+        (values[5], values[6]) = (-1e-12, 8e-13);
+        values
+    }
+
+    fn coded(bits: CodeBits) -> BlockRows {
+        let (count, least) = match bits {
+            CodeBits::Four => (16, 0),
+            CodeBits::Five => (32, 0),
+            CodeBits::Six => (64, -32),
+            CodeBits::Eight => (256, -128),
+        };
+        let codes = (0..OUTPUTS * INPUTS).map(|index| ((index * 37 % 4099) as i32 % count + least) as i8);
+        let numbers = |factor: usize| {
+            let runs = 0..OUTPUTS * INPUTS / bits.run();
+            runs.map(move |run| (run * factor % 211) as f32 / 512.0 - 0.125)
+        };
+        let offsets = match bits {
+            CodeBits::Six => numbers(0).map(|_| 0.0).collect(),
+            _ => numbers(53).collect(),
+        };
+        BlockRows { bits, codes: codes.collect(), scales: numbers(31).collect(), offsets }
+    }
+
+    /// Files that were written stay on the disks of who runs this. If these digests change, what is mapped from such
+    /// a file would be other weights: raise [`LAYOUT`], then put the new digests here beside the new number.
+    #[test]
+    fn panels_are_those_of_the_layouts_number() {
+        let values = plain();
+        let matrices = [
+            Matrix::from_rows(OUTPUTS, INPUTS, &values),
+            Matrix::from_bf16(OUTPUTS, INPUTS, &values),
+            Matrix::with_dtype(WeightDtype::Bf16, OUTPUTS, INPUTS, &values),
+        ];
+        let coded = [CodeBits::Four, CodeBits::Five, CodeBits::Six, CodeBits::Eight]
+            .map(|bits| Matrix::from_blocks(OUTPUTS, INPUTS, &coded(bits)));
+        let found: Vec<_> = matrices
+            .iter()
+            .chain(&coded)
+            .map(|matrix| (matrix.form(), Digest::of(matrix.packed_bytes()).to_string()[..16].to_owned()))
+            .collect();
+        let expected = [
+            (MatrixForm::F32, "f7cf9aec3880f1f9"),
+            (MatrixForm::Bf16, "36cdf6ffca17dbad"),
+            (MatrixForm::RoundedBf16, "a3aa8e7b6e3bb300"),
+            (MatrixForm::Blocks(CodeBits::Four), "ac95481e80f4468e"),
+            (MatrixForm::Blocks(CodeBits::Five), "d83451fab105f84e"),
+            (MatrixForm::Blocks(CodeBits::Six), "d44b7993328c4269"),
+            (MatrixForm::Blocks(CodeBits::Eight), "e9d9b17972642fce"),
+        ];
+        assert_eq!((LAYOUT, found), (1, expected.map(|(form, digest)| (form, digest.to_owned())).to_vec()));
+    }
+}

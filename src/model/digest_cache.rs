@@ -5,7 +5,9 @@
 //! those it was made with, and whatever goes wrong with the cache only costs the hashing.
 
 use std::{
-    fs, io,
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -87,9 +89,14 @@ fn is_settled(file: &Stamp) -> bool {
     Duration::from_nanos(file.modified_ns) + SETTLED_AFTER < now
 }
 
+/// Makes a cache's directory, and those above it, for its owner alone; one that is there stays as it is.
+pub(super) fn make_directory(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)
+}
+
 fn write(path: &Path, entry: &Entry) -> io::Result<()> {
     if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
+        make_directory(directory)?;
     }
     let partial = path.with_extension(format!("{}.tmp", std::process::id()));
     fs::write(&partial, serde_json::to_vec(entry)?)?;
@@ -98,6 +105,8 @@ fn write(path: &Path, entry: &Entry) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn stamp(size: u64, modified_ns: u64) -> Stamp {
@@ -112,6 +121,8 @@ mod tests {
         assert_eq!(cache.get(&files), None);
         cache.put(&files, Digest([7; 32]));
         assert_eq!(cache.get(&files), Some(Digest([7; 32])));
+        let made = fs::metadata(directory.path().join("cache")).unwrap();
+        assert_eq!(made.permissions().mode() & 0o777, 0o700, "packed weights will be in it");
         assert_eq!(cache.get(&[stamp(11, 1)]), None);
         assert_eq!(cache.get(&[stamp(10, 2)]), None);
         assert_eq!(cache.get(&[stamp(10, 1), stamp(10, 1)]), None);

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     gpu::{DeviceChoice, Gpu, GpuError},
-    kernels,
+    kernels::{self, MatrixForm},
     types::Digest,
 };
 
@@ -43,6 +43,8 @@ struct Entry {
     stamps: Vec<Stamp>,
     /// Of the loaded weights.
     weight_bytes: u64,
+    /// What they are held as.
+    weight_forms: Vec<Option<MatrixForm>>,
     /// Held while loading, so that whoever comes meanwhile waits for the one load.
     loaded: Mutex<Option<Arc<BaseModel>>>,
     #[cfg(test)]
@@ -101,6 +103,7 @@ impl Library {
                 source,
                 digest: base_digest(digest, options.dtype),
                 weight_bytes: files.weight_bytes(options.dtype)?,
+                weight_forms: files.weight_forms(options.dtype)?,
                 files,
                 stamps,
                 loaded: Mutex::default(),
@@ -151,7 +154,7 @@ impl Library {
         if let Some(model) = &*loaded {
             return Ok(model.clone());
         }
-        entry.check_unchanged()?;
+        entry.files.check_unchanged(&entry.stamps)?;
         let model = Arc::new(BaseModel {
             name: entry.source.name.clone(),
             config: entry.files.config.clone(),
@@ -169,14 +172,17 @@ impl Library {
     fn place(&self, entry: &Entry) -> Result<Place, ModelError> {
         let dtype = self.options.dtype;
         let Some(gpu) = &self.gpu else {
-            let Some(packs) = &self.packs else { return Ok(Place::Cpu(entry.files.load_weights(dtype)?)) };
+            let Some(packs) = &self.packs else {
+                return Ok(Place::Cpu(entry.files.load_unchanged(dtype, &entry.stamps)?));
+            };
             let path = &entry.source.path;
             let source = &fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-            let (files, digest, bytes) = (&entry.files, entry.digest, entry.weight_bytes);
-            let wanted = Wanted { files, source, dtype, digest, bytes };
+            let (files, stamps, forms, digest) =
+                (&entry.files, &entry.stamps[..], &entry.weight_forms[..], entry.digest);
+            let wanted = Wanted { files, stamps, source, dtype, digest, forms };
             return Ok(Place::Cpu(packs.load(&wanted)?));
         };
-        let weights = entry.files.load_weights(dtype)?;
+        let weights = entry.files.load_unchanged(dtype, &entry.stamps)?;
         let _turn = gpu.turn();
         Ok(Place::Gpu(Box::new(
             DeviceModel::new(gpu, &entry.files.config, &weights).map_err(ModelError::Gpu)?,
@@ -272,16 +278,6 @@ fn suited(
             Ok(None)
         }
         Err(source) => Err(ModelError::OnGpu { name: name.to_owned(), source }),
-    }
-}
-
-impl Entry {
-    fn check_unchanged(&self) -> Result<(), ModelError> {
-        let now = self.files.stamps()?;
-        match self.stamps.iter().zip(&now).find(|(then, now)| then != now) {
-            Some((changed, _)) => Err(ModelError::Changed { path: changed.path.clone() }),
-            None => Ok(()),
-        }
     }
 }
 

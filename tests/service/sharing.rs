@@ -16,8 +16,8 @@ struct Mapping {
     resident: u64,
     /// The same, each page divided by how many processes have it.
     proportional: u64,
-    /// That only this process has, because it wrote to them.
-    dirty: u64,
+    /// Copies that only this process has, because it wrote to them. (Dirty are all of a file in memory, a tmpfs.)
+    copied: u64,
 }
 
 impl Mapping {
@@ -36,7 +36,7 @@ impl Mapping {
             size: kib("Size"),
             resident: kib("Rss"),
             proportional: kib("Pss"),
-            dirty: kib("Private_Dirty") + kib("Shared_Dirty"),
+            copied: kib("Anonymous"),
         }
     }
 }
@@ -73,7 +73,7 @@ fn node_processes_map_one_copy_of_the_weights() {
         assert_eq!(one.file, other.file);
         assert_eq!(written.get_or_insert_with(|| one.file.clone()), &one.file, "start {start} writes none");
         for mapping in &mapped {
-            assert!(mapping.size > 8 << 10 && mapping.dirty == 0, "{mapping:?}");
+            assert!(mapping.size > 8 << 10 && mapping.copied == 0, "{mapping:?}");
             assert!(mapping.resident > mapping.size * 9 / 10, "a step reads all weights: {mapping:?}");
         }
         let (counted, there) = (one.resident + other.resident, one.proportional + other.proportional);

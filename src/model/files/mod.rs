@@ -24,7 +24,7 @@ use super::{
     weights::{self, FromSource, Gguf, Shards},
 };
 use crate::{
-    kernels::WeightDtype,
+    kernels::{MatrixForm, WeightDtype},
     types::{Digest, Hasher},
 };
 
@@ -70,6 +70,19 @@ impl ModelFiles {
         weights::assemble(&self.config, &*self.read(dtype)?)
     }
 
+    /// The same, if no file has changed since these stamps were taken; looked at when all is read, because the files
+    /// are opened anew by their names.
+    pub fn load_unchanged(&self, dtype: WeightDtype, stamps: &[Stamp]) -> Result<BaseWeights, ModelError> {
+        let weights = self.load_weights(dtype)?;
+        self.check_unchanged(stamps)?;
+        Ok(weights)
+    }
+
+    /// What each matrix is held as, `None` of a vector, in the order of [`Weight::all`](weights::Weight::all).
+    pub fn weight_forms(&self, dtype: WeightDtype) -> Result<Vec<Option<MatrixForm>>, ModelError> {
+        Ok(weights::loaded_forms(&self.config, &*self.read(dtype)?))
+    }
+
     /// What reads the weights one by one.
     pub fn read(&self, dtype: WeightDtype) -> Result<Box<dyn weights::Read + '_>, ModelError> {
         Ok(match &self.form {
@@ -102,6 +115,15 @@ impl ModelFiles {
     /// Size and time of every file, to see later whether one has changed.
     pub fn stamps(&self) -> Result<Vec<Stamp>, ModelError> {
         self.files.iter().map(|path| stamp(path)).collect()
+    }
+
+    /// Refuses files of which one isn't as it was when its stamp was taken.
+    pub fn check_unchanged(&self, stamps: &[Stamp]) -> Result<(), ModelError> {
+        let now = self.stamps()?;
+        match stamps.iter().zip(&now).find(|(then, now)| then != now) {
+            Some((changed, _)) => Err(ModelError::Changed { path: changed.path.clone() }),
+            None => Ok(()),
+        }
     }
 }
 

@@ -25,6 +25,7 @@ use std::{
 use memmap2::{Advice, Mmap};
 use serde::{Deserialize, Serialize};
 
+use super::disk;
 use crate::{
     kernels::{ALIGNMENT, LAYOUT, Matrix, MatrixForm},
     model::{
@@ -50,6 +51,18 @@ const PIECE: usize = 1 << 20;
 pub enum PackError {
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// On NFS and the like a map can be taken away.
+    #[error("it is on {system}, which may take a mapped file away")]
+    Remote { system: &'static str },
+    /// Another user could write to it while it is mapped.
+    #[error("it belongs to the user {uid}")]
+    Owner { uid: u32 },
+    /// The same, of this user's file.
+    #[error("others may write to it: its mode is {mode:03o}")]
+    Mode { mode: u32 },
+    /// It has not got its name yet.
+    #[error("it is being written, or its writer was killed")]
+    Unfinished,
     /// It ends before its table does, or begins with something else.
     #[error("it is no file of packed weights")]
     Foreign,
@@ -65,10 +78,8 @@ pub enum PackError {
     /// Another model's, or the same in another dtype.
     #[error("it holds the model {found}, not {expected}", found = .found.short(), expected = .expected.short())]
     Model { expected: Digest, found: Digest },
-    /// A program that held the model's weights in other forms has written it.
-    #[error("its weights take {found} bytes, those of this program {expected}")]
-    Held { expected: u64, found: u64 },
-    /// A weight has another shape than the model's, or lies where none can.
+    /// A weight has another shape than the model's or another form than this program holds it in, or lies where
+    /// none can.
     #[error("its tensor {index} {problem}")]
     Tensor { index: usize, problem: &'static str },
     /// The tensors' values are not those that were written.
@@ -134,9 +145,11 @@ impl Pack {
     /// never written to or shortened.
     pub fn open(path: &Path) -> Result<Self, PackError> {
         let (file, table, data) = open(path)?;
-        // SAFETY: the map is read-only. Nobody writes to or shortens the file: it stands in a directory that is its
-        // owner's alone, under the name that a rename gave it when it was whole, and Lockstep only ever renames
-        // another one over it or removes it, which leaves a map as it is.
+        disk::check_local(&file)?;
+        disk::check_ours(&file.metadata()?)?;
+        // SAFETY: the map is read-only. Nobody writes to or shortens the file: no other user may write to it, and
+        // Lockstep, which gave it its name when it was whole, only ever renames another one over it or removes it.
+        // That leaves a map as it is, because the file is on a disk of this machine, which keeps what is mapped.
         let map = unsafe { Mmap::map(&file) }?;
         let expected = (data as u64).saturating_add(table.bytes);
         if map.len() as u64 != expected {
@@ -155,8 +168,14 @@ impl Pack {
         }
     }
 
-    /// The weights of this model, which stay where they are and take `bytes` bytes.
-    pub fn weights(&self, config: &ModelConfig, model: Digest, bytes: u64) -> Result<BaseWeights, PackError> {
+    /// The weights of this model, which stay where they are and are held in these forms (of
+    /// [`ModelFiles::weight_forms`](crate::model::files::ModelFiles::weight_forms)).
+    pub fn weights(
+        &self,
+        config: &ModelConfig,
+        model: Digest,
+        forms: &[Option<MatrixForm>],
+    ) -> Result<BaseWeights, PackError> {
         if self.table.model != model {
             return Err(PackError::Model { expected: model, found: self.table.model });
         }
@@ -165,10 +184,16 @@ impl Pack {
             let problem = format!("has {} tensors instead of {}", self.table.tensors.len(), index.len());
             return Err(PackError::Table { problem });
         }
-        let (mut end, mut held) = (0, 0);
+        let mut end = 0;
         for (index, (weight, tensor)) in Weight::all(config).zip(&self.table.tensors).enumerate() {
             if tensor.shape != weight.shape(config) {
                 return Err(PackError::Tensor { index, problem: "has another shape than the model's" });
+            }
+            if forms.get(index) != Some(&tensor.form) {
+                return Err(PackError::Tensor {
+                    index,
+                    problem: "has another form than this program holds it in",
+                });
             }
             let Some(length) = tensor.bytes().filter(|_| tensor.start == end) else {
                 return Err(PackError::Tensor {
@@ -177,10 +202,6 @@ impl Pack {
                 });
             };
             end = aligned(end + length);
-            held += length as u64;
-        }
-        if held != bytes {
-            return Err(PackError::Held { expected: bytes, found: held });
         }
         if end as u64 != self.table.bytes {
             return Err(PackError::Table { problem: format!("ends at {end} of {} bytes", self.table.bytes) });

@@ -13,21 +13,19 @@
 //! nothing for it. What bits rot unseen meanwhile, [`PackFile::verify`] finds (`lockstep model verify`).
 //!
 //! Each model at a place, in a dtype, has one file: whoever writes one removes those of other layouts, of the same
-//! place and dtype in an earlier state, and of models that are no longer where they were. Where nothing can be
-//! written the weights are in the process's own memory, as they would be without all this.
+//! place and dtype in an earlier state, and of models that are no longer where they were; before it writes, so that a
+//! full disk is full only of what is of use. Where nothing can be written, or a map could be taken away (NFS and
+//! other remote file systems), the weights are in the process's own memory, as they would be without all this.
 
+mod disk;
 mod file;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    ffi::CString,
-    fs::{self, DirBuilder, File, TryLockError},
+    fs::{self, File, TryLockError},
     io,
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{DirBuilderExt, OpenOptionsExt},
-    },
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -37,11 +35,11 @@ pub use self::file::PackError;
 use self::file::{Contents, Pack, WriteError};
 use super::{
     BaseWeights, ModelError,
-    digest_cache::DigestCache,
+    digest_cache::{DigestCache, make_directory},
     files::{ModelFiles, Stamp},
 };
 use crate::{
-    kernels::{LAYOUT, WeightDtype},
+    kernels::{LAYOUT, MatrixForm, WeightDtype},
     types::Digest,
 };
 
@@ -63,23 +61,27 @@ const UNFINISHED: &str = "partial";
 pub(super) struct PackCache {
     directory: PathBuf,
     proved: DigestCache,
+    /// Bytes that a file leaves free of its disk.
+    spare: u64,
 }
 
 /// A model, and what its weights are held as.
 pub(super) struct Wanted<'a> {
     pub files: &'a ModelFiles,
+    /// Of the files when the digest was taken.
+    pub stamps: &'a [Stamp],
     /// Where they stand, absolute.
     pub source: &'a Path,
     pub dtype: WeightDtype,
     /// Of the model in this dtype.
     pub digest: Digest,
-    /// Bytes of its weights in memory.
-    pub bytes: u64,
+    /// What its weights are held as.
+    pub forms: &'a [Option<MatrixForm>],
 }
 
 impl Wanted<'_> {
     fn weights_in(&self, pack: &Pack) -> Result<BaseWeights, PackError> {
-        pack.weights(&self.files.config, self.digest, self.bytes)
+        pack.weights(&self.files.config, self.digest, self.forms)
     }
 }
 
@@ -95,15 +97,12 @@ pub struct PackFile {
 impl PackCache {
     /// Made when it is first written to.
     pub fn in_directory(directory: &Path) -> Self {
-        Self { directory: directory.to_owned(), proved: DigestCache::in_directory(directory) }
+        Self { directory: directory.to_owned(), proved: DigestCache::in_directory(directory), spare: SPARE }
     }
 
     /// A model's weights: mapped, packed first if they are not yet, or in memory if there can be no file.
     pub fn load(&self, wanted: &Wanted<'_>) -> Result<BaseWeights, ModelError> {
-        if let Some(weights) = self.present(wanted) {
-            return Ok(weights);
-        }
-        match self.pack(wanted) {
+        match self.shared(wanted) {
             Ok(weights) => Ok(weights),
             Err(WriteError::Model(error)) => Err(error),
             Err(WriteError::Io(error)) => {
@@ -111,8 +110,18 @@ impl PackCache {
                 tracing::warn!(
                     "weights are in this process's own memory, not shared: cannot pack them into {cache}: {error}"
                 );
-                wanted.files.load_weights(wanted.dtype)
+                wanted.files.load_unchanged(wanted.dtype, wanted.stamps)
             }
+        }
+    }
+
+    /// The weights of the file that is there, or of the one that it writes.
+    fn shared(&self, wanted: &Wanted<'_>) -> Result<BaseWeights, WriteError> {
+        make_directory(&self.directory)?;
+        disk::check_local(&File::open(&self.directory)?).map_err(unusable)?;
+        match self.present(wanted) {
+            Some(weights) => Ok(weights),
+            None => self.pack(wanted),
         }
     }
 
@@ -143,25 +152,25 @@ impl PackCache {
 
     /// Writes the file, unless somebody else has meanwhile, and maps it.
     fn pack(&self, wanted: &Wanted<'_>) -> Result<BaseWeights, WriteError> {
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
         let _lock = self.lock()?;
         if let Some(weights) = self.present(wanted) {
             return Ok(weights);
         }
+        // What another model has meanwhile packed in this one's place is not removed for it.
+        wanted.files.check_unchanged(wanted.stamps)?;
+        self.tidy_up(wanted);
         let begun = Instant::now();
         let path = self.path_of(wanted);
         let partial = path.with_extension(UNFINISHED);
         self.write(wanted, &partial).inspect_err(|_| drop(fs::remove_file(&partial)))?;
         fs::rename(&partial, &path)?;
         File::open(&self.directory)?.sync_all()?;
-        let unusable = |problem: PackError| WriteError::Io(io::Error::other(problem.to_string()));
         let pack = Pack::open(&path).map_err(unusable)?;
         // Nobody but the holder of the lock writes files of this name, so it is no matter how young it is.
         let stamp = Stamp::of(&path).map_err(io::Error::other)?;
         self.proved.put_at_once(&[stamp], pack.table.content);
         let weights = wanted.weights_in(&pack).map_err(unusable)?;
         tracing::info!("packed weights of {} in {:.1?}", wanted.source.display(), begun.elapsed());
-        self.tidy_up(wanted, &path);
         Ok(weights)
     }
 
@@ -174,7 +183,8 @@ impl PackCache {
             config: &wanted.files.config,
             weights: &*weights,
         };
-        let (free, needed) = (free_bytes(&self.directory)?, contents.bytes().saturating_add(SPARE));
+        let (free, needed) =
+            (disk::free_bytes(&self.directory)?, contents.bytes().saturating_add(self.spare));
         if free < needed {
             let problem =
                 format!("{free} bytes are free on its disk; it takes {needed} with what is to stay free");
@@ -188,7 +198,10 @@ impl PackCache {
         );
         // What a writer left that was killed is overwritten; nobody maps it.
         let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(partial)?;
-        file::write(&file, &contents)
+        file::write(&file, &contents)?;
+        // The files were opened anew by their names, maybe minutes after the digest was found to be theirs: under it
+        // no other weights may ever stand, they would outlive a rollback of the model.
+        Ok(wanted.files.check_unchanged(wanted.stamps)?)
     }
 
     /// Waits for its turn to write.
@@ -219,8 +232,10 @@ impl PackCache {
         unfinished.filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum()
     }
 
-    /// Removes files that nobody will ask for again, and what killed writers left. Whoever has one mapped keeps it.
-    fn tidy_up(&self, wanted: &Wanted<'_>, written: &Path) {
+    /// Removes files that nobody will ask for again, the one that was found to be no use, and what killed writers
+    /// left; for the holder of the lock. Whoever has one mapped keeps it.
+    fn tidy_up(&self, wanted: &Wanted<'_>) {
+        let own = self.path_of(wanted);
         let dead = |path: &Path| match file::table_of(path) {
             Err(PackError::Io(_)) => false,
             Err(_) => true,
@@ -229,17 +244,23 @@ impl PackCache {
                 replaced || !table.source.exists()
             }
         };
-        for path in entries(&self.directory).filter(|path| path != written) {
-            if ends(&path, UNFINISHED) || ends(&path, ENDING) && dead(&path) {
-                self.remove(&path);
+        for path in entries(&self.directory) {
+            if (ends(&path, UNFINISHED) || ends(&path, ENDING) && (path == own || dead(&path)))
+                && let Err(error) = self.remove(&path)
+            {
+                tracing::warn!("cannot remove {}: {error}", path.display());
             }
         }
     }
 
-    fn remove(&self, path: &Path) {
+    /// One that somebody else has removed is as good as removed.
+    fn remove(&self, path: &Path) -> io::Result<()> {
         match fs::remove_file(path) {
-            Ok(()) => self.proved.forget(path),
-            Err(error) => tracing::warn!("cannot remove {}: {error}", path.display()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => {
+                self.proved.forget(path);
+                Ok(())
+            }
         }
     }
 
@@ -249,31 +270,48 @@ impl PackCache {
 }
 
 impl PackFile {
-    /// Those of a cache, by name.
+    /// Those of a cache, by name; those too that are being written, or whose writer was killed
+    /// ([`PackError::Unfinished`]).
     pub fn list(cache: &Path) -> Vec<Self> {
-        let mut paths: Vec<_> = entries(cache).filter(|path| ends(path, ENDING)).collect();
+        let mut paths: Vec<_> =
+            entries(cache).filter(|path| ends(path, ENDING) || ends(path, UNFINISHED)).collect();
         paths.sort();
         let list = paths.into_iter().map(|path| Self {
             bytes: fs::metadata(&path).map_or(0, |metadata| metadata.len()),
-            holds: file::table_of(&path).map(|table| (table.source, table.dtype)),
+            holds: match ends(&path, UNFINISHED) {
+                true => Err(PackError::Unfinished),
+                false => file::table_of(&path).map(|table| (table.source, table.dtype)),
+            },
             path,
         });
         list.collect()
     }
 
-    /// Reads every byte and compares it with the digest of what was written.
-    pub fn verify(&self) -> Result<(), PackError> {
-        Pack::open(&self.path)?.verify()
+    /// Removes all of them and says which: processes that have one mapped keep it, the next one packs again. Waits
+    /// for whoever is writing one.
+    pub fn clear(cache: &Path) -> io::Result<Vec<Self>> {
+        if Self::list(cache).is_empty() {
+            return Ok(Vec::new());
+        }
+        let packs = PackCache::in_directory(cache);
+        let _lock = packs.lock()?;
+        let list = Self::list(cache);
+        list.iter().try_for_each(|pack| packs.remove(&pack.path))?;
+        Ok(list)
     }
 
-    /// Removes it: processes that have it mapped keep it, the next one packs again.
-    pub fn remove(&self) -> io::Result<()> {
-        fs::remove_file(&self.path)?;
-        if let Some(directory) = self.path.parent() {
-            DigestCache::in_directory(directory).forget(&self.path);
+    /// Reads every byte and compares it with the digest of what was written.
+    pub fn verify(&self) -> Result<(), PackError> {
+        match ends(&self.path, UNFINISHED) {
+            true => Err(PackError::Unfinished),
+            false => Pack::open(&self.path)?.verify(),
         }
-        Ok(())
     }
+}
+
+/// Nothing that would be the model's fault.
+fn unusable(problem: PackError) -> WriteError {
+    WriteError::Io(io::Error::other(problem.to_string()))
 }
 
 fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> {
@@ -282,16 +320,4 @@ fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> {
 
 fn ends(path: &Path, ending: &str) -> bool {
     path.extension().is_some_and(|found| found == ending)
-}
-
-/// Bytes that this user may still write to the disk of a directory.
-fn free_bytes(directory: &Path) -> io::Result<u64> {
-    let path = CString::new(directory.as_os_str().as_bytes())?;
-    // SAFETY: all zeros is a valid value of this plain structure.
-    let mut disk = unsafe { std::mem::zeroed::<libc::statvfs>() };
-    // SAFETY: the path ends with a zero byte, and the call only writes the structure.
-    match unsafe { libc::statvfs(path.as_ptr(), &mut disk) } {
-        0 => Ok(disk.f_bavail.saturating_mul(disk.f_frsize)),
-        _ => Err(io::Error::last_os_error()),
-    }
 }

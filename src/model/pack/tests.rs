@@ -18,6 +18,8 @@ struct Case {
     model: PathBuf,
     dtype: WeightDtype,
     files: ModelFiles,
+    stamps: Vec<Stamp>,
+    forms: Vec<Option<MatrixForm>>,
     digest: Digest,
     cache: TempDir,
     _kept: TempDir,
@@ -26,8 +28,10 @@ struct Case {
 impl Case {
     fn new(kept: TempDir, model: PathBuf, dtype: WeightDtype) -> Self {
         let files = ModelFiles::open(&model).unwrap();
+        let (stamps, forms) = (files.stamps().unwrap(), files.weight_forms(dtype).unwrap());
         let digest = base_digest(files.digest().unwrap(), dtype);
-        Self { model, dtype, files, digest, cache: tempfile::tempdir().unwrap(), _kept: kept }
+        let cache = tempfile::tempdir().unwrap();
+        Self { model, dtype, files, stamps, forms, digest, cache, _kept: kept }
     }
 
     fn of(config: &ModelConfig, dtype: WeightDtype) -> Self {
@@ -42,8 +46,8 @@ impl Case {
     }
 
     fn wanted(&self) -> Wanted<'_> {
-        let bytes = self.files.weight_bytes(self.dtype).unwrap();
-        Wanted { files: &self.files, source: &self.model, dtype: self.dtype, digest: self.digest, bytes }
+        let Self { files, stamps, forms, model, dtype, digest, .. } = self;
+        Wanted { files, stamps, forms, source: model, dtype: *dtype, digest: *digest }
     }
 
     /// As a process that has just started.
@@ -132,7 +136,8 @@ fn mapped_weights_are_those_in_memory_to_the_bit() {
     let configs = decoder::tests::models().iter().map(|model| &model.config);
     let mut cases: Vec<Case> =
         configs.flat_map(|config| dtypes.map(|dtype| Case::of(config, dtype))).collect();
-    for format in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::BF16, GgmlDType::F16] {
+    use GgmlDType::*;
+    for format in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, BF16, F16, Q4K, Q5K, Q6K] {
         cases.extend(dtypes.map(|dtype| {
             let (directory, path) = gguf::tiny_gguf(format);
             Case::new(directory, path, dtype)
@@ -156,8 +161,9 @@ fn mapped_weights_are_those_in_memory_to_the_bit() {
         let reckoned = case.files.weight_bytes(case.dtype).unwrap();
         assert_eq!(reckoned, (bytes - tied) as u64, "what a node says of its memory");
     }
-    use MatrixForm::*;
-    for form in [F32, Bf16, RoundedBf16, Blocks(CodeBits::Four), Blocks(CodeBits::Eight)] {
+    let coded = [CodeBits::Four, CodeBits::Five, CodeBits::Six, CodeBits::Eight].map(MatrixForm::Blocks);
+    let plain = [MatrixForm::F32, MatrixForm::Bf16, MatrixForm::RoundedBf16];
+    for form in plain.into_iter().chain(coded) {
         assert!(forms.contains(&form), "no weights of the test are {form:?}");
     }
 }
@@ -229,12 +235,15 @@ fn another_models_file_is_not_taken() {
     let error = case.wanted().weights_in(&pack).err().unwrap();
     assert!(matches!(error, PackError::Model { found, .. } if found == other.digest), "{error:?}");
     let wider = ModelConfig { vocab_size: 300, ..tiny::config() };
-    let bytes = other.wanted().bytes;
-    assert!(matches!(pack.weights(&wider, other.digest, bytes), Err(PackError::Tensor { index: 0, .. })));
+    let mut forms = other.forms.clone();
+    assert!(matches!(pack.weights(&wider, other.digest, &forms), Err(PackError::Tensor { index: 0, .. })));
     let deeper = ModelConfig { num_layers: 3, ..tiny::config() };
-    assert!(matches!(pack.weights(&deeper, other.digest, bytes), Err(PackError::Table { .. })));
-    let otherwise = pack.weights(&other.files.config, other.digest, 2 * bytes).err().unwrap();
-    assert!(matches!(otherwise, PackError::Held { found, .. } if found == bytes), "{otherwise:?} {bytes}");
+    assert!(matches!(pack.weights(&deeper, other.digest, &forms), Err(PackError::Table { .. })));
+    // As many bytes, but the rows that they meet aren't rounded.
+    let last = forms.iter().rposition(Option::is_some).unwrap();
+    assert_eq!(forms[last].replace(MatrixForm::Bf16), Some(MatrixForm::RoundedBf16));
+    let otherwise = pack.weights(&other.files.config, other.digest, &forms).err().unwrap();
+    assert!(matches!(otherwise, PackError::Tensor { index, .. } if index == last), "{otherwise:?}");
     assert_eq!(bits(&case.load()), bits(&case.in_memory()));
 }
 
@@ -260,10 +269,26 @@ fn a_model_that_is_refused_leaves_no_file() {
     let end = bytes.len();
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&path, bytes).unwrap();
-    let error = case.cache().load(&case.wanted()).err().unwrap();
+    let stamps = &case.files.stamps().unwrap();
+    let error = case.cache().load(&Wanted { stamps, ..case.wanted() }).err().unwrap();
     assert!(matches!(error, ModelError::NotFinite { .. }), "{error}");
     let left: Vec<_> = entries(case.cache.path()).collect();
     assert_eq!(left, [case.cache.path().join("packing.lock")]);
+}
+
+/// Between the look at the files and the turn to pack them, their names came to mean another model.
+#[test]
+fn no_pack_has_other_weights_than_its_digest_names() {
+    let case = Case::tiny();
+    tiny::write(&case.model, &tiny::config(), 8).unwrap();
+    let error = case.cache().load(&case.wanted()).err().expect("other weights");
+    assert!(matches!(error, ModelError::Changed { .. }), "{error}");
+    assert!(PackFile::list(case.cache.path()).is_empty());
+    // Nor has the memory of a process that can write none.
+    let file = case.cache.path().join("a file");
+    fs::write(&file, "").unwrap();
+    let error = PackCache::in_directory(&file.join("cache")).load(&case.wanted()).err().unwrap();
+    assert!(matches!(error, ModelError::Changed { .. }), "{error}");
 }
 
 #[test]
@@ -276,8 +301,8 @@ fn what_nobody_will_ask_for_is_removed() {
     put("notes.txt", b"not ours");
     // A model that is gone, the same model in another dtype, and the same place with another model.
     let gone = Case::of(&ModelConfig { num_layers: 3, ..tiny::config() }, WeightDtype::F32);
-    let bytes = case.files.weight_bytes(WeightDtype::Bf16).unwrap();
-    let half = Wanted { dtype: WeightDtype::Bf16, digest: Digest([2; 32]), bytes, ..case.wanted() };
+    let forms = &case.files.weight_forms(WeightDtype::Bf16).unwrap();
+    let half = Wanted { dtype: WeightDtype::Bf16, digest: Digest([2; 32]), forms, ..case.wanted() };
     let former = Wanted { digest: Digest([3; 32]), ..case.wanted() };
     for wanted in [&gone.wanted(), &half, &former] {
         case.cache().pack(wanted).map_err(|_| "written").unwrap();
@@ -305,9 +330,67 @@ fn files_are_listed_verified_and_removed() {
     pack.verify().unwrap();
     case.alter(|bytes| *bytes.last_mut().unwrap() ^= 1);
     assert!(matches!(pack.verify(), Err(PackError::Content { .. })));
-    pack.remove().unwrap();
+    // A writer was killed.
+    fs::write(case.path().with_extension("partial"), "of a pack").unwrap();
+    let listed = PackFile::list(case.cache.path());
+    let [_, unfinished] = &listed[..] else { panic!("two files: {listed:?}") };
+    assert!(matches!(unfinished.holds, Err(PackError::Unfinished)) && unfinished.bytes == 9);
+    assert!(matches!(unfinished.verify(), Err(PackError::Unfinished)));
+    let removed = PackFile::clear(case.cache.path()).unwrap();
+    assert_eq!(removed.len(), 2, "{removed:?}");
     let left: Vec<_> = entries(case.cache.path()).collect();
     assert_eq!(left, [case.cache.path().join("packing.lock")]);
+    assert!(PackFile::clear(case.cache.path()).unwrap().is_empty());
+    // What somebody else has just removed is as good as removed.
+    case.cache().remove(&case.path()).unwrap();
+}
+
+/// Whoever removes unfinished files waits until none of them is being written.
+#[test]
+fn clearing_waits_for_a_writer() {
+    let case = Case::tiny();
+    drop(case.load());
+    let lock = case.cache().lock().unwrap();
+    thread::scope(|scope| {
+        let clearing = scope.spawn(|| PackFile::clear(case.cache.path()).unwrap());
+        thread::sleep(Duration::from_millis(50));
+        assert!(!clearing.is_finished() && case.path().exists());
+        drop(lock);
+        assert_eq!(clearing.join().unwrap().len(), 1);
+    });
+    assert!(!case.path().exists());
+}
+
+/// A disk that is full of what nobody will ask for again has room at the next start.
+#[test]
+fn a_full_disk_loses_what_is_no_use() {
+    let case = Case::tiny();
+    drop(case.load());
+    let former = Wanted { digest: Digest([3; 32]), ..case.wanted() };
+    let former = case.cache().path_of(&former);
+    fs::rename(case.path(), &former).unwrap();
+    let unfinished = former.with_extension("partial");
+    fs::write(&unfinished, "of a writer that was killed").unwrap();
+    let full = PackCache { spare: u64::MAX, ..case.cache() };
+    assert_eq!(bits(&full.load(&case.wanted()).unwrap()), bits(&case.in_memory()));
+    assert!(!former.exists() && !unfinished.exists() && !case.path().exists());
+}
+
+#[test]
+fn a_file_to_which_others_may_write_is_not_mapped() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let case = Case::tiny();
+    drop(case.load());
+    fs::set_permissions(case.path(), fs::Permissions::from_mode(0o620)).unwrap();
+    assert!(matches!(case.cache().open(&case.path()), Err(PackError::Mode { mode: 0o620 })));
+    drop(case.load());
+    assert_eq!(fs::metadata(case.path()).unwrap().permissions().mode() & 0o777, 0o600, "packed anew");
+    // Only root can give a file away.
+    if chown(case.path(), Some(12_345), None).is_ok() {
+        assert!(matches!(case.cache().open(&case.path()), Err(PackError::Owner { uid: 12_345 })));
+    }
+    assert_eq!(bits(&case.load()), bits(&case.in_memory()));
+    case.cache().open(&case.path()).unwrap();
 }
 
 /// The bytes of a packed tiny model.
@@ -361,7 +444,7 @@ fn a_table_may_be_longer_or_shorter() {
     assert!(matches!(refused(|t| t["tensors"][0]["start"] = 32.into()), PackError::Tensor { index: 0, .. }));
     assert!(matches!(
         refused(|t| t["tensors"][0]["form"] = "bf16".into()),
-        PackError::Tensor { index: 1, .. }
+        PackError::Tensor { index: 0, .. }
     ));
     assert!(matches!(refused(|t| drop(t["tensors"].as_array_mut().unwrap().pop())), PackError::Table { .. }));
     assert!(matches!(refused(|t| t["tensors"][1]["shape"] = vec![33].into()), PackError::Tensor { .. }));

@@ -97,6 +97,12 @@ pub(in crate::model) fn loaded_bytes(config: &ModelConfig, from: &dyn Read) -> u
     Weight::all(config).map(|weight| bytes(weight) as u64).sum()
 }
 
+/// What each matrix is held as when it is read, `None` of a vector, in the order of [`Weight::all`].
+pub(in crate::model) fn loaded_forms(config: &ModelConfig, from: &dyn Read) -> Vec<Option<MatrixForm>> {
+    let form = |weight: Weight| (weight.shape(config).len() == 2).then(|| from.form(weight));
+    Weight::all(config).map(form).collect()
+}
+
 impl<'a, S: TensorSource> FromSource<'a, S> {
     /// Refuses a source whose tensors aren't exactly those that `config` calls for.
     pub fn new(config: &'a ModelConfig, source: S, dtype: WeightDtype) -> Result<Self, ModelError> {

@@ -17,7 +17,7 @@ use crate::{
 };
 
 pub(super) use self::gguf::{Gguf, Header, ROPE_DIVISORS, Value};
-pub(super) use self::load::{FromSource, Read, assemble, loaded_bytes};
+pub(super) use self::load::{FromSource, Read, assemble, loaded_bytes, loaded_forms};
 pub(crate) use self::safetensors::shards_of_index;
 pub(super) use self::safetensors::{Shards, hugging_face_name};
 

@@ -140,11 +140,18 @@ impl TinyGguf {
     }
 }
 
-/// A tiny model's GGUF in a number format.
+/// A tiny model's GGUF in a number format; its rows are whole blocks of that.
 pub(in crate::model) fn tiny_gguf(number_format: GgmlDType) -> (TempDir, std::path::PathBuf) {
     let directory = tempfile::tempdir().unwrap();
-    tiny::write(directory.path(), &TinyGguf::config(), 1).unwrap();
-    TinyGguf::of(&TinyGguf::config(), directory.path(), number_format).write()
+    let mut config = TinyGguf::config();
+    if number_format.block_size() > config.hidden_size {
+        let width = number_format.block_size();
+        let heads = config.num_heads;
+        config =
+            ModelConfig { hidden_size: width, intermediate_size: width, head_dim: width / heads, ..config };
+    }
+    tiny::write(directory.path(), &config, 1).unwrap();
+    TinyGguf::of(&config, directory.path(), number_format).write()
 }
 
 fn written(bytes: &[u8]) -> (TempDir, std::path::PathBuf) {
