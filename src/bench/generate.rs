@@ -48,18 +48,12 @@ pub struct GenerateReport {
 
 /// Measures it.
 pub fn generate(config: &GenerateConfig) -> Result<GenerateReport, BenchError> {
-    let machine = Machine::here();
     let local = Local::start(&config.subject, 0, 1)?;
-    let machine = local.computing(machine);
-    generate_on(&local, config, machine)
+    generate_on(&local, config)
 }
 
 /// The same on a cluster that is there, and has a replica.
-pub(super) fn generate_on(
-    local: &Local,
-    config: &GenerateConfig,
-    machine: Machine,
-) -> Result<GenerateReport, BenchError> {
+pub(super) fn generate_on(local: &Local, config: &GenerateConfig) -> Result<GenerateReport, BenchError> {
     let source = SamplingSource::BaseModel(local.model.clone());
     let sampling = local.service.create_sampling_client_blocking(source)?;
     let draw = |seed, new| whole_draw(local, &sampling, config, seed, new);
@@ -88,7 +82,7 @@ pub(super) fn generate_on(
         decode_tokens_per_s: decoded_per_s(streams * f64::from(config.new.saturating_sub(1)), whole, prefill),
         total_tokens_per_s: decodes.then(|| round(streams * f64::from(config.new) / whole, 1)),
         peak_rss_mib: peak_rss_mib(),
-        machine,
+        machine: local.machine.clone(),
     })
 }
 

@@ -12,7 +12,7 @@ use rand_chacha::{
 use super::{BenchError, Machine, folder::TemporaryFolder};
 use crate::{
     client::ServiceClient,
-    kernels::{self, WeightDtype},
+    kernels,
     model::{ComputeOptions, ModelConfig, ModelSource},
     service::{Cluster, ClusterConfig},
     types::ModelInput,
@@ -37,7 +37,8 @@ pub(super) struct Local {
     pub vocabulary: u32,
     /// What its node computes on.
     pub engine: String,
-    dtype: WeightDtype,
+    /// As it was before the start, for its figures to stand beside; with the GPU, if one computes.
+    pub machine: Machine,
     // In this order: the cluster ends before its folder does.
     _cluster: Cluster,
     _data: TemporaryFolder,
@@ -52,6 +53,7 @@ impl Local {
                 problem: "a median takes at least one".into(),
             });
         }
+        let machine = Machine::here();
         let (source, config) = checked(&subject.model)?;
         let data = TemporaryFolder::new("data");
         let model = source.name.clone();
@@ -66,25 +68,13 @@ impl Local {
         })?;
         let service = ServiceClient::connect_blocking(cluster.connector())?;
         let engine = engine(&service, subject)?;
-        let vocabulary = config.vocab_size as u32;
-        Ok(Self {
-            service,
-            model,
-            vocabulary,
-            engine,
-            dtype: subject.compute.dtype,
-            _cluster: cluster,
-            _data: data,
-        })
-    }
-
-    /// The machine that its figures stand beside: with the GPU, if one computes. What a CPU's node says names the bits,
-    /// which several kernel paths share.
-    pub fn computing(&self, machine: Machine) -> Machine {
-        match self.engine == kernels::numerics(self.dtype) {
+        // What a CPU's node says names the bits, which several kernel paths share.
+        let machine = match engine == kernels::numerics(subject.compute.dtype) {
             true => machine,
-            false => machine.computing_on(&self.engine),
-        }
+            false => machine.computing_on(&engine),
+        };
+        let vocabulary = config.vocab_size as u32;
+        Ok(Self { service, model, vocabulary, engine, machine, _cluster: cluster, _data: data })
     }
 
     /// Random ordinary tokens: speed is measured, not learning. The first hundred ids are left to what

@@ -23,6 +23,7 @@ mod worker;
 
 mod limits;
 mod peer;
+mod program;
 
 mod allreduce;
 mod gateway;
@@ -43,7 +44,9 @@ pub use compare::{CompareConfig, CompareReport, CompareRow, compare, draw};
 pub use error::BenchError;
 pub use gateway::{GatewayConfig, GatewayReport, GatewayResult, gateway};
 pub use generate::{GenerateConfig, GenerateReport, generate};
-pub use gpu::{Figures, FiguresConfig, GpuBenchConfig, GpuReport, GpuRow, Peak, Shape, gpu, gpu_figures};
+pub use gpu::{
+    Figures, FiguresConfig, GpuBenchConfig, GpuReport, GpuRow, Peak, Shape, Workload, gpu, gpu_figures,
+};
 pub use limits::{Bulk, Memcpy};
 pub use local::Subject;
 pub use machine::Machine;

@@ -48,18 +48,12 @@ const LEARNING_RATE: f64 = 1e-3;
 
 /// Measures it.
 pub fn parity(config: &ParityConfig) -> Result<ParityReport, BenchError> {
-    let machine = Machine::here();
     let local = Local::start(&config.subject, 1, 1)?;
-    let machine = local.computing(machine);
-    parity_on(&local, config, machine)
+    parity_on(&local, config)
 }
 
 /// The same on a cluster that is there, and has a rank and a replica.
-pub(super) fn parity_on(
-    local: &Local,
-    config: &ParityConfig,
-    machine: Machine,
-) -> Result<ParityReport, BenchError> {
+pub(super) fn parity_on(local: &Local, config: &ParityConfig) -> Result<ParityReport, BenchError> {
     let training = local.service.create_lora_training_client_blocking(
         &local.model,
         config.rank,
@@ -101,7 +95,7 @@ pub(super) fn parity_on(
         let sequence = sample.sequences[0].tokens.len();
         trained.extend_from_slice(&values[values.len().saturating_sub(sequence)..]);
     }
-    report(config, machine, &sampled, &trained, samples[0].policy_version)
+    report(config, local.machine.clone(), &sampled, &trained, samples[0].policy_version)
 }
 
 /// Position i predicts token i + 1, so the sequence is cut by one at either end.

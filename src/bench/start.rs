@@ -23,7 +23,7 @@ use super::{
 use crate::{
     client::{LoraOptions, ServiceClient},
     model::{ComputeOptions, ModelSource},
-    service::{DataDirectory, run_here},
+    service::{CACHE, DataDirectory, run_here},
     types::{AdamParams, Datum, LossFn, LossSpec, ModelInput},
 };
 
@@ -120,7 +120,7 @@ pub fn start(config: &StartConfig) -> Result<StartReport, BenchError> {
         for starts in [&mut fresh, &mut used] {
             if config.cold {
                 forget_pages(&config.model)?;
-                forget_pages(&data.path().join("cache"))?;
+                forget_pages(&data.path().join(CACHE))?;
             }
             let tokens = random_tokens(described.vocab_size as u32, u64::from(repeat), config.tokens);
             starts.push(run_here("bench", one(config, &model, &data, tokens))?);

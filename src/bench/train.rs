@@ -53,18 +53,12 @@ pub struct TrainReport {
 
 /// Measures it.
 pub fn train(config: &TrainConfig) -> Result<TrainReport, BenchError> {
-    let machine = Machine::here();
     let local = Local::start(&config.subject, config.trainers, 0)?;
-    let machine = local.computing(machine);
-    train_on(&local, config, machine)
+    train_on(&local, config)
 }
 
 /// The same on a cluster that is there, and has the ranks.
-pub(super) fn train_on(
-    local: &Local,
-    config: &TrainConfig,
-    machine: Machine,
-) -> Result<TrainReport, BenchError> {
+pub(super) fn train_on(local: &Local, config: &TrainConfig) -> Result<TrainReport, BenchError> {
     let options = LoraOptions { replicas: Some(config.trainers), ..LoraOptions::default() };
     let training = local.service.create_lora_training_client_blocking(&local.model, config.rank, options)?;
     let datum =
@@ -107,6 +101,6 @@ pub(super) fn train_on(
         fwdbwd_tokens_per_s: per_second(fwdbwd),
         step_tokens_per_s: per_second(whole),
         peak_rss_mib: peak_rss_mib(),
-        machine,
+        machine: local.machine.clone(),
     })
 }

@@ -5,10 +5,10 @@ use clap::{Args, Subcommand};
 use lockstep::{
     model::{PackError, PackFile},
     pull,
-    service::DataDirectory,
+    service::{CACHE, DataDirectory},
 };
 
-use super::up::{CACHE, DATA_DIR};
+use super::up::DATA_DIR;
 
 #[derive(Subcommand)]
 pub enum Model {

@@ -6,7 +6,8 @@ use lockstep::{
     join::JoinToken,
     node::NodeConfig,
     service::{
-        CoordinatorProcess, GatewayProcess, NodeProcess, Placement, run_coordinator, run_gateway, run_node,
+        CACHE, CoordinatorProcess, GatewayProcess, NodeProcess, Placement, run_coordinator, run_gateway,
+        run_node,
     },
     store::BucketLocation,
 };
@@ -15,7 +16,7 @@ use super::{
     compute::Compute,
     http::Http,
     token::span,
-    up::{CACHE, DATA_DIR, HISTORY, all_cores, cores, parse_models},
+    up::{DATA_DIR, HISTORY, all_cores, cores, parse_models},
 };
 
 #[derive(Args)]

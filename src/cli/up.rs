@@ -20,9 +20,6 @@ use super::{
 /// Where runs, checkpoints and models are kept.
 pub const DATA_DIR: &str = "./lockstep-data";
 
-/// What can be made again, in there: digests of model files, packed weights.
-pub const CACHE: &str = "cache";
-
 /// Snapshots of a run that are kept.
 pub const HISTORY: u32 = 2;
 

@@ -31,6 +31,9 @@ pub struct DataDirectory {
     path: PathBuf,
 }
 
+/// Where a data directory has what nodes can make again.
+pub const CACHE: &str = "cache";
+
 /// Identities that local parts use beside those of nodes, by file name.
 const PARTS: [(&str, Role); 3] =
     [("coordinator", Role::Coordinator), ("gateway", Role::Gateway), (CLIENT_IDENTITY, Role::Client)];

@@ -168,7 +168,7 @@ impl ClusterConfig {
             threads: share.threads,
             models: self.models.clone(),
             compute: ComputeOptions { device: self.compute.device.of_node(index), ..self.compute },
-            cache: Some(self.data_dir.join("cache")),
+            cache: Some(self.data_dir.join(super::CACHE)),
         }
     }
 }

@@ -24,7 +24,7 @@ mod up;
 
 pub use backup::{BackedUp, back_up};
 pub use error::ServiceError;
-pub use layout::DataDirectory;
+pub use layout::{CACHE, DataDirectory};
 pub use local::{Cluster, ClusterConfig};
 pub use placement::{COORDINATOR_PORT, Placement, Said};
 pub use process::{

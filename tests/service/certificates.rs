@@ -1,9 +1,9 @@
 //! Certificates come to an end, are revoked and are replaced by those of another CA, and a run goes on over it.
 
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::Read,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     thread,
     time::{Duration, Instant},
 };
@@ -13,9 +13,9 @@ use lockstep::client::ServiceClient;
 
 use crate::{
     history::cli,
-    join::{Coordinator, node, refused, token, wait_for_nodes},
+    join::{Coordinator, Gateway, node, refused, token, wait_for_nodes},
     lifecycle::http_get,
-    up::{MODEL, PATIENCE, connect, lockstep, sample, send_signal, step, train},
+    up::{MODEL, PATIENCE, connect, sample, send_signal, step, train},
 };
 
 /// Two thirds of it are over several times in a test.
@@ -52,36 +52,6 @@ impl Logged {
     }
 }
 
-/// A gateway that is a process of its own.
-struct Gateway {
-    process: Child,
-    http: String,
-}
-
-impl Gateway {
-    fn start(directory: &Path) -> Self {
-        let mut process = lockstep()
-            .args(["gateway", "--http", "127.0.0.1:0", "--data-dir"])
-            .arg(directory.join("data"))
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the binary starts");
-        let mut line = String::new();
-        BufReader::new(process.stdout.take().expect("piped"))
-            .read_line(&mut line)
-            .expect("it serves, or dies");
-        let http = line.trim().strip_prefix("ready ").unwrap_or_else(|| panic!("{line:?}")).to_owned();
-        Self { process, http }
-    }
-}
-
-impl Drop for Gateway {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
 impl Drop for Logged {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -108,7 +78,8 @@ fn certificates_are_renewed_under_a_run_and_a_revoked_node_stays_out() {
     let directory = directory.path();
     let coordinator = Coordinator::start_with(directory, "127.0.0.1", &["--certificate-life", LIFE]);
     let service = connect(directory);
-    let gateway = Gateway::start(directory);
+    let mut gateway = Gateway::start(directory);
+    let http = gateway.url();
     let several = token(directory, &["--uses", "2"]);
     let first = Logged::start(node(&coordinator, directory, "far-1", Some(&several)));
     let second = Logged::start(node(&coordinator, directory, "far-2", Some(&several)));
@@ -136,7 +107,7 @@ fn certificates_are_renewed_under_a_run_and_a_revoked_node_stays_out() {
     let coordinator = coordinator.restarted(directory);
     step(&training);
     // The gateway connects anew, and its first certificate is over.
-    let models = http_get(&gateway.http, "/v1/loops/capabilities");
+    let models = http_get(&http, "/v1/loops/capabilities");
     assert!(models.contains(MODEL), "{models}");
     let said = refused(node(&coordinator, directory, "far-2", None));
     assert!(said.contains("the certificate of node far-2 was revoked"), "after a restart: {said}");

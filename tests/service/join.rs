@@ -127,24 +127,44 @@ pub fn refused(mut command: Command) -> String {
     said
 }
 
+/// A gateway that is a process of its own.
+pub struct Gateway(Child);
+
+impl Gateway {
+    pub fn start(directory: &Path) -> Self {
+        let gateway = lockstep()
+            .args(["gateway", "--http", "127.0.0.1:0", "--data-dir"])
+            .arg(directory.join("data"))
+            .stdout(Stdio::piped())
+            .spawn();
+        Self(gateway.expect("the binary starts"))
+    }
+
+    /// Its URL, once it serves.
+    pub fn url(&mut self) -> String {
+        let mut lines = BufReader::new(self.0.stdout.take().expect("piped")).lines();
+        let line = lines.next().expect("it serves, or dies").expect("text");
+        line.strip_prefix("ready ").unwrap_or_else(|| panic!("{line:?}")).to_owned()
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// As launchers start them: the gateway may be first, and the coordinator listens on every address.
 #[test]
 fn a_gateway_waits_for_its_coordinator() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let directory = directory.path();
-    let mut gateway = lockstep()
-        .args(["gateway", "--http", "127.0.0.1:0", "--data-dir"])
-        .arg(directory.join("data"))
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the binary starts");
+    let mut gateway = Gateway::start(directory);
     std::thread::sleep(Duration::from_millis(500));
     let _coordinator = Coordinator::start(directory, "0.0.0.0");
-    let mut lines = BufReader::new(gateway.stdout.take().expect("piped")).lines();
-    let line = lines.next().expect("it serves, or dies").expect("text");
-    assert!(line.starts_with("ready http://127.0.0.1:"), "{line:?}");
-    send_signal("-TERM", gateway.id());
-    gateway.wait().expect("ended");
+    let url = gateway.url();
+    assert!(url.starts_with("http://127.0.0.1:"), "{url:?}");
 }
 
 #[test]

@@ -1,15 +1,12 @@
 //! Lockstep and its peers on the same work, one after the other in turns, so that a machine that is busy
 //! for a while is busy for both; ratios, with the machine beside them.
 
-use std::{
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-};
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{BenchError, Machine, figures::median, machine::round, peer};
+use super::{BenchError, Machine, figures::median, machine::round, peer, program::printed};
 use crate::kernels::WeightDtype;
 
 mod duels;
@@ -137,17 +134,7 @@ fn fight(config: &CompareConfig, duel: &Duel) -> Result<Vec<CompareRow>, BenchEr
 
 /// What `lockstep bench ARGUMENTS --json` prints.
 fn lockstep(program: &Path, arguments: &[String]) -> Result<Value, BenchError> {
-    let who = || format!("lockstep bench {}", arguments.join(" "));
-    let output = Command::new(program)
-        .arg("bench")
-        .args(arguments)
-        .arg("--json")
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|source| BenchError::Start { what: who(), source })?;
-    if !output.status.success() {
-        return Err(BenchError::worker(who(), format!("it ended with {}", output.status)));
-    }
-    serde_json::from_slice(&output.stdout).map_err(|e| BenchError::worker(who(), e))
+    let what = format!("lockstep bench {}", arguments.join(" "));
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(["--json"]).collect();
+    printed(program, &arguments, &what)
 }

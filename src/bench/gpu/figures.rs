@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     bench::{
-        BenchError, GenerateConfig, Machine, ParityConfig, Subject, TrainConfig,
+        BenchError, GenerateConfig, ParityConfig, Subject, TrainConfig,
         figures::median,
         generate::generate_on,
         local::{Local, checked},
@@ -23,13 +23,9 @@ use crate::{
     types::{AdamParams, Datum, LossFn, LossSpec},
 };
 
-/// What is measured of a model. It goes to a process of its own as a line of JSON.
+/// How much is done of each work.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct FiguresConfig {
-    pub model: PathBuf,
-    /// As `--device` and `--dtype` say them.
-    pub device: String,
-    pub dtype: String,
+pub struct Workload {
     pub threads: usize,
     pub repeats: u32,
     /// Of the LoRA.
@@ -43,6 +39,16 @@ pub struct FiguresConfig {
     /// Prompt tokens of each stream, and new ones.
     pub prompt: u32,
     pub new: u32,
+}
+
+/// What is measured of a model. It goes to a process of its own as a line of JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FiguresConfig {
+    pub model: PathBuf,
+    /// As `--device` and `--dtype` say them.
+    pub device: String,
+    pub dtype: String,
+    pub workload: Workload,
 }
 
 /// What was measured.
@@ -67,7 +73,12 @@ impl FiguresConfig {
         let device: DeviceChoice = self.device.parse().map_err(refused("--device"))?;
         let dtype: WeightDtype = self.dtype.parse().map_err(refused("--dtype"))?;
         let compute = ComputeOptions { device, dtype, ..ComputeOptions::default() };
-        Ok(Subject { model: self.model.clone(), threads: self.threads, compute, repeats: self.repeats })
+        Ok(Subject {
+            model: self.model.clone(),
+            threads: self.workload.threads,
+            compute,
+            repeats: self.workload.repeats,
+        })
     }
 
     /// The model's configuration, once its files are seen to be whole.
@@ -78,33 +89,31 @@ impl FiguresConfig {
 
 /// Measures it.
 pub fn gpu_figures(config: &FiguresConfig) -> Result<Figures, BenchError> {
-    let subject = config.subject()?;
+    let (subject, workload) = (config.subject()?, &config.workload);
     let local = Local::start(&subject, 1, 1)?;
-    let machine = || local.computing(Machine::here());
-    let (batch, seq) = config.train;
+    let (batch, seq) = workload.train;
     let (batch, seq) = (batch as usize, seq as usize);
-    let train = TrainConfig { subject: subject.clone(), batch, seq, rank: config.rank, trainers: 1 };
-    let trained = train_on(&local, &train, machine())?;
+    let train = TrainConfig { subject: subject.clone(), batch, seq, rank: workload.rank, trainers: 1 };
+    let trained = train_on(&local, &train)?;
     let drawn = |streams: u32, prompt: u32, new: u32| {
         let (batch, prompt) = (streams as usize, prompt as usize);
-        generate_on(&local, &GenerateConfig { subject: subject.clone(), batch, prompt, new }, machine())
+        generate_on(&local, &GenerateConfig { subject: subject.clone(), batch, prompt, new })
     };
-    let prefill = drawn(config.prefill.0, config.prefill.1, 1)?.prefill_tokens_per_s;
+    let prefill = drawn(workload.prefill.0, workload.prefill.1, 1)?.prefill_tokens_per_s;
     let mut decode = Vec::new();
-    for streams in &config.decode {
-        decode.push(drawn(*streams, config.prompt, config.new)?.decode_tokens_per_s);
+    for streams in &workload.decode {
+        decode.push(drawn(*streams, workload.prompt, workload.new)?.decode_tokens_per_s);
     }
-    let publish_s = publish(&local, config)?;
+    let publish_s = publish(&local, workload)?;
     let parity = parity_on(
         &local,
         &ParityConfig {
             subject: subject.clone(),
             batch: PARITY_STREAMS,
-            prompt: config.prompt as usize,
-            new: config.new,
-            rank: config.rank,
+            prompt: workload.prompt as usize,
+            new: workload.new,
+            rank: workload.rank,
         },
-        machine(),
     )?;
     Ok(Figures {
         engine: local.engine.clone(),
@@ -121,16 +130,16 @@ pub fn gpu_figures(config: &FiguresConfig) -> Result<Figures, BenchError> {
 const PARITY_STREAMS: usize = 8;
 
 /// Seconds from a step done to its version served by the replica, after one publish that is not counted.
-fn publish(local: &Local, config: &FiguresConfig) -> Result<f64, BenchError> {
+fn publish(local: &Local, workload: &Workload) -> Result<f64, BenchError> {
     let training = local.service.create_lora_training_client_blocking(
         &local.model,
-        config.rank,
+        workload.rank,
         LoraOptions::default(),
     )?;
     let mut seconds = Vec::new();
-    for repeat in 0..=config.repeats {
+    for repeat in 0..=workload.repeats {
         let datum = Datum {
-            model_input: local.tokens(u64::from(repeat), config.prompt as usize),
+            model_input: local.tokens(u64::from(repeat), workload.prompt as usize),
             loss_fn_inputs: Default::default(),
         };
         block_on(training.forward_backward(vec![datum], LossSpec::new(LossFn::CrossEntropy)))?;

@@ -6,14 +6,13 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 use serde::Serialize;
 
 use super::{
     AllReduceConfig, AllReduceResult, BenchError, Carrier, Machine, all_reduce, folder::TemporaryFolder,
-    machine::round,
+    machine::round, program::printed,
 };
 use crate::{gpu::DeviceChoice, kernels::WeightDtype, nvidia};
 
@@ -24,7 +23,7 @@ mod shape;
 mod work;
 
 pub use chips::Peak;
-pub use figures::{Figures, FiguresConfig, gpu_figures};
+pub use figures::{Figures, FiguresConfig, Workload, gpu_figures};
 pub use rows::GpuRow;
 use rows::Measured;
 pub use shape::Shape;
@@ -42,17 +41,7 @@ pub struct GpuBenchConfig {
     pub models: Vec<PathBuf>,
     /// Where random models are written, and left; absent: a temporary folder.
     pub folder: Option<PathBuf>,
-    pub threads: usize,
-    pub repeats: u32,
-    /// Of the LoRA.
-    pub rank: u32,
-    /// Sequences of a training batch, and their tokens.
-    pub train: (u32, u32),
-    /// Prompts of a prefill, and their tokens.
-    pub prefill: (u32, u32),
-    pub decode: Vec<u32>,
-    pub prompt: u32,
-    pub new: u32,
+    pub workload: Workload,
     /// A Python with torch, transformers and peft; absent: without the peers.
     pub python: Option<PathBuf>,
     /// 10^12 operations and 10^9 bytes a second, where the table of chips is not to be believed or has not this one.
@@ -81,7 +70,7 @@ pub struct GpuReport {
 /// Runs it all; `each` gets every row as it is there.
 pub fn gpu(config: &GpuBenchConfig, mut each: impl FnMut(&GpuRow)) -> Result<GpuReport, BenchError> {
     let refused = |flag, problem: &str| Err(BenchError::Refused { flag, problem: problem.into() });
-    if config.repeats == 0 {
+    if config.workload.repeats == 0 {
         return refused("--repeats", "a median takes at least one");
     }
     if config.shapes.is_empty() && config.models.is_empty() {
@@ -96,7 +85,7 @@ pub fn gpu(config: &GpuBenchConfig, mut each: impl FnMut(&GpuRow)) -> Result<Gpu
         machine: Machine::here(),
         peak: None,
         dtype: config.dtype.to_string(),
-        repeats: config.repeats,
+        repeats: config.workload.repeats,
         rows: Vec::new(),
         all_reduce: Vec::new(),
         left_out: Vec::new(),
@@ -152,35 +141,14 @@ fn measure(config: &GpuBenchConfig, name: &str, model: &Path) -> Result<Measured
         model: model.to_owned(),
         device: config.device.to_string(),
         dtype: config.dtype.to_string(),
-        threads: config.threads,
-        repeats: config.repeats,
-        rank: config.rank,
-        train: config.train,
-        prefill: config.prefill,
-        decode: config.decode.clone(),
-        prompt: config.prompt,
-        new: config.new,
+        workload: config.workload.clone(),
     };
     let model_config = figures_config.model_config()?;
-    let figures = in_a_process(&config.program, &figures_config)?;
+    let what = format!("measuring {}", model.display());
+    let told = serde_json::to_string(&figures_config).map_err(|e| BenchError::worker(&what, e))?;
+    let figures = printed(&config.program, &["gpu-figures", &told], &what)?;
     let (peers, left_out) = rows::peers(config, name, model);
     Ok(Measured { name: name.to_owned(), model_config, figures, peers, left_out })
-}
-
-/// [`gpu_figures`], in a process that takes its memory with it.
-fn in_a_process(program: &Path, config: &FiguresConfig) -> Result<Figures, BenchError> {
-    let who = || format!("measuring {}", config.model.display());
-    let told = serde_json::to_string(config).map_err(|e| BenchError::worker(who(), e))?;
-    let output = Command::new(program)
-        .args(["bench", "gpu-figures", &told])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|source| BenchError::Start { what: who(), source })?;
-    if !output.status.success() {
-        return Err(BenchError::worker(who(), format!("it ended with {}", output.status)));
-    }
-    serde_json::from_slice(&output.stdout).map_err(|e| BenchError::worker(who(), e))
 }
 
 /// MB of the all-reduced vectors: about the gradients of the shapes' adapters at rank 16, and one that shows bandwidth.
@@ -201,7 +169,7 @@ fn over_all_gpus(config: &GpuBenchConfig) -> Result<Result<Vec<AllReduceResult>,
         megabytes: ALL_REDUCED_MB.to_vec(),
         processes: vec![gpus],
         carriers: vec![Carrier::SharedMemory, Carrier::Nccl, Carrier::NcclFast],
-        repeats: config.repeats,
+        repeats: config.workload.repeats,
         python: None,
     };
     all_reduce(&config, |_| {}).map(|report| Ok(report.results)).map_err(|why| why.to_string())

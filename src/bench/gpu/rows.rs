@@ -48,11 +48,11 @@ pub(super) struct PeerFigure {
 }
 
 fn train_work(config: &GpuBenchConfig) -> String {
-    format!("training step {} x {}", config.train.0, config.train.1)
+    format!("training step {} x {}", config.workload.train.0, config.workload.train.1)
 }
 
 fn prefill_work(config: &GpuBenchConfig) -> String {
-    format!("prefill {} x {}", config.prefill.0, config.prefill.1)
+    format!("prefill {} x {}", config.workload.prefill.0, config.workload.prefill.1)
 }
 
 fn decode_work(streams: u32) -> String {
@@ -72,19 +72,19 @@ impl Measured {
                 train_work(config),
                 "tokens/s",
                 trained,
-                of_operations(trained, work.trained(config.train.1, config.rank)),
+                of_operations(trained, work.trained(config.workload.train.1, config.workload.rank)),
             ),
             self.row(
                 prefill_work(config),
                 "tokens/s",
                 prefilled,
-                of_operations(prefilled, work.prefilled(config.prefill.1)),
+                of_operations(prefilled, work.prefilled(config.workload.prefill.1)),
             ),
         ];
-        for (&streams, decoded) in config.decode.iter().zip(&self.figures.decode_tokens_per_s) {
+        for (&streams, decoded) in config.workload.decode.iter().zip(&self.figures.decode_tokens_per_s) {
             let Some(decoded) = *decoded else { continue };
             // In the middle of what is drawn.
-            let positions = f64::from(config.prompt) + f64::from(config.new) / 2.0;
+            let positions = f64::from(config.workload.prompt) + f64::from(config.workload.new) / 2.0;
             let bytes = work.decoded_bytes(streams, positions);
             let of_bandwidth =
                 peak.map(|peak| percent(decoded / f64::from(streams) * bytes, peak.gb_per_s * 1e9));
@@ -97,7 +97,7 @@ impl Measured {
 
     /// What of Lockstep's figures is not there.
     pub(super) fn without_a_figure(&self, config: &GpuBenchConfig) -> Vec<String> {
-        let decoded = config.decode.iter().zip(&self.figures.decode_tokens_per_s);
+        let decoded = config.workload.decode.iter().zip(&self.figures.decode_tokens_per_s);
         let absent = decoded.filter(|(_, figure)| figure.is_none());
         let why = "the prompt alone took as long as the whole draw; more --new or --repeats tell them apart";
         absent.map(|(streams, _)| format!("{}, {}: {why}", self.name, decode_work(*streams))).collect()
@@ -126,15 +126,16 @@ pub(super) fn peers(config: &GpuBenchConfig, name: &str, model: &Path) -> (Vec<P
         left_out.push(format!("{name}: the peers read directories, no GGUF file"));
         return (figures, left_out);
     }
-    let (batch, seq) = config.train;
-    let training = format!("--batch {batch} --seq {seq} --rank {}", config.rank);
-    let (batch, prompt) = config.prefill;
+    let (batch, seq) = config.workload.train;
+    let training = format!("--batch {batch} --seq {seq} --rank {}", config.workload.rank);
+    let (batch, prompt) = config.workload.prefill;
     let prefill = format!("--batch {batch} --prompt {prompt} --new 1");
     let decoding = |streams: &u32| {
-        let arguments = format!("--batch {streams} --prompt {} --new {}", config.prompt, config.new);
+        let arguments =
+            format!("--batch {streams} --prompt {} --new {}", config.workload.prompt, config.workload.new);
         (arguments, "/decode_tokens_per_s", decode_work(*streams))
     };
-    let drawn = config.decode.iter().map(decoding);
+    let drawn = config.workload.decode.iter().map(decoding);
     let drawn = [(prefill, "/prefill_tokens_per_s", prefill_work(config))].into_iter().chain(drawn);
     for (script, who, asked) in [
         (peer::TRAIN, "PEFT", vec![(training, "/step_tokens_per_s", train_work(config))]),
@@ -173,8 +174,8 @@ fn ask(
     for (flag, value) in [
         ("--dtype", config.dtype.to_string()),
         ("--device", device.to_owned()),
-        ("--threads", config.threads.to_string()),
-        ("--repeats", config.repeats.to_string()),
+        ("--threads", config.workload.threads.to_string()),
+        ("--repeats", config.workload.repeats.to_string()),
     ] {
         all.extend([flag.to_owned(), value]);
     }
@@ -184,7 +185,10 @@ fn ask(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{bench::gpu::Shape, kernels::WeightDtype};
+    use crate::{
+        bench::gpu::{Shape, Workload},
+        kernels::WeightDtype,
+    };
 
     fn config() -> GpuBenchConfig {
         GpuBenchConfig {
@@ -194,14 +198,16 @@ mod tests {
             shapes: vec![Shape::Qwen3_8b],
             models: Vec::new(),
             folder: None,
-            threads: 1,
-            repeats: 1,
-            rank: 16,
-            train: (8, 1024),
-            prefill: (8, 1024),
-            decode: vec![1, 256],
-            prompt: 64,
-            new: 128,
+            workload: Workload {
+                threads: 1,
+                repeats: 1,
+                rank: 16,
+                train: (8, 1024),
+                prefill: (8, 1024),
+                decode: vec![1, 256],
+                prompt: 64,
+                new: 128,
+            },
             python: None,
             tflops: None,
             gb_per_s: None,

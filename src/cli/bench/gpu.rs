@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lockstep::{
-    bench::{self, FiguresConfig, GpuBenchConfig, GpuReport, GpuRow, Shape},
+    bench::{self, FiguresConfig, GpuBenchConfig, GpuReport, GpuRow, Shape, Workload},
     gpu::DeviceChoice,
     kernels::WeightDtype,
 };
@@ -87,14 +87,16 @@ impl Gpu {
             shapes,
             models: self.models,
             folder: self.models_dir,
-            threads: self.threads.unwrap_or_else(all_cores),
-            repeats: self.repeats,
-            rank: self.rank,
-            train: self.train,
-            prefill: self.prefill,
-            decode: self.decode,
-            prompt: self.prompt,
-            new: self.new,
+            workload: Workload {
+                threads: self.threads.unwrap_or_else(all_cores),
+                repeats: self.repeats,
+                rank: self.rank,
+                train: self.train,
+                prefill: self.prefill,
+                decode: self.decode,
+                prompt: self.prompt,
+                new: self.new,
+            },
             python: self.python,
             tflops: self.peak_tflops,
             gb_per_s: self.peak_gb_per_s,
