@@ -1,6 +1,9 @@
 //! Operands brought into the order in which a tile reads them.
 
-use super::{matrix::PANEL, simd::LANES};
+use super::{
+    matrix::PANEL,
+    simd::{Kernel, LANES, Simd, run},
+};
 
 /// Width of a panel that holds so many columns.
 pub(super) fn panel_width(columns: usize) -> usize {
@@ -9,20 +12,38 @@ pub(super) fn panel_width(columns: usize) -> usize {
 
 /// `panel[k, j] = rows[j, k]` for the `columns` rows of `rows`, `row_len` apart, `depth` values
 /// each; the panel is `panel_width(columns)` wide and zero beyond `columns`.
-///
-/// Goes block by block of 16 x 32, so that what it writes stays in the first-level cache.
 pub(super) fn pack_transposed(rows: &[f32], row_len: usize, columns: usize, depth: usize, panel: &mut [f32]) {
-    let width = panel_width(columns);
-    for (block, lines) in panel[..depth * width].chunks_mut(LANES * width).enumerate() {
-        let first = block * LANES;
-        for j in 0..columns {
-            let row = &rows[j * row_len + first..][..lines.len() / width];
-            for (line, value) in lines.chunks_exact_mut(width).zip(row) {
-                line[j] = *value;
+    run(Transpose { rows, row_len, columns, panel: &mut panel[..depth * panel_width(columns)] });
+}
+
+/// Square by square of 16 x 16, each of which fills a register a row.
+struct Transpose<'a> {
+    rows: &'a [f32],
+    row_len: usize,
+    columns: usize,
+    panel: &'a mut [f32],
+}
+
+impl Kernel for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { rows, row_len, columns, panel } = self;
+        let width = panel_width(columns);
+        for (block, lines) in panel.chunks_mut(LANES * width).enumerate() {
+            let depth = lines.len() / width;
+            for column in (0..width).step_by(LANES) {
+                let mut square = [s.splat(0.0); LANES];
+                for (j, row) in square.iter_mut().enumerate() {
+                    if column + j < columns {
+                        *row = s.read_some(&rows[(column + j) * row_len + block * LANES..][..depth], 0.0);
+                    }
+                }
+                for (line, values) in lines.chunks_exact_mut(width).zip(s.transpose(square)) {
+                    s.write(&mut line[column..], values);
+                }
             }
-        }
-        for line in lines.chunks_exact_mut(width) {
-            line[columns..].fill(0.0);
         }
     }
 }

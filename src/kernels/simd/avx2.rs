@@ -55,6 +55,25 @@ impl Simd for Avx2 {
         }
     }
 
+    /// Four squares of eight lanes.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; 16]) -> [Self::V; 16] {
+        let mut columns = rows;
+        for down in 0..2 {
+            for across in 0..2 {
+                let mut square = [rows[0][0]; 8];
+                for i in 0..8 {
+                    square[i] = rows[8 * down + i][across];
+                }
+                let turned = unsafe { transpose_eight(square) };
+                for i in 0..8 {
+                    columns[8 * across + i][down] = turned[i];
+                }
+            }
+        }
+        columns
+    }
+
     #[inline(always)]
     fn read_nibbles(self, bytes: &[u8; 16], half: usize) -> Self::V {
         unsafe {
@@ -156,6 +175,38 @@ impl Simd for Avx2 {
     fn sum(self, v: Self::V) -> f32 {
         unsafe { sum_of_eight(_mm256_add_ps(v[0], v[1])) }
     }
+}
+
+/// Within four lanes, then among the two halves of a register.
+///
+/// # Safety
+///
+/// The CPU must have AVX2.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn transpose_eight(rows: [__m256; 8]) -> [__m256; 8] {
+    let mut twos = rows;
+    for i in (0..8).step_by(2) {
+        twos[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        twos[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    let mut columns = rows;
+    for j in 0..2 {
+        for high in 0..2 {
+            let mut fours = [rows[0]; 2];
+            for quarter in 0..2 {
+                let (even, odd) = (twos[4 * quarter + j], twos[4 * quarter + 2 + j]);
+                let (even, odd) = (_mm256_castps_pd(even), _mm256_castps_pd(odd));
+                fours[quarter] = _mm256_castpd_ps(match high {
+                    0 => _mm256_unpacklo_pd(even, odd),
+                    _ => _mm256_unpackhi_pd(even, odd),
+                });
+            }
+            columns[2 * j + high] = _mm256_permute2f128_ps::<0x20>(fours[0], fours[1]);
+            columns[4 + 2 * j + high] = _mm256_permute2f128_ps::<0x31>(fours[0], fours[1]);
+        }
+    }
+    columns
 }
 
 /// Lane i and i + 4 added, then i and i + 2, then i and i + 1.
