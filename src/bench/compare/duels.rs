@@ -1,5 +1,7 @@
 //! Which work is compared with whom.
 
+use std::path::Path;
+
 use crate::kernels::WeightDtype;
 
 use super::{
@@ -64,9 +66,8 @@ pub(super) fn of(config: &CompareConfig) -> Vec<Duel> {
         duels.push(train(config, dtype));
         duels.extend(config.batches.iter().map(|batch| transformers(config, dtype, *batch)));
     }
-    if let Some(gguf) = &config.gguf {
-        let gguf = gguf.display().to_string();
-        duels.extend(config.batches.iter().map(|batch| llama_cpp(config, &gguf, *batch)));
+    for gguf in &config.ggufs {
+        duels.extend(config.batches.iter().map(|batch| llama_cpp(config, gguf, *batch)));
     }
     duels
 }
@@ -103,15 +104,15 @@ fn transformers(config: &CompareConfig, dtype: WeightDtype, batch: u32) -> Duel 
     }
 }
 
-fn llama_cpp(config: &CompareConfig, gguf: &str, batch: u32) -> Duel {
+fn llama_cpp(config: &CompareConfig, gguf: &Path, batch: u32) -> Duel {
     let mut arguments = words(&format!("--batch {batch} --prompt {PROMPT} --new {NEW}"));
-    arguments.extend(common(config, gguf));
+    arguments.extend(common(config, &gguf.display().to_string()));
     let peer = Peer {
         name: "llama.cpp".into(),
         script: peer::LLAMA_CPP,
         arguments: [arguments.clone(), words("--no-repack")].concat(),
     };
-    let name = config.gguf.as_deref().and_then(|path| path.file_name()).unwrap_or_default();
+    let name = gguf.file_name().unwrap_or_default();
     Duel {
         work: format!("batch {batch}, {}", name.to_string_lossy()),
         arguments: [words("decode"), arguments].concat(),

@@ -24,8 +24,8 @@ pub struct CompareConfig {
     pub python: PathBuf,
     /// A Hugging Face directory, for Lockstep, PEFT and transformers.
     pub model: PathBuf,
-    /// The same model as a GGUF file, for Lockstep and llama.cpp.
-    pub gguf: Option<PathBuf>,
+    /// The same model as GGUF files, for Lockstep and llama.cpp.
+    pub ggufs: Vec<PathBuf>,
     pub threads: usize,
     /// Numeric types of the base weights.
     pub dtypes: Vec<WeightDtype>,

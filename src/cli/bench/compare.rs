@@ -17,9 +17,9 @@ pub struct Compare {
     /// A Hugging Face directory, for Lockstep, PEFT and transformers.
     #[arg(long)]
     model: PathBuf,
-    /// The same model as a GGUF file, for Lockstep and llama.cpp.
-    #[arg(long)]
-    gguf: Option<PathBuf>,
+    /// The same model as GGUF files, of one type of weights each, for Lockstep and llama.cpp.
+    #[arg(long, value_delimiter = ',')]
+    gguf: Vec<PathBuf>,
     /// A Python with torch, transformers and peft, and llama-cpp-python for --gguf.
     #[arg(long, env = "LOCKSTEP_PEERS_PYTHON")]
     python: PathBuf,
@@ -63,7 +63,7 @@ impl Compare {
             program: std::env::current_exe()?,
             python: self.python,
             model: self.model,
-            gguf: self.gguf,
+            ggufs: self.gguf,
             threads: self.threads.unwrap_or_else(all_cores),
             dtypes: self.dtype,
             batches: self.batch,
