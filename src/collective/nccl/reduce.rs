@@ -226,7 +226,7 @@ impl<C: Exchange, L: Link> Exchange for Nccl<C, L> {
     ) -> Result<(), CollectiveError> {
         let nodes = self.control.meet(call, header)?;
         let plan = ReducePlan::new(header.leaves, &nodes.concat()).map_err(|e| call.no_tree(e))?;
-        self.run(call, &nodes, plan.steps(), partials, out).map_err(|ended| self.give_up(call, ended))
+        self.run(call, &nodes, &plan.steps, partials, out).map_err(|ended| self.give_up(call, ended))
     }
 
     fn gather(
