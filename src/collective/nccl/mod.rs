@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 mod agree;
 
+mod memory;
 #[cfg(any(test, feature = "nccl"))]
 mod abortable;
 #[cfg(any(test, feature = "nccl"))]
@@ -46,6 +47,7 @@ use {
     link::{Fault, Link},
     reduce::Nccl,
 };
+pub use memory::nccl_memory;
 
 /// In which order the gradients of ranks on several GPUs are added up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

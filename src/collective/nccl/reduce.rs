@@ -6,7 +6,8 @@ use std::{
 use super::{
     Reduction,
     layout::Layout,
-    link::{Fault, Link},
+    link::{Ended, Fault, Link, wait},
+    memory,
 };
 use crate::{
     collective::{
@@ -25,9 +26,8 @@ pub(super) struct Nccl<C, L> {
     reduction: Reduction,
 }
 
-/// Values of a piece that travels and is added up (16 MiB): it bounds what the others' contributions take on
-/// the device, and is long enough that starting it costs nothing. Tests have many.
-const PIECE: usize = if cfg!(test) { 1 << 12 } else { 4 << 20 };
+/// Values of a piece. Tests have many.
+const PIECE: usize = if cfg!(test) { 1 << 12 } else { memory::PIECE as usize };
 
 /// Values of the pinned memory, through which vectors get to the device and back.
 const PINNED: usize = if cfg!(test) { 1 << 13 } else { 4 << 20 };
