@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 use lockstep::service::{DataDirectory, back_up, run_here};
 
-use super::up::DATA_DIR;
+use super::arguments::DATA_DIR;
 
 #[derive(Args)]
 pub struct Backup {

@@ -19,8 +19,8 @@ use lockstep::{
 };
 
 use super::{
+    arguments::{DATA_DIR, all_cores, parse_models},
     parts::Store,
-    up::{DATA_DIR, all_cores, parse_models},
 };
 
 /// Receive buffer that QUIC fills at 1 Gbit/s while a control thread waits its turn.

@@ -7,7 +7,7 @@ use lockstep::{
     transport::unix_now,
 };
 
-use super::up::DATA_DIR;
+use super::arguments::DATA_DIR;
 
 /// Which service to look at.
 #[derive(Args)]

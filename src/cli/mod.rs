@@ -1,6 +1,7 @@
 //! The command line: one file a family of subcommands, each parsing into the configuration
 //! of the room that does the work.
 
+mod arguments;
 mod backup;
 mod bench;
 mod checkpoints;

@@ -8,7 +8,7 @@ use lockstep::{
     service::{CACHE, DataDirectory},
 };
 
-use super::up::DATA_DIR;
+use super::arguments::DATA_DIR;
 
 #[derive(Subcommand)]
 pub enum Model {

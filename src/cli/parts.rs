@@ -13,10 +13,9 @@ use lockstep::{
 };
 
 use super::{
+    arguments::{DATA_DIR, HISTORY, all_cores, cores, parse_models, span},
     compute::Compute,
     http::Http,
-    token::span,
-    up::{DATA_DIR, HISTORY, all_cores, cores, parse_models},
 };
 
 #[derive(Args)]

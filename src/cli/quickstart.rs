@@ -13,11 +13,7 @@ use lockstep::{
     service::{self, DataDirectory, Supervisor},
 };
 
-use super::{
-    LogFormat,
-    compute::Compute,
-    up::{DATA_DIR, LocalCluster},
-};
+use super::{LogFormat, arguments::DATA_DIR, compute::Compute, up::LocalCluster};
 
 /// The model that is fetched if none is given.
 const MODEL: &str = "smollm2-135m";

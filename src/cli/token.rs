@@ -1,13 +1,13 @@
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, Subcommand};
 use lockstep::{
     join::{Ledger, Terms},
     transport::{ClusterCa, Role, unix_now},
 };
 
-use super::up::DATA_DIR;
+use super::arguments::{DATA_DIR, span};
 
 /// What lets processes on other machines into the cluster of a data directory. Works whether its
 /// coordinator runs or not.
@@ -87,34 +87,5 @@ impl Place {
             println!("{}  {}  {uses}  {until}  let in: {}", token.id, token.role, token.names.join(", "));
         }
         Ok(())
-    }
-}
-
-/// Reads `90s`, `10m`, `24h` or `7d`.
-pub(super) fn span(text: &str) -> anyhow::Result<Duration> {
-    let (number, unit) = text.split_at(text.len() - text.chars().next_back().map_or(0, char::len_utf8));
-    let seconds = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3_600,
-        "d" => 86_400,
-        _ => bail!("expected a number and s, m, h or d, got {text:?}"),
-    };
-    let number: u32 =
-        number.parse().with_context(|| format!("expected a number and s, m, h or d, got {text:?}"))?;
-    Ok(Duration::from_secs(u64::from(number) * seconds))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn spans_are_read() {
-        assert_eq!(span("90s").unwrap().as_secs(), 90);
-        assert_eq!(span("24h").unwrap().as_secs(), 86_400);
-        for bad in ["", "5", "h", "-1h", "1w", "1 h", "é"] {
-            assert!(span(bad).is_err(), "{bad}");
-        }
     }
 }

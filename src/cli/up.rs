@@ -1,7 +1,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, bail};
-use clap::{Args, builder::RangedU64ValueParser};
+use clap::Args;
 use lockstep::{
     model::ModelSource,
     pull,
@@ -12,16 +12,11 @@ use lockstep::{
 
 use super::{
     LogFormat,
+    arguments::{DATA_DIR, HISTORY, all_cores, cores, parse_models},
     compute::Compute,
     http::Http,
     parts::{Certificates, Store},
 };
-
-/// Where runs, checkpoints and models are kept.
-pub const DATA_DIR: &str = "./lockstep-data";
-
-/// Snapshots of a run that are kept.
-pub const HISTORY: u32 = 2;
 
 #[derive(Args)]
 pub struct Up {
@@ -142,26 +137,4 @@ impl LocalCluster {
         }
         Ok(models)
     }
-}
-
-/// Reads `NAME=PATH` arguments; a path that doesn't exist is refused here, not by a child.
-pub fn parse_models(models: &[String]) -> anyhow::Result<Vec<ModelSource>> {
-    let parse = |text: &String| {
-        let source = ModelSource::parse(text)?;
-        if !source.path.exists() {
-            bail!("--model {text}: there is nothing at {}", source.path.display());
-        }
-        Ok(source)
-    };
-    models.iter().map(parse).collect()
-}
-
-/// Reads a number of cores.
-pub fn cores() -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(1..=4096)
-}
-
-/// The cores of this machine.
-pub fn all_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }

@@ -21,7 +21,7 @@ pub(super) trait Exchange: Send {
 
     /// Tells every rank what this one contributes, and hears it from each: the nodes, by rank. Whoever
     /// does not come is named, and what does not fit `header` is refused.
-    #[cfg(any(test, feature = "nccl"))]
+    #[cfg_attr(not(any(test, feature = "nccl")), expect(dead_code))]
     fn meet(&mut self, call: &Call, header: &Header) -> Result<Vec<Vec<(u32, u32)>>, CollectiveError>;
 
     /// Adds up my slice over everyone's partial sums, gives it to each other rank, and fills in theirs:

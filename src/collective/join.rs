@@ -36,6 +36,8 @@ pub struct GpuSeat {
     pub ordinal: u32,
     /// The same on every rank of a set.
     pub reduction: Reduction,
+    /// Refuses to go through the host instead, whatever the reason: for whoever measures it.
+    pub required: bool,
 }
 
 /// Why a rank could not meet the others.
@@ -47,17 +49,20 @@ pub enum JoinError {
     Deadline { missing: RankIndex },
     #[error("rank {} could not be met: {reason}", .missing.0)]
     Lost { missing: RankIndex, reason: String },
+    /// Not a sum through the host instead, if that is another one or was ruled out.
+    #[error("gradients can't go through NCCL: {reason}")]
+    NoNccl { reason: String },
     #[error("{problem}")]
     System { problem: String },
 }
 
 /// Meets the other ranks, and returns when all are there: through shared memory when all sit on one
-/// host, through `endpoint` and `inbox` otherwise. If each has a GPU of its own, the gradients then go
-/// through NCCL.
+/// host, through `endpoint` and `inbox` otherwise. If each has a GPU of its own and NCCL starts on all of them, the
+/// gradients then go through NCCL; if it starts on some alone, through the host on all, unless that would be another sum.
 ///
-/// Blocks until `deadline` at most; call it on a rank's own thread, never on one of `runtime`, which
-/// is the one on which `endpoint` lives. A rank set meets once: after an error the ranks need a new
-/// generation.
+/// Blocks until `deadline` at most, and beyond that for a minute and a half where NCCL is tried; call it on a rank's
+/// own thread, never on one of `runtime`, which is the one on which `endpoint` lives. A rank set meets once: after an
+/// error the ranks need a new generation.
 pub fn join(
     set: RankSet<'_>,
     endpoint: &Endpoint,

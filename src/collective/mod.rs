@@ -42,7 +42,7 @@ pub use inbox::{CollectiveInbox, StreamKey};
 pub use join::{GpuSeat, JoinError, RankSet, host_id, join};
 #[cfg(test)]
 pub(crate) use nccl::tests::over_host_link;
-pub use nccl::{NCCL_IN_ONE_ORDER, Reduction};
+pub use nccl::{NCCL_IN_ONE_ORDER, Reduction, nccl_memory};
 pub use tree::{Partial, TreeAccumulator, TreeError, reduce_tree};
 
 /// One rank's side of a rank set's collectives. Every rank calls the same methods with the

@@ -6,7 +6,8 @@ use super::tree::{TreeError, add, first_leaf, root_level};
 /// machine with a stack. Found once, then run over any pieces of the vectors.
 #[derive(Debug)]
 pub(super) struct ReducePlan {
-    steps: Vec<Step>,
+    /// Also for a machine that is elsewhere: one that adds up on a GPU. None for a tree of no leaves.
+    pub(super) steps: Vec<Step>,
     depth: usize,
     /// All of the machine's stack but its lowest place, which is the sum's own.
     stack: Vec<f32>,
@@ -57,12 +58,6 @@ impl ReducePlan {
             Some(&(first, ..)) => Err(TreeError::DoubleLeaf(first as u32)),
             None => Ok(Self { steps: planner.steps, depth: root as usize + 1, stack: Vec::new() }),
         }
-    }
-
-    /// The moves, for a machine that is elsewhere: one that adds up on a GPU. None for a tree of no leaves.
-    #[cfg(any(test, feature = "nccl"))]
-    pub(super) fn steps(&self) -> &[Step] {
-        &self.steps
     }
 
     /// Adds up the partial sums into `out`. `read` says where the values of one of them are, at these

@@ -1,8 +1,8 @@
 //! Remembers the digests of model files that haven't changed, so that a start needn't read
 //! gigabytes again.
 //!
-//! A hint, never an authority: an entry counts only while path, size and time of every file are
-//! those it was made with, and whatever goes wrong with the cache only costs the hashing.
+//! A hint, never an authority: an entry counts only while every file's [`Stamp`] is the one it was made with, its
+//! path, where that leads, size, time and inode, and whatever goes wrong with the cache only costs the hashing.
 
 use std::{
     fs::{self, DirBuilder},
@@ -105,12 +105,45 @@ fn write(path: &Path, entry: &Entry) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
 
     fn stamp(size: u64, modified_ns: u64) -> Stamp {
-        Stamp { path: "a/model.gguf".into(), size, modified_ns }
+        Stamp { path: "a/model.gguf".into(), target: "/a/model.gguf".into(), size, modified_ns, inode: None }
+    }
+
+    /// Two files of one size and time, by turns under one name: a link that is switched, and a file that is
+    /// renamed over another.
+    #[test]
+    fn a_file_in_anothers_place_is_not_taken_for_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+        for name in ["one", "two"] {
+            fs::write(at(name), name).unwrap();
+            fs::File::options().append(true).open(at(name)).unwrap().set_modified(hour_ago).unwrap();
+        }
+        let cache = DigestCache::in_directory(&at("cache"));
+        let stamps = || [Stamp::of(&at("model")).unwrap()];
+        symlink(at("one"), at("model")).unwrap();
+        let first = stamps();
+        cache.put(&first, Digest([1; 32]));
+        assert_eq!(cache.get(&stamps()), Some(Digest([1; 32])));
+
+        fs::remove_file(at("model")).unwrap();
+        symlink(at("two"), at("model")).unwrap();
+        let second = stamps();
+        assert_eq!((second[0].size, second[0].modified_ns), (first[0].size, first[0].modified_ns));
+        assert_eq!(cache.get(&second), None, "the link leads elsewhere");
+
+        cache.put(&second, Digest([2; 32]));
+        fs::rename(at("one"), at("two")).unwrap();
+        let third = stamps();
+        assert_eq!(third[0].target, second[0].target);
+        assert_eq!(cache.get(&third), None, "another file came by a rename");
+        // Where inodes say nothing, that is the one thing that can't be seen.
+        assert_eq!(Stamp { inode: None, ..third[0].clone() }, Stamp { inode: None, ..second[0].clone() });
     }
 
     #[test]

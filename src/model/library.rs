@@ -449,4 +449,26 @@ mod tests {
         let error = library.load("tiny").err().unwrap();
         assert!(matches!(error, ModelError::Changed { .. }), "{error}");
     }
+
+    /// To another model, whose files have the sizes and times of this one's.
+    #[test]
+    fn refuses_files_when_a_link_has_come_to_lead_elsewhere() {
+        let [here, elsewhere, links] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let link = links.path().join("model");
+        let time = std::time::SystemTime::now();
+        for (model, seed) in [(&here, 7), (&elsewhere, 8)] {
+            tiny::write(model.path(), &tiny::config(), seed).unwrap();
+            for file in std::fs::read_dir(model.path()).unwrap() {
+                let file = std::fs::File::options().append(true).open(file.unwrap().path()).unwrap();
+                file.set_modified(time).unwrap();
+            }
+        }
+        std::os::unix::fs::symlink(here.path(), &link).unwrap();
+        let source = ModelSource { aliases: vec!["tiny".to_owned()], ..ModelSource::new("org/Tiny", &link) };
+        let library = Library::open(vec![source], ComputeOptions::default()).unwrap();
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(elsewhere.path(), &link).unwrap();
+        let error = library.load("tiny").err().unwrap();
+        assert!(matches!(error, ModelError::Changed { .. }), "{error}");
+    }
 }

@@ -136,7 +136,7 @@ pub async fn serve(
 /// Where the node's ranks compute, if NCCL may be able to reach it.
 fn gpu_seat(library: &Library) -> Option<GpuSeat> {
     let ordinal = library.gpu()?.ordinal()?;
-    Some(GpuSeat { ordinal, reduction: library.options().reduction })
+    Some(GpuSeat { ordinal, reduction: library.options().reduction, required: false })
 }
 
 /// A task that ends with whoever started it.

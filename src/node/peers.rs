@@ -12,7 +12,7 @@ use crate::{
     protocol::{Blame, MAX_MESSAGE, StreamOpen, decode},
     trainer::{Failure, Join},
     transport::{Connection, Endpoint, Revocation, Role, Stream},
-    types::{ErrorKind, OperationError},
+    types::{ErrorKind, OperationError, RunId},
 };
 
 /// How long the ranks of a run wait for one another: the slowest has the base model to load.
@@ -51,21 +51,8 @@ impl Peers {
                 gpu: peers.gpu,
             };
             let deadline = Instant::now() + JOIN_DEADLINE;
-            collective::join(set, &peers.endpoint, &peers.inbox, runtime.clone(), deadline).map_err(|error| {
-                let kind = match &error {
-                    JoinError::Roster { .. } => ErrorKind::Internal,
-                    JoinError::Deadline { .. } | JoinError::Lost { .. } => ErrorKind::Unavailable,
-                    JoinError::System { .. } => ErrorKind::ResourceExhausted,
-                };
-                let blame = match &error {
-                    JoinError::Deadline { missing } | JoinError::Lost { missing, .. } => {
-                        Blame::Peer(*missing)
-                    }
-                    JoinError::Roster { .. } | JoinError::System { .. } => Blame::Environment,
-                };
-                let problem = format!("the ranks of {} did not meet: {error}", formation.spec.run);
-                Failure { error: OperationError::new(kind, problem), blame }
-            })
+            collective::join(set, &peers.endpoint, &peers.inbox, runtime.clone(), deadline)
+                .map_err(|error| failure(formation.spec.run, &error))
         })
     }
 
@@ -99,6 +86,21 @@ impl Peers {
             }
         }
     }
+}
+
+/// What the coordinator makes of it: `ResourceExhausted` would be the same for any rank set, so the operation fails;
+/// otherwise the next one may do better, and only after several the operation is given up.
+fn failure(run: RunId, error: &JoinError) -> Failure {
+    let (kind, blame) = match error {
+        JoinError::Roster { .. } => (ErrorKind::Internal, Blame::Environment),
+        JoinError::Deadline { missing } | JoinError::Lost { missing, .. } => {
+            (ErrorKind::Unavailable, Blame::Peer(*missing))
+        }
+        JoinError::NoNccl { .. } => (ErrorKind::Unavailable, Blame::Environment),
+        JoinError::System { .. } => (ErrorKind::ResourceExhausted, Blame::Environment),
+    };
+    let problem = format!("the ranks of {run} did not meet: {error}");
+    Failure { error: OperationError::new(kind, problem), blame }
 }
 
 async fn take_streams(connection: Connection, inbox: CollectiveInbox, guests: Arc<Mutex<Vec<Connection>>>) {
@@ -138,7 +140,7 @@ mod tests {
         protocol::{Epoch, Generation, NodeId, OpToken, OperationSeq, RankIndex, RankSeat, RunSpec},
         trainer::Formation,
         transport::MemoryNetwork,
-        types::{LoraConfig, RunId},
+        types::LoraConfig,
     };
 
     /// One rank on each endpoint, on hosts that share no memory, or all on one.
@@ -166,6 +168,15 @@ mod tests {
         }
     }
 
+    /// NCCL may start the next time, and it is nobody's fault: no two nodes are kept apart for it.
+    #[test]
+    fn ranks_without_the_sum_they_promised_may_try_again() {
+        let reason = "rank 1: ncclCommInitRankConfig: unhandled system error".to_owned();
+        let Failure { error, blame } = failure(RunId(3), &JoinError::NoNccl { reason });
+        assert_eq!((error.kind, blame), (ErrorKind::Unavailable, Blame::Environment));
+        assert!(error.message.contains("run-3") && error.message.contains("rank 1: nccl"), "{error}");
+    }
+
     #[test]
     fn ranks_of_different_hosts_meet_through_their_nodes() {
         meet(true, None);
@@ -176,7 +187,7 @@ mod tests {
     #[test]
     fn ranks_on_gpus_without_nccl_meet_through_the_host() {
         for apart in [true, false] {
-            meet(apart, Some(GpuSeat { ordinal: 4_000, reduction: Reduction::Fast }));
+            meet(apart, Some(GpuSeat { ordinal: 4_000, reduction: Reduction::Fast, required: false }));
         }
     }
 

@@ -156,7 +156,7 @@ fn check(config: &AllReduceConfig) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// Without a GPU each, the ranks would quietly take shared memory.
+/// Before anything is started: the ranks themselves refuse to measure another carrier.
 fn check_gpus(processes: u32) -> Result<(), String> {
     if cfg!(not(feature = "nccl")) {
         return Err("nccl: this binary was built without the feature `nccl`".into());

@@ -92,7 +92,7 @@ fn meet(
         generation: Generation(1),
         roster: &roster,
         me: RankIndex(setup.me),
-        gpu: setup.reduction.map(|reduction| GpuSeat { ordinal: setup.me, reduction }),
+        gpu: setup.reduction.map(|reduction| GpuSeat { ordinal: setup.me, reduction, required: true }),
     };
     collective::join(set, endpoint, &inbox, runtime.handle().clone(), Instant::now() + PATIENCE)
 }

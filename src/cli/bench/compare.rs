@@ -8,7 +8,7 @@ use lockstep::{
 };
 
 use super::{
-    super::up::{all_cores, cores},
+    super::arguments::{all_cores, cores},
     print_line,
 };
 

@@ -7,8 +7,8 @@ use lockstep::bench::{self, GenerateConfig, ParityConfig, Subject, TrainConfig};
 
 use super::{
     super::{
+        arguments::{all_cores, cores},
         compute::Compute,
-        up::{all_cores, cores},
     },
     print,
 };

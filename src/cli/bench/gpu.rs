@@ -8,7 +8,7 @@ use lockstep::{
 };
 
 use super::{
-    super::up::{all_cores, cores},
+    super::arguments::{all_cores, cores},
     compare::batch_by_seq,
     print_line, processes,
 };

@@ -9,7 +9,7 @@ use lockstep::bench::{
 };
 
 use super::{
-    super::up::{all_cores, cores},
+    super::arguments::{all_cores, cores},
     print_line,
 };
 

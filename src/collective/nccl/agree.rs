@@ -2,20 +2,26 @@
 //! the same choice from the same offers.
 
 use std::collections::HashMap;
-
-use serde::{Deserialize, Serialize};
-
-#[cfg(feature = "nccl")]
-use super::device::Gpu;
 #[cfg(any(test, feature = "nccl"))]
-use super::{Fault, Link, Nccl, Reduction};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+#[cfg(any(test, feature = "nccl"))]
+use super::{
+    Fault, Link, Nccl, Reduction,
+    failures::RETRY_AFTER,
+    start::{Cause, Opening, Refusal, Started, start},
+};
+#[cfg(feature = "nccl")]
+use super::{device::Gpu, failures::StartFailures, start::START_PATIENCE};
 use crate::{
     collective::{
         Collective, CollectiveError, GpuSeat, JoinError, RankSet,
         contribution::{Call, Header, Method},
         exchange::{Exchange, Exchanged},
     },
-    protocol::{OpToken, OperationSeq},
+    protocol::{OpToken, OperationSeq, RankIndex},
 };
 
 /// What a rank can do.
@@ -37,10 +43,17 @@ pub(super) struct NcclOffer {
     pub fast: bool,
 }
 
-/// Numbers of the calls before a collective's first, which is 1: no other has them.
+/// What the ranks can do together.
+#[derive(Debug, PartialEq)]
+enum Choice {
+    /// For this reason.
+    Host(String),
+    /// With these GPUs, by rank.
+    Nccl(Vec<String>),
+}
+
+/// Number of the first call of all: a collective's own count from 1.
 const OFFERS: u64 = 0;
-#[cfg(any(test, feature = "nccl"))]
-const IDENTIFIER: u64 = u64::MAX - 1;
 
 /// Makes the collective of ranks that have met over `control`: through NCCL if each has a GPU of its own and
 /// the same NCCL, else through `control` itself.
@@ -57,22 +70,29 @@ pub(in crate::collective) fn join<C: Exchange + 'static>(
         Some(Ok(nccl)) => Offer::Nccl(nccl),
         Some(Err(why)) => Offer::Without(why),
     };
-    choose(control, &call, &mine, |control| over_nccl(control, set, &call))
+    let required = set.gpu.is_some_and(|seat| seat.required);
+    choose(control, &call, (&mine, required), |control, gpus| over_nccl(control, set, &call, &gpus))
 }
 
-/// Hears what the other ranks offer, and makes what all of them can do: with `over_nccl`, or over `control`.
+/// Hears what the other ranks offer, and makes what all of them can do: with `over_nccl`, which gets their GPUs by rank,
+/// or over `control`, if that is not refused (`required`).
 pub(super) fn choose<C: Exchange + 'static>(
     mut control: C,
     call: &Call,
-    mine: &Offer,
-    over_nccl: impl FnOnce(C) -> Result<Box<dyn Collective>, JoinError>,
+    (mine, required): (&Offer, bool),
+    over_nccl: impl FnOnce(C, Vec<String>) -> Result<Box<dyn Collective>, JoinError>,
 ) -> Result<Box<dyn Collective>, JoinError> {
-    let offers = tell(&mut control, call, mine).map_err(not_met)?;
-    let Some(reason) = decide(&offers)? else { return over_nccl(control) };
-    if *mine != Offer::Host {
-        tracing::info!(run = %call.token.run, %reason, "gradients go through the host, not NCCL");
+    let offers = tell(&mut control, call, OFFERS, mine).map_err(not_met)?;
+    match decide(&offers)? {
+        Choice::Nccl(gpus) => over_nccl(control, gpus),
+        Choice::Host(reason) if required => Err(JoinError::NoNccl { reason }),
+        Choice::Host(reason) => {
+            if *mine != Offer::Host {
+                tracing::info!(run = %call.token.run, %reason, "gradients go through the host, not NCCL");
+            }
+            Ok(Box::new(Exchanged::new(control)))
+        }
     }
-    Ok(Box::new(Exchanged::new(control)))
 }
 
 #[cfg(feature = "nccl")]
@@ -91,15 +111,16 @@ fn over_nccl<C: Exchange + 'static>(
     control: C,
     set: &RankSet<'_>,
     call: &Call,
+    gpus: &[String],
 ) -> Result<Box<dyn Collective>, JoinError> {
-    let Some(GpuSeat { ordinal, reduction }) = set.gpu else {
+    static FAILURES: StartFailures = StartFailures::new();
+    let Some(seat) = set.gpu else {
         return Err(JoinError::System { problem: "a rank without a GPU was taken for one with".into() });
     };
     let (me, world_size) = (control.rank(), control.world_size());
-    let start = |id: &[u8]| Gpu::start(ordinal, id, me, world_size, reduction);
-    let nccl = connect(control, reduction, call, Gpu::unique_id, start).map_err(not_met)?;
-    tracing::info!(run = %set.run, ?reduction, "gradients go through NCCL");
-    Ok(Box::new(Exchanged::new(nccl)))
+    let open = |id: &[u8]| Gpu::start(seat.ordinal, id, me, world_size, seat.reduction);
+    let opening = Opening { failures: &FAILURES, patience: START_PATIENCE, make_id: Gpu::unique_id, open };
+    over_link(control, call, seat, gpus, opening)
 }
 
 /// Without the feature this rank offers nothing, so no set agrees on it.
@@ -108,77 +129,108 @@ fn over_nccl<C: Exchange + 'static>(
     _: C,
     _: &RankSet<'_>,
     _: &Call,
+    _: &[String],
 ) -> Result<Box<dyn Collective>, JoinError> {
     Err(JoinError::System { problem: "the ranks chose NCCL, which this program can't speak".into() })
 }
 
-/// Makes the ranks' communicators meet under an identifier that rank 0 makes. It goes from rank to rank over
-/// `control`, which is this generation's and, between hosts, mutually authenticated.
+/// Through links, if one starts on every rank. If not, over `control`, where the tree of micro-batches leaves the same
+/// bits; NCCL's own sum has no others to go to.
 #[cfg(any(test, feature = "nccl"))]
-pub(super) fn connect<C: Exchange, L: Link>(
-    mut control: C,
-    reduction: Reduction,
+pub(super) fn over_link<C: Exchange + 'static, L: Link + 'static>(
+    control: C,
     call: &Call,
-    make_id: impl FnOnce() -> Result<Vec<u8>, Fault>,
-    start: impl FnOnce(&[u8]) -> Result<L, Fault>,
-) -> Result<Nccl<C, L>, CollectiveError> {
-    let mine = match control.rank().0 {
-        0 => make_id().map_err(|fault| call.system(fault))?,
-        _ => Vec::new(),
+    seat: GpuSeat,
+    gpus: &[String],
+    opening: Opening<'_, impl FnOnce() -> Result<Vec<u8>, Fault>, impl FnOnce(&[u8]) -> Result<L, Fault>>,
+) -> Result<Box<dyn Collective>, JoinError> {
+    let (run, reduction, failures) = (call.token.run, seat.reduction, opening.failures);
+    let only_nccl = seat.required || reduction == Reduction::Fast;
+    // Whoever can't go through the host tries every time.
+    let remembered = failures.recall(gpus, Instant::now()).filter(|_| !only_nccl);
+    let (control, refusal) = match start(control, call, remembered, opening).map_err(not_met)? {
+        Started::Linked(control, link) => {
+            tracing::info!(%run, ?reduction, "gradients go through NCCL");
+            return Ok(Box::new(Exchanged::new(Nccl::new(control, link, reduction))));
+        }
+        Started::Refused(control, refusal) => (control, refusal),
     };
-    let ids = gather(&mut control, call, IDENTIFIER, mine)?;
-    let link = start(&ids[0]).map_err(|fault| call.system(fault))?;
-    Nccl::new(control, link, reduction, call)
+    if only_nccl {
+        return Err(JoinError::NoNccl { reason: why_only_nccl(&refusal, reduction) });
+    }
+    if refusal.cause == Cause::Remembered {
+        tracing::info!(%run, reason = %refusal, "gradients go through the host, not NCCL");
+    } else {
+        failures.remember(gpus, refusal.to_string(), Instant::now());
+        tracing::warn!(
+            %run,
+            "NCCL did not start, so gradients go through the host, with the same bits: {refusal}. {MORE_ABOUT_IT}. \
+             Ranks that meet {} minutes from now try again, and any once all these nodes were started anew",
+            RETRY_AFTER.as_secs() / 60
+        );
+    }
+    Ok(Box::new(Exchanged::new(control)))
 }
 
-/// `Some`: why not through NCCL.
-fn decide(offers: &[Offer]) -> Result<Option<String>, JoinError> {
+/// What helps, beside NCCL's own words.
+#[cfg(any(test, feature = "nccl"))]
+const MORE_ABOUT_IT: &str = "NCCL_DEBUG=INFO in the nodes' environment makes NCCL say more, NCCL_SOCKET_IFNAME tells it the \
+                             network interface between hosts";
+
+#[cfg(any(test, feature = "nccl"))]
+fn why_only_nccl(refusal: &Refusal, reduction: Reduction) -> String {
+    match reduction {
+        Reduction::Fast => format!(
+            "{refusal}. `--reduce fast` is NCCL's own sum, which nothing else adds up: {MORE_ABOUT_IT}; nodes that are \
+             started with `--reduce deterministic` go through the host where NCCL does not start"
+        ),
+        Reduction::Tree => format!("{refusal}. {MORE_ABOUT_IT}"),
+    }
+}
+
+fn decide(offers: &[Offer]) -> Result<Choice, JoinError> {
+    let host = |reason| Ok(Choice::Host(reason));
     let mut seen: HashMap<&str, usize> = HashMap::new();
     let mut first: Option<&NcclOffer> = None;
+    let mut gpus = Vec::new();
     for (rank, offer) in offers.iter().enumerate() {
         let offer = match offer {
-            Offer::Host => return Ok(Some(format!("rank {rank} has no GPU"))),
-            Offer::Without(why) => return Ok(Some(format!("rank {rank} has no NCCL: {why}"))),
+            Offer::Host => return host(format!("rank {rank} has no GPU")),
+            Offer::Without(why) => return host(format!("rank {rank} has no NCCL: {why}")),
             Offer::Nccl(offer) => offer,
         };
         if let Some(other) = seen.insert(&offer.uuid, rank) {
-            return Ok(Some(format!("ranks {other} and {rank} share a GPU")));
+            return host(format!("ranks {other} and {rank} share a GPU"));
         }
         let first = *first.get_or_insert(offer);
         if first.version != offer.version {
-            return Ok(Some(format!("rank {rank} has NCCL {}, rank 0 has {}", offer.version, first.version)));
+            return host(format!("rank {rank} has NCCL {}, rank 0 has {}", offer.version, first.version));
         }
         if first.fast != offer.fast {
             let problem = format!("rank {rank} was started with another --reduce than rank 0");
             return Err(JoinError::System { problem });
         }
+        gpus.push(offer.uuid.clone());
     }
-    Ok(None)
+    Ok(Choice::Nccl(gpus))
 }
 
-fn tell<C: Exchange>(control: &mut C, call: &Call, offer: &Offer) -> Result<Vec<Offer>, CollectiveError> {
-    let bytes = serde_json::to_vec(offer).map_err(|e| call.system(e))?;
-    let told = gather(control, call, OFFERS, bytes)?;
-    let read = |(rank, bytes): (usize, Vec<u8>)| {
-        let rank = crate::protocol::RankIndex(rank as u32);
-        serde_json::from_slice(&bytes).map_err(|e| call.mismatch(rank, e))
-    };
-    told.into_iter().enumerate().map(read).collect()
-}
-
-fn gather<C: Exchange>(
+/// Says something to every rank, and hears it of each: by rank, my own too. `round` is of no other call.
+pub(super) fn tell<C: Exchange, T: Serialize + DeserializeOwned>(
     control: &mut C,
     call: &Call,
     round: u64,
-    bytes: Vec<u8>,
-) -> Result<Vec<Vec<u8>>, CollectiveError> {
+    mine: &T,
+) -> Result<Vec<T>, CollectiveError> {
+    let bytes = serde_json::to_vec(mine).map_err(|e| call.system(e))?;
     let (token, len) = (call.token, bytes.len() as u64);
     let header = Header { method: call.method, round, token, leaves: 0, len, nodes: Vec::new() };
-    let gathered = control.gather(call, &header, bytes);
-    if let Err(error) = &gathered {
-        control.break_off(error.missing());
-    }
-    gathered
+    let told =
+        control.gather(call, &header, bytes).inspect_err(|error| control.break_off(error.missing()))?;
+    let read = |(bytes, rank): (Vec<u8>, u32)| {
+        serde_json::from_slice(&bytes).map_err(|e| call.mismatch(RankIndex(rank), e))
+    };
+    told.into_iter().zip(0..).map(read).collect()
 }
 
 fn not_met(error: CollectiveError) -> JoinError {
@@ -199,15 +251,19 @@ mod tests {
 
     #[test]
     fn a_gpu_each_and_the_same_nccl() {
-        let why_not = |offers: &[Offer]| decide(offers).unwrap();
-        assert_eq!(why_not(&[with("a", 22809, false), with("b", 22809, false)]), None);
-        assert_eq!(why_not(&[with("a", 22809, false), Offer::Host]).as_deref(), Some("rank 1 has no GPU"));
+        let both = Choice::Nccl(vec!["a".into(), "b".into()]);
+        assert_eq!(decide(&[with("a", 22809, false), with("b", 22809, false)]), Ok(both));
+        let why_not = |offers: &[Offer]| match decide(offers) {
+            Ok(Choice::Host(reason)) => reason,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(why_not(&[with("a", 22809, false), Offer::Host]), "rank 1 has no GPU");
         let without = Offer::Without("libnccl.so.2 is not here".into());
         let reason = why_not(&[without, with("a", 22809, false)]);
-        assert_eq!(reason.as_deref(), Some("rank 0 has no NCCL: libnccl.so.2 is not here"));
+        assert_eq!(reason, "rank 0 has no NCCL: libnccl.so.2 is not here");
         let shared = why_not(&[with("a", 22809, false), with("b", 22809, false), with("a", 22809, false)]);
-        assert_eq!(shared.as_deref(), Some("ranks 0 and 2 share a GPU"));
-        assert!(why_not(&[with("a", 22809, false), with("b", 22900, false)]).unwrap().contains("22900"));
+        assert_eq!(shared, "ranks 0 and 2 share a GPU");
+        assert!(why_not(&[with("a", 22809, false), with("b", 22900, false)]).contains("22900"));
         // Weights would come to depend on who is where: refused, not worked around.
         let error = decide(&[with("a", 22809, false), with("b", 22809, true)]).unwrap_err();
         assert!(error.to_string().contains("--reduce"), "{error}");

@@ -6,15 +6,17 @@ use std::{
 };
 
 use super::{
-    agree::connect,
+    agree::tell,
     device::Gpu,
-    tests::{LEN, PATIENCE, as_each, bits, call, control, reduce, reference, unique},
+    failures::StartFailures,
+    start::{IDENTIFIER, Opening, start},
+    tests::{LEN, PATIENCE, as_each, bits, call, control, linked, reduce, reference, unique},
     *,
 };
 use crate::{
     collective::{
         Collective, CollectiveError,
-        contribution::{Header, Method},
+        contribution::Method,
         exchange::{Exchange, Exchanged},
         shared_memory::SharedMemory,
     },
@@ -32,8 +34,10 @@ fn on_gpu(
     patience: Duration,
 ) -> Result<Nccl<SharedMemory, Gpu>, CollectiveError> {
     let (me, world_size) = (control.rank(), control.world_size());
-    let start = |id: &[u8]| Gpu::start(ordinal, id, me, world_size, reduction);
-    connect(control, reduction, &call(Method::AllGather, 0, patience), Gpu::unique_id, start)
+    let open = |id: &[u8]| Gpu::start(ordinal, id, me, world_size, reduction);
+    let failures = &StartFailures::new();
+    let opening = Opening { failures, patience, make_id: Gpu::unique_id, open };
+    linked(start(control, &call(Method::AllGather, 0, PATIENCE), None, opening)?, reduction)
 }
 
 /// Sums over so many GPUs, twice, so that what the first left in memory would show.
@@ -86,15 +90,14 @@ fn a_peer_that_does_not_come_ends_at_the_deadline() {
             assert!(begun.elapsed() < patience + Duration::from_secs(25), "{:?}", begun.elapsed());
             return error;
         }
-        let call = call(Method::AllGather, 0, PATIENCE);
-        let (round, token) = (u64::MAX - 1, call.token);
-        let header = Header { method: call.method, round, token, leaves: 0, len: 0, nodes: Vec::new() };
-        control.gather(&call, &header, Vec::new()).unwrap();
+        // It hears the identifier, and is gone when rank 0 has waited for NCCL and aborted.
+        let (call, nothing) = (call(Method::AllGather, 0, PATIENCE), Ok::<Vec<u8>, ()>(Vec::new()));
+        tell(&mut control, &call, IDENTIFIER, &nothing).unwrap();
         thread::sleep(patience + Duration::from_secs(10));
         None
     });
     let error = errors[0].as_ref().unwrap();
-    assert!(matches!(error, CollectiveError::Deadline { missing: RankIndex(1), .. }), "{error}");
+    assert!(matches!(error, CollectiveError::Lost { missing: RankIndex(1), .. }), "{error}");
 }
 
 /// The real library, where its folder is in LD_LIBRARY_PATH; no GPU is needed.

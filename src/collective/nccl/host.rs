@@ -6,7 +6,7 @@ use std::{
     collections::{HashMap, VecDeque},
     ops::Range,
     sync::{
-        Arc, LazyLock, Mutex,
+        Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
@@ -85,6 +85,11 @@ impl Host {
             aborted: Arc::default(),
             trouble: Trouble::None,
         })
+    }
+
+    /// Is there as long as the link is.
+    pub(super) fn presence(&self) -> Weak<AtomicBool> {
+        Arc::downgrade(&self.aborted)
     }
 
     /// Queues behind what NCCL has taken.

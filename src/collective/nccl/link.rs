@@ -1,4 +1,8 @@
-use std::ops::Range;
+use std::{
+    ops::Range,
+    thread,
+    time::{Duration, Instant},
+};
 
 use crate::{collective::plan::Step, protocol::RankIndex};
 
@@ -64,5 +68,47 @@ pub(super) struct Fault {
 impl Fault {
     pub(super) fn new(call: &'static str, reason: impl ToString) -> Self {
         Self { call, reason: reason.to_string() }
+    }
+}
+
+/// Why a wait for a link ended early.
+#[derive(Debug)]
+pub(super) enum Ended {
+    Deadline,
+    Aborted,
+    Fault(Fault),
+}
+
+impl From<Fault> for Ended {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// How long the host sleeps between two looks at the GPU: at first little, as a small sum takes microseconds.
+const FIRST_NAP: Duration = Duration::from_micros(20);
+const LONGEST_NAP: Duration = Duration::from_millis(2);
+
+/// Sleeps until the link is so far.
+pub(super) fn wait<L: Link>(
+    link: &mut L,
+    so_far: impl Fn(&mut L) -> Result<bool, Fault>,
+    is_aborted: impl Fn() -> bool,
+    deadline: Instant,
+) -> Result<(), Ended> {
+    let mut nap = FIRST_NAP;
+    loop {
+        if is_aborted() {
+            return Err(Ended::Aborted);
+        }
+        if so_far(link)? {
+            return Ok(());
+        }
+        let rest = deadline.saturating_duration_since(Instant::now());
+        if rest.is_zero() {
+            return Err(Ended::Deadline);
+        }
+        thread::sleep(nap.min(rest));
+        nap = (nap * 2).min(LONGEST_NAP);
     }
 }

@@ -3,7 +3,8 @@
 //! NCCL carries the values alone. Everything else goes through the exchange that the ranks have in any case,
 //! shared memory or QUIC ("control"): who is there, what each contributes, the identifier under which the
 //! communicators meet. It names a rank that is missing, which NCCL can't, and nothing is given to NCCL
-//! before every rank has said that it takes part.
+//! before every rank has said that it takes part. It is also where the ranks agree on whether NCCL has started
+//! on all of them ([`start`]); if not, their sums go through control itself, and the same GPUs are left alone for a while.
 //!
 //! ```text
 //!   control: who holds which partial sums?            a missing rank is named here
@@ -13,17 +14,20 @@
 //! ```
 //!
 //! The tree's sum has the bits of every other collective of this room; NCCL's own depends on how the ranks
-//! are connected. The calling thread polls and never blocks in NCCL, so a deadline is always seen; then the
-//! communicator is aborted, and the next generation makes another.
+//! are connected, and so is never replaced by another. The calling thread polls and never blocks in NCCL, so a deadline
+//! is always seen; then the communicator is aborted, and the next generation makes another.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
 mod agree;
+mod memory;
 
 #[cfg(any(test, feature = "nccl"))]
 mod abortable;
+#[cfg(any(test, feature = "nccl"))]
+mod failures;
 #[cfg(any(test, feature = "nccl"))]
 mod layout;
 #[cfg(any(test, feature = "nccl"))]
@@ -32,6 +36,8 @@ mod link;
 mod program;
 #[cfg(any(test, feature = "nccl"))]
 mod reduce;
+#[cfg(any(test, feature = "nccl"))]
+mod start;
 
 #[cfg(feature = "nccl")]
 mod device;
@@ -41,6 +47,7 @@ mod gpu;
 mod host;
 
 pub(super) use agree::join;
+pub use memory::nccl_memory;
 #[cfg(any(test, feature = "nccl"))]
 use {
     link::{Fault, Link},

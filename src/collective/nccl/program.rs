@@ -90,7 +90,7 @@ mod tests {
             for (partial, at) in partials.iter().zip(&sources) {
                 memory[*at..at + LEN].copy_from_slice(&partial.values);
             }
-            let program = encode(plan.steps(), &sources);
+            let program = encode(&plan.steps, &sources);
             // SAFETY: the program's places and the sum's lie inside `memory`, each with LEN values.
             unsafe { run(program.as_ptr(), program.len() as u64, memory.as_mut_ptr(), 0, LEN as u64) };
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();

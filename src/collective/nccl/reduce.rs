@@ -1,12 +1,10 @@
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use super::{
     Reduction,
     layout::Layout,
-    link::{Fault, Link},
+    link::{Ended, Fault, Link, wait},
+    memory,
 };
 use crate::{
     collective::{
@@ -25,48 +23,20 @@ pub(super) struct Nccl<C, L> {
     reduction: Reduction,
 }
 
-/// Values of a piece that travels and is added up (16 MiB): it bounds what the others' contributions take on
-/// the device, and is long enough that starting it costs nothing. Tests have many.
-const PIECE: usize = if cfg!(test) { 1 << 12 } else { 4 << 20 };
+/// Values of a piece. Tests have many.
+const PIECE: usize = if cfg!(test) { 1 << 12 } else { memory::PIECE as usize };
 
 /// Values of the pinned memory, through which vectors get to the device and back.
 const PINNED: usize = if cfg!(test) { 1 << 13 } else { 4 << 20 };
-
-/// How long the host sleeps between two looks at the GPU: at first little, as a small sum takes microseconds.
-const FIRST_NAP: Duration = Duration::from_micros(20);
-const LONGEST_NAP: Duration = Duration::from_millis(2);
 
 /// How long the other ranks may take, after this one's deadline, to say that they are still there: theirs is
 /// at about the same time.
 const BLAME_GRACE: Duration = Duration::from_secs(3);
 
-/// Why the GPU's part of a call ended early.
-#[derive(Debug)]
-enum Ended {
-    Deadline,
-    Aborted,
-    Fault(Fault),
-}
-
-impl From<Fault> for Ended {
-    fn from(fault: Fault) -> Self {
-        Self::Fault(fault)
-    }
-}
-
 impl<C: Exchange, L: Link> Nccl<C, L> {
-    /// Over a link whose communicator may still be on its way: waits for it until the call's deadline.
-    pub(super) fn new(
-        control: C,
-        link: L,
-        reduction: Reduction,
-        call: &Call,
-    ) -> Result<Self, CollectiveError> {
-        let mut this = Self { control, link, reduction };
-        match this.wait(call, L::is_queued) {
-            Ok(()) => Ok(this),
-            Err(ended) => Err(this.give_up(call, ended)),
-        }
+    /// Over a link whose communicator is there.
+    pub(super) fn new(control: C, link: L, reduction: Reduction) -> Self {
+        Self { control, link, reduction }
     }
 
     #[cfg(test)]
@@ -76,21 +46,8 @@ impl<C: Exchange, L: Link> Nccl<C, L> {
 
     /// Sleeps until the link is so far.
     fn wait(&mut self, call: &Call, so_far: impl Fn(&mut L) -> Result<bool, Fault>) -> Result<(), Ended> {
-        let mut nap = FIRST_NAP;
-        loop {
-            if self.control.is_aborted() {
-                return Err(Ended::Aborted);
-            }
-            if so_far(&mut self.link)? {
-                return Ok(());
-            }
-            let rest = call.deadline.saturating_duration_since(Instant::now());
-            if rest.is_zero() {
-                return Err(Ended::Deadline);
-            }
-            thread::sleep(nap.min(rest));
-            nap = (nap * 2).min(LONGEST_NAP);
-        }
+        let Self { control, link, .. } = self;
+        wait(link, so_far, || control.is_aborted(), call.deadline)
     }
 
     /// Everything that the GPU does for one call.
@@ -226,7 +183,7 @@ impl<C: Exchange, L: Link> Exchange for Nccl<C, L> {
     ) -> Result<(), CollectiveError> {
         let nodes = self.control.meet(call, header)?;
         let plan = ReducePlan::new(header.leaves, &nodes.concat()).map_err(|e| call.no_tree(e))?;
-        self.run(call, &nodes, plan.steps(), partials, out).map_err(|ended| self.give_up(call, ended))
+        self.run(call, &nodes, &plan.steps, partials, out).map_err(|ended| self.give_up(call, ended))
     }
 
     fn gather(

@@ -1,13 +1,17 @@
 //! What is special about NCCL, with threads for ranks; the room's own tests run over it too.
 
+mod start;
+
 use std::{
     thread,
     time::{Duration, Instant},
 };
 
 use super::{
-    agree::{NcclOffer, Offer, choose, connect},
+    agree::{NcclOffer, Offer, choose},
+    failures::StartFailures,
     host::{self, Host, Trouble},
+    start::{Opening, Started, start},
     *,
 };
 use crate::{
@@ -44,15 +48,27 @@ fn over_host(
     control: SharedMemory,
     reduction: Reduction,
     trouble: Trouble,
-    patience: Duration,
 ) -> Result<Nccl<SharedMemory, Host>, CollectiveError> {
     let (me, world_size) = (control.rank(), control.world_size());
-    let start = |id: &[u8]| {
+    let open = |id: &[u8]| {
         let mut link = Host::start(id, me, world_size)?;
         link.trouble = trouble;
         Ok(link)
     };
-    connect(control, reduction, &call(Method::AllGather, 0, patience), host::unique_id, start)
+    let failures = &StartFailures::new();
+    let opening = Opening { failures, patience: PATIENCE, make_id: host::unique_id, open };
+    linked(start(control, &call(Method::AllGather, 0, PATIENCE), None, opening)?, reduction)
+}
+
+/// What has started, and panics if it has not.
+pub(super) fn linked<C: Exchange, L: Link>(
+    started: Started<C, L>,
+    reduction: Reduction,
+) -> Result<Nccl<C, L>, CollectiveError> {
+    match started {
+        Started::Linked(control, link) => Ok(Nccl::new(control, link, reduction)),
+        Started::Refused(_, refusal) => panic!("{refusal}"),
+    }
 }
 
 /// A rank of the set of this name, which no other set has, over shared memory and the link of vectors: what two
@@ -64,7 +80,7 @@ pub(crate) fn over_host_link(
     reduction: Reduction,
 ) -> Box<dyn Collective> {
     let control = control(name, rank, world_size);
-    Box::new(Exchanged::new(over_host(control, reduction, Trouble::None, PATIENCE).unwrap()))
+    Box::new(Exchanged::new(over_host(control, reduction, Trouble::None).unwrap()))
 }
 
 pub(super) fn unique(what: &str) -> String {
@@ -126,8 +142,7 @@ fn the_tree_has_its_bits_and_the_fast_sum_is_near() {
         for (name, reduction) in [(tree, Reduction::Tree), (fast, Reduction::Fast)] {
             let sums = as_each(world_size, |rank| {
                 let control = control(&name, rank, world_size);
-                let mut rank =
-                    Exchanged::new(over_host(control, reduction, Trouble::None, PATIENCE).unwrap());
+                let mut rank = Exchanged::new(over_host(control, reduction, Trouble::None).unwrap());
                 // Three of one collective, the second longer: what the first left in memory shows.
                 reduce(&mut rank, 1, 100, PATIENCE).unwrap();
                 reduce(&mut rank, 2, LEN, PATIENCE).unwrap();
@@ -152,13 +167,11 @@ fn meet_and_reduce(what: &str, offers: &[Offer]) -> Vec<Result<bool, JoinError>>
     let met = as_each(world_size, |rank| {
         let control = control(&name, rank, world_size);
         let (call, mut linked) = (call(Method::AllGather, 0, PATIENCE), false);
-        let over_link = |control| -> Result<Box<dyn Collective>, JoinError> {
+        let over_link = |control, _| -> Result<Box<dyn Collective>, JoinError> {
             linked = true;
-            Ok(Box::new(Exchanged::new(
-                over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap(),
-            )))
+            Ok(Box::new(Exchanged::new(over_host(control, Reduction::Tree, Trouble::None).unwrap())))
         };
-        let mut rank = choose(control, &call, &offers[rank as usize], over_link)?;
+        let mut rank = choose(control, &call, (&offers[rank as usize], false), over_link)?;
         Ok((linked, reduce(&mut *rank, 1, LEN, PATIENCE).unwrap()))
     });
     let expected = reference(world_size + 1, LEN);
@@ -204,8 +217,7 @@ fn a_gpu_that_gets_stuck_ends_at_the_deadline_and_blames_nobody_who_is_there() {
     let name = unique("stuck");
     let errors = as_each(2, |rank| {
         let trouble = if rank == 1 { Trouble::Stuck } else { Trouble::None };
-        let mut rank =
-            Exchanged::new(over_host(control(&name, rank, 2), Reduction::Tree, trouble, PATIENCE).unwrap());
+        let mut rank = Exchanged::new(over_host(control(&name, rank, 2), Reduction::Tree, trouble).unwrap());
         let error = reduce(&mut rank, 1, LEN, SHORT).unwrap_err();
         (error, reduce(&mut rank, 2, LEN, PATIENCE).unwrap_err())
     });
@@ -221,7 +233,7 @@ fn what_nccl_refuses_is_said_in_its_words() {
     let name = unique("refused");
     let errors = as_each(2, |rank| {
         let control = control(&name, rank, 2);
-        let mut nccl = over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap();
+        let mut nccl = over_host(control, Reduction::Tree, Trouble::None).unwrap();
         if rank == 1 {
             nccl.link().trouble = Trouble::Refused;
         }
@@ -244,7 +256,7 @@ fn a_rank_that_goes_in_the_middle_of_a_sum_is_named() {
     let name = unique("gone");
     let errors = as_each(2, |rank| {
         let control = control(&name, rank, 2);
-        let mut nccl = over_host(control, Reduction::Tree, Trouble::None, PATIENCE).unwrap();
+        let mut nccl = over_host(control, Reduction::Tree, Trouble::None).unwrap();
         if rank == 0 {
             return Some(reduce(&mut Exchanged::new(nccl), 1, LEN, SHORT).unwrap_err());
         }
@@ -260,34 +272,12 @@ fn a_rank_that_goes_in_the_middle_of_a_sum_is_named() {
 }
 
 #[test]
-fn a_communicator_that_a_rank_does_not_join_ends_at_its_deadline() {
-    let name = unique("init");
-    let errors = as_each(2, |rank| {
-        let mut control = control(&name, rank, 2);
-        if rank == 0 {
-            return over_host(control, Reduction::Tree, Trouble::None, SHORT).err();
-        }
-        // It hears the identifier and does nothing with it.
-        let call = call(Method::AllGather, 0, PATIENCE);
-        let round = u64::MAX - 1;
-        let header =
-            Header { method: call.method, round, token: call.token, leaves: 0, len: 0, nodes: Vec::new() };
-        control.gather(&call, &header, Vec::new()).unwrap();
-        // Longer than rank 0 waits and asks.
-        thread::sleep(SHORT + Duration::from_secs(4));
-        None
-    });
-    let error = errors[0].as_ref().unwrap();
-    assert!(matches!(error, CollectiveError::Deadline { missing: RankIndex(1), .. }), "{error}");
-}
-
-#[test]
 fn an_abort_breaks_a_sum_in_progress() {
     let name = unique("abort");
     let begun = Instant::now();
     let errors = as_each(2, |rank| {
         let trouble = if rank == 0 { Trouble::Stuck } else { Trouble::None };
-        let nccl = over_host(control(&name, rank, 2), Reduction::Tree, trouble, PATIENCE).unwrap();
+        let nccl = over_host(control(&name, rank, 2), Reduction::Tree, trouble).unwrap();
         let mut rank = Exchanged::new(nccl);
         let abort = rank.abort_handle();
         thread::scope(|scope| {

@@ -199,7 +199,6 @@ impl Exchange for Quic {
         })
     }
 
-    #[cfg(any(test, feature = "nccl"))]
     fn meet(&mut self, call: &Call, header: &Header) -> Result<Vec<Vec<(u32, u32)>>, CollectiveError> {
         let (rank, call) = (self.rank, *call);
         let head = &header.to_bytes().map_err(|e| call.mismatch(rank, e))?;

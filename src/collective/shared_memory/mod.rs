@@ -173,7 +173,6 @@ impl Exchange for SharedMemory {
         })
     }
 
-    #[cfg(any(test, feature = "nccl"))]
     fn meet(&mut self, call: &Call, header: &Header) -> Result<Vec<Vec<(u32, u32)>>, CollectiveError> {
         let head = header.to_bytes().map_err(|e| call.mismatch(self.rank, e))?;
         self.contribute(call, header, |file| file.write_all_at(&head, 0))?;

@@ -18,6 +18,7 @@
 //! emulation allocates.
 
 use crate::{
+    collective::nccl_memory,
     kernels::WeightDtype,
     model::{ComputeOptions, ModelConfig, RunMemory},
     types::LoraConfig,
@@ -27,13 +28,6 @@ use super::head::rows_most;
 
 /// Versions of an adapter that are on the GPU at once: a trainer's last and next, a replica's live and staged.
 const VERSIONS: u64 = 4;
-
-/// Partial sums of a gradient that a rank has: a range of micro-batches is mostly one or two subtrees. Few and unequal ranges
-/// are more, up to two a level; the link grows then beyond what is reckoned with.
-const PARTIAL_SUMS: u64 = 2;
-
-/// Bytes of a partial sum of another rank that are on the GPU at once, at most: `PIECE` of `collective/nccl`.
-const PIECE: u64 = 16 << 20;
 
 /// Bytes of an f32.
 const F32: u64 = 4;
@@ -98,19 +92,9 @@ impl GpuFootprint {
         RunMemory {
             state: values.saturating_mul(self.element).saturating_mul(VERSIONS),
             work,
-            link: link(values, ranks),
+            link: nccl_memory(values, ranks),
         }
     }
-}
-
-/// Bytes of the link of one of so many ranks that each have a GPU; none of a rank alone.
-fn link(values: u64, ranks: u64) -> u64 {
-    if ranks < 2 {
-        return 0;
-    }
-    let own = values.saturating_mul(F32).saturating_mul(PARTIAL_SUMS + 1);
-    let piece = values.div_ceil(ranks).saturating_mul(F32).min(PIECE);
-    own.saturating_add(piece.saturating_mul(PARTIAL_SUMS).saturating_mul(ranks - 1))
 }
 
 impl ModelConfig {
@@ -181,20 +165,11 @@ mod tests {
         let memory = |values, rows| footprint.run(&lora, values, rows, 1);
         assert_eq!(memory(1000, 0).state, 4 * 4 * 1000);
         assert_eq!(memory(1000, 0).work, footprint.workspace + 4 * 1000);
+        assert_eq!((memory(1000, 0).link, footprint.run(&lora, 1000, 0, 2).link), (0, nccl_memory(1000, 2)));
         let more_than_a_chunk = 100 * footprint.head_rows;
         let by_row = memory(0, more_than_a_chunk).work - footprint.workspace;
         let GpuRows { kept, kept_of_rank, passing, passing_of_rank } = footprint.rows;
         assert_eq!(by_row, more_than_a_chunk * (kept + passing + 4 * (kept_of_rank + passing_of_rank)));
-    }
-
-    /// What `collective/nccl/layout.rs` makes of it, by hand.
-    #[test]
-    fn ranks_on_other_gpus_take_vectors_and_pieces() {
-        assert_eq!((link(1000, 0), link(1000, 1)), (0, 0));
-        // Each rank's slice is less than a piece.
-        assert_eq!(link(1000, 2), 4 * (3 * 1000 + 2 * 500));
-        // And more.
-        assert_eq!(link(1 << 30, 4), 4 * (3 << 30) + 3 * 2 * (16 << 20));
     }
 
     #[test]
@@ -202,6 +177,5 @@ mod tests {
         let mut footprint = tiny::config().gpu_footprint(&ComputeOptions::default());
         footprint.rows.kept = u64::MAX;
         assert_eq!(footprint.run(&LoraConfig::new(8, 0), u64::MAX, 1 << 40, 1).work, u64::MAX);
-        assert_eq!(link(u64::MAX, u64::MAX), u64::MAX);
     }
 }

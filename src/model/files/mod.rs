@@ -3,6 +3,7 @@
 
 mod gguf;
 mod hugging_face;
+mod remote;
 
 #[cfg(test)]
 mod smollm2;
@@ -12,9 +13,12 @@ pub(super) mod tests;
 use std::{
     fs::{self, File},
     io::{self, Read},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+pub(super) use remote::remote_system;
 
 use memmap2::Mmap;
 use serde_json::{Map, Value};
@@ -112,7 +116,7 @@ impl ModelFiles {
         self.files.iter()
     }
 
-    /// Size and time of every file, to see later whether one has changed.
+    /// The stamp of every file, to see later whether one has changed.
     pub fn stamps(&self) -> Result<Vec<Stamp>, ModelError> {
         self.files.iter().map(|path| stamp(path)).collect()
     }
@@ -131,20 +135,28 @@ impl ModelFiles {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Stamp {
     pub path: PathBuf,
+    /// Where the path leads, over links, which may come to lead elsewhere.
+    pub target: PathBuf,
     pub size: u64,
     /// Since the Unix epoch.
     pub modified_ns: u64,
+    /// Device and inode, on a disk of this machine: another file that came by a rename has others. Elsewhere the same
+    /// file may have others at the next look (FUSE).
+    pub inode: Option<(u64, u64)>,
 }
 
 impl Stamp {
     pub fn of(path: &Path) -> io::Result<Self> {
-        let metadata = fs::metadata(path)?;
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
         let modified = metadata.modified()?;
         let since_epoch = modified.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Ok(Self {
             path: path.to_owned(),
+            target: fs::canonicalize(path)?,
             size: metadata.len(),
             modified_ns: since_epoch.as_nanos().try_into().unwrap_or(u64::MAX),
+            inode: remote_system(&file)?.is_none().then(|| (metadata.dev(), metadata.ino())),
         })
     }
 }

@@ -4,12 +4,12 @@
 //! ```text
 //!   CACHE/<base model's digest>-<layout>.pack    what processes map; its name comes by a rename, when it is whole
 //!   CACHE/packing.lock                           held by whoever writes one
-//!   CACHE/digest-….json                          which file has been proved, by size and time (digest_cache.rs)
+//!   CACHE/digest-….json                          which file has been proved, by its stamp (digest_cache.rs)
 //! ```
 //!
 //! It is a copy of what the model's files say, never an authority: one that is truncated, altered, foreign or of
 //! another layout is written again. The values are hashed before a file is used for the first time and whenever
-//! its size or time is not as they were then; so they are trusted as the model's own files are, and a start costs
+//! its size, time or inode is not as they were then; so they are trusted as the model's own files are, and a start costs
 //! nothing for it. What bits rot unseen meanwhile, [`PackFile::verify`] finds (`lockstep model verify`).
 //!
 //! Each model at a place, in a dtype, has one file: whoever writes one removes those of other layouts, of the same
