@@ -237,6 +237,9 @@ impl Part {
         if config.compute.activation_checkpointing {
             arguments.push("--activation-checkpointing".into());
         }
+        if config.compute.plain_decoding {
+            arguments.push("--plain-decoding".into());
+        }
         let mut flag = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
         for model in &config.models {
             flag("--model", format!("{}={}", model.name, model.path.display()));

@@ -189,7 +189,7 @@ impl Cost {
     fn weights(&self) -> u64 {
         match self {
             Self::Host(footprint) => footprint.weights,
-            Self::Gpu(_, footprint) => footprint.weights,
+            Self::Gpu(_, footprint) => footprint.model(),
         }
     }
 
