@@ -71,8 +71,6 @@ pub(super) struct Graph {
 // SAFETY: graphs belong to no thread; the driver asks that two don't use one at a time, which they do only through `&Cuda`
 // by whoever has the GPU's turn, and at its drop, when nobody else has it.
 unsafe impl Send for Graph {}
-// SAFETY: as above.
-unsafe impl Sync for Graph {}
 
 /// Memory from the device's pool, given back in the stream's order.
 pub(super) struct Memory {

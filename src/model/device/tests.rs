@@ -48,7 +48,7 @@ fn device_models() -> &'static [(&'static BaseModel, DeviceModel)] {
     })
 }
 
-fn tolerance(model: &BaseModel) -> f64 {
+pub(super) fn tolerance(model: &BaseModel) -> f64 {
     if model.weights().embed.rounds_inputs() { BF16_TOLERANCE } else { F32_TOLERANCE }
 }
 
@@ -72,7 +72,7 @@ fn train_on(model: &DeviceModel, sequences: &[Vec<u32>], adapter: &Adapter, reco
     Trained { gradient: gpu().download(&gradient).unwrap(), logprobs: scores.logprobs }
 }
 
-fn wide(values: &[f32]) -> Vec<f64> {
+pub(super) fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|value| f64::from(*value)).collect()
 }
 

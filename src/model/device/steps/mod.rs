@@ -153,11 +153,11 @@ impl Steps {
     /// Bytes that they hold.
     fn bytes(&self) -> u64 {
         let lists: u64 = self.recorded.iter().map(|step| step.lists.bytes() as u64).sum();
-        let is_first = |(i, step): (usize, &Recorded)| {
+        let of_pool = |(i, step): (usize, &Recorded)| {
             let is_known = self.recorded[..i].iter().any(|before| before.pool.is(&step.pool));
             if is_known { 0 } else { step.pool.bytes() }
         };
-        let pools: u64 = self.recorded.iter().enumerate().map(is_first).sum();
+        let pools: u64 = self.recorded.iter().enumerate().map(of_pool).sum();
         lists + pools + self.padding.as_ref().map_or(0, |page| page.bytes() as u64)
     }
 
