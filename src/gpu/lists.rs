@@ -27,7 +27,7 @@ impl Lists {
     fn push<const N: usize>(&mut self, element: Element, values: impl Iterator<Item = [u8; N]>) -> ListPlace {
         let from = self.bytes.len().next_multiple_of(N);
         self.bytes.resize(from, 0);
-        self.bytes.extend(values.flatten());
+        values.for_each(|value| self.bytes.extend_from_slice(&value));
         ListPlace { from, element, len: (self.bytes.len() - from) / N }
     }
 }

@@ -35,7 +35,7 @@ use crate::{
 
 use super::{
     DeviceAdapter, DeviceModel, DeviceSequence,
-    forward::{final_norm, layers},
+    forward::layers,
     memory::{step_row, steps_most},
     plan::{Draft, Plan},
 };
@@ -222,10 +222,8 @@ impl Steps {
 
     /// Forgets what was not used for longest, until there is room for so many bytes more, and the rest is few enough.
     fn make_room(&mut self, bytes: u64) {
-        while self.recorded.len() > STEPS_MOST || self.bytes() + bytes > self.most {
-            if self.recorded.is_empty() {
-                break;
-            }
+        let is_full = |steps: &Self| steps.recorded.len() > STEPS_MOST || steps.bytes() + bytes > steps.most;
+        while !self.recorded.is_empty() && is_full(self) {
             self.recorded.remove(0);
         }
     }
