@@ -203,7 +203,7 @@ pub(super) fn step_row(config: &ModelConfig, element: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tiny;
+    use crate::model::{Family, tiny};
 
     #[test]
     fn a_run_is_its_versions_and_one_micro_batch() {
@@ -216,6 +216,22 @@ mod tests {
         let by_row = memory(0, more_than_a_chunk).work - footprint.workspace;
         let GpuRows { kept, kept_of_rank, passing, passing_of_rank } = footprint.rows;
         assert_eq!(by_row, more_than_a_chunk * (kept + passing + 4 * (kept_of_rank + passing_of_rank)));
+    }
+
+    /// Of Qwen3-1.7B in bf16, as the README says.
+    #[test]
+    fn recorded_steps_of_a_model_take_little_beside_its_weights() {
+        let config = ModelConfig {
+            family: Family::Qwen3,
+            hidden_size: 2048,
+            intermediate_size: 6144,
+            num_layers: 28,
+            num_heads: 16,
+            num_kv_heads: 8,
+            head_dim: 128,
+            ..tiny::config()
+        };
+        assert_eq!(steps_most(&config, 2), 89_718_784);
     }
 
     /// What `collective/nccl/layout.rs` makes of it, by hand.
