@@ -440,6 +440,13 @@ mod tests {
         };
         assert_eq!([0, 1].map(|index| said(&config, index, "--device")), ["cuda:2", "cuda:3"]);
         assert_eq!(said(&config, 1, "--reduce"), "fast");
+        let decodes_plainly = |config: &SupervisorConfig| {
+            let arguments = Part::node(config, 0, "127.0.0.1:1").arguments;
+            arguments.iter().any(|argument| argument == "--plain-decoding")
+        };
+        assert!(!decodes_plainly(&config));
+        config.compute.plain_decoding = true;
+        assert!(decodes_plainly(&config));
         config.compute.device = DeviceChoice::Auto;
         assert_eq!(said(&config, 1, "--device"), "auto");
     }
