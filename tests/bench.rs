@@ -118,6 +118,9 @@ fn a_gpu_is_measured_from_random_weights() {
         assert!(positive(&row["lockstep"]) && row["percent_of_peak"].is_f64(), "{row}");
         assert_eq!((&row["model"], &row["unit"]), (&"tiny".into(), &"tokens/s".into()));
     }
+    for row in &rows[2..4] {
+        assert!(row["replayed_percent"].as_f64() > Some(50.0), "steps that come again are replayed: {row}");
+    }
     assert!(positive(&rows[4]["lockstep"]) && rows[4].get("percent_of_peak").is_none(), "{said}");
     // What README promises.
     assert!(rows[5]["lockstep"].as_f64() < Some(1e-4), "{said}");
@@ -129,10 +132,11 @@ fn a_gpu_is_measured_from_random_weights() {
     // The model is there now, and of no chip anything is known. One that fails takes no figures of the others with it, and
     // does not pass for one that was measured.
     let sizes: Vec<&str> = sizes.split(' ').collect();
-    let more = ["--dtype", "f32", "--model", "/nowhere"];
+    let more = ["--dtype", "f32", "--plain-decoding", "--model", "/nowhere"];
     let (done, said) = bench_said(&[&common[..], &sizes, &more].concat());
     assert!(said["peak"].is_null() && said["rows"][0].get("percent_of_peak").is_none(), "{said}");
     assert_eq!(said["rows"].as_array().map(Vec::len), Some(6), "{said}");
+    assert_eq!(said["rows"][2]["replayed_percent"], 0.0, "{said}");
     assert!(said["failed"][0].as_str().is_some_and(|why| why.starts_with("nowhere: ")), "{said}");
     assert!(!done.success(), "{done}");
 }

@@ -237,6 +237,7 @@ impl Up {
             .args(["--device", &config.compute.device.to_string()])
             .args(["--dtype", &config.compute.dtype.to_string()])
             .args(config.compute.activation_checkpointing.then_some("--activation-checkpointing"))
+            .args(config.compute.plain_decoding.then_some("--plain-decoding"))
             .arg(format!("--model={}={}", model.name, model.path.display()))
             .arg("--data-dir")
             .arg(data.path())

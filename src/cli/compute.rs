@@ -20,6 +20,10 @@ pub struct Compute {
     /// for a token, so longer sequences, in more time; the same bits.
     #[arg(long, env = "LOCKSTEP_ACTIVATION_CHECKPOINTING")]
     activation_checkpointing: bool,
+    /// On a GPU, launch every step of decoding kernel by kernel instead of replaying recorded ones as one launch each:
+    /// slower, for finding out whether a fault is theirs.
+    #[arg(long, env = "LOCKSTEP_PLAIN_DECODING")]
+    plain_decoding: bool,
     /// How ranks with a GPU each add up their gradients through NCCL: deterministic, in the tree of micro-batches, with
     /// the bits of any number of ranks; or fast, by ncclAllReduce, with the same bits only on the same GPUs: a run that
     /// loses one may not come out as journaled when it is repeated, and is then refused. One for all nodes of a run.
@@ -29,7 +33,7 @@ pub struct Compute {
 
 impl Compute {
     pub fn options(self) -> ComputeOptions {
-        let Self { device, dtype, activation_checkpointing, reduce: reduction } = self;
-        ComputeOptions { device, dtype, activation_checkpointing, reduction }
+        let Self { device, dtype, activation_checkpointing, plain_decoding, reduce: reduction } = self;
+        ComputeOptions { device, dtype, activation_checkpointing, plain_decoding, reduction }
     }
 }

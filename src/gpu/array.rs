@@ -2,7 +2,7 @@ use std::{fmt, ops::Range, sync::Arc};
 
 use half::bf16;
 
-use super::{Gpu, GpuError, device::Memory};
+use super::{Gpu, GpuError, heap::Memory};
 
 /// What an [`Array`] holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +78,21 @@ impl Array {
         Self { memory: self.memory.clone(), element: self.element, range }
     }
 
+    /// `len` values of another type from byte `from` on, in the same memory.
+    ///
+    /// # Panics
+    ///
+    /// If they begin between two values, or end beyond the array.
+    pub(super) fn part(&self, from: usize, element: Element, len: usize) -> Self {
+        let (size, begin) = (element.bytes(), self.range.start * self.element.bytes() + from);
+        assert!(
+            begin.is_multiple_of(size) && from + len * size <= self.bytes(),
+            "{len} values from {from} on"
+        );
+        let range = begin / size..begin / size + len;
+        Self { memory: self.memory.clone(), element, range }
+    }
+
     /// Where its first value is, as a kernel takes it.
     pub(crate) fn address(&self) -> u64 {
         self.memory.address() + (self.range.start * self.element.bytes()) as u64
@@ -119,14 +134,20 @@ impl Gpu {
         self.upload_bytes(Element::U32, bytes_of(values))
     }
 
-    pub(crate) fn upload_u64(&self, values: &[u64]) -> Result<Array, GpuError> {
-        self.upload_bytes(Element::U64, bytes_of(values))
-    }
-
     fn upload_bytes(&self, element: Element, bytes: &[u8]) -> Result<Array, GpuError> {
         let memory = Arc::new(self.allocate(bytes.len())?);
         self.write(&memory, bytes)?;
         Ok(Array { memory, element, range: 0..bytes.len() / element.bytes() })
+    }
+
+    /// Fills an array from its memory's beginning on, once what was asked before is done with it.
+    ///
+    /// # Panics
+    ///
+    /// If it is a part of its memory that begins further on, or has another size.
+    pub(super) fn overwrite(&self, array: &Array, bytes: &[u8]) -> Result<(), GpuError> {
+        assert_eq!((array.range.start, array.bytes()), (0, bytes.len()), "an array is overwritten whole");
+        self.write(&array.memory, bytes)
     }
 
     /// The values of an array of numbers, once the GPU has computed them.
@@ -150,7 +171,6 @@ trait Plain: Copy {}
 impl Plain for f32 {}
 impl Plain for bf16 {}
 impl Plain for u32 {}
-impl Plain for u64 {}
 
 /// The bytes of numbers, as they lie in memory.
 fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {

@@ -12,8 +12,8 @@ use candle_core::{
     cuda_backend::cudarc::{
         cublas::{self, CudaBlas},
         driver::{
-            CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError, LaunchConfig,
-            PinnedHostSlice, PushKernelArg, result, sys,
+            CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError,
+            LaunchConfig, PinnedHostSlice, PushKernelArg, result, sys,
         },
         nvrtc::{CompileOptions, compile_ptx_with_opts},
     },
@@ -35,6 +35,8 @@ pub(super) struct Cuda {
     name: String,
     stream: Arc<CudaStream>,
     blas: Arc<CudaBlas>,
+    // Behind cuBLAS's handle, which uses it to its end.
+    _workspace: CudaSlice<u8>,
     module: Arc<CudaModule>,
     /// By name, as they are first launched.
     functions: Mutex<HashMap<String, CudaFunction>>,
@@ -59,6 +61,16 @@ struct CudaLane<'a> {
     stream: &'a CudaStream,
     address: u64,
 }
+
+/// A recorded stretch of the stream, ready to be launched.
+pub(super) struct Graph {
+    graph: CudaGraph,
+    stream: Arc<CudaStream>,
+}
+
+// SAFETY: graphs belong to no thread; the driver asks that two don't use one at a time, which they do only through `&Cuda`
+// by whoever has the GPU's turn, and at its drop, when nobody else has it.
+unsafe impl Send for Graph {}
 
 /// Memory from the device's pool, given back in the stream's order.
 pub(super) struct Memory {
@@ -101,8 +113,10 @@ impl Cuda {
         let module = context.load_module(ptx).map_err(failed("cuModuleLoadData"))?;
         let name = context.name().map_err(failed("cuDeviceGetName"))?;
         let blas = device.cublas_handle();
+        let workspace = workspace(&stream, &blas, if major >= 9 { WORKSPACE_HOPPER } else { WORKSPACE })?;
         let staging = Mutex::new([Staging::new(&stream)?, Staging::new(&stream)?]);
-        Ok(Self { ordinal, name, stream, blas, module, functions: Mutex::default(), staging })
+        let functions = Mutex::default();
+        Ok(Self { ordinal, name, stream, blas, _workspace: workspace, module, functions, staging })
     }
 
     pub(super) fn ordinal(&self) -> usize {
@@ -256,6 +270,31 @@ impl Cuda {
         .map_err(|e| GpuError::Failed { call: "cublasGemmEx", problem: format!("{e:?}") })
     }
 
+    pub(super) fn begin_capture(&self) -> Result<(), GpuError> {
+        // This thread alone does nothing that a recording forbids; NCCL's and others' may.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(failed("cuStreamBeginCapture"))
+    }
+
+    /// The stream is itself again whatever comes back.
+    pub(super) fn end_capture(&self) -> Result<Graph, GpuError> {
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        match graph.map_err(failed("cuStreamEndCapture or cuGraphInstantiateWithFlags"))? {
+            Some(graph) => Ok(Graph { graph, stream: self.stream.clone() }),
+            None => Err(GpuError::Failed {
+                call: "cuStreamEndCapture",
+                problem: "nothing was recorded".to_owned(),
+            }),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As of [`Gpu::replay`](super::Gpu::replay).
+    pub(super) unsafe fn launch_graph(&self, graph: &Graph) -> Result<(), GpuError> {
+        graph.graph.launch().map_err(failed("cuGraphLaunch"))
+    }
+
     /// Calls below cudarc's own want the context on their thread.
     fn bind(&self) -> Result<(), GpuError> {
         self.stream.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))
@@ -315,10 +354,35 @@ impl Drop for Cuda {
     }
 }
 
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // The manual doesn't say that a graph may go while it runs. What the stream says then, nobody can use.
+        let _ = self.stream.synchronize();
+    }
+}
+
 impl Memory {
     pub(super) fn address(&self) -> u64 {
         self.address
     }
+}
+
+/// What NVIDIA recommends for cuBLAS's workspace, from Hopper on and before.
+const WORKSPACE_HOPPER: usize = 32 << 20;
+const WORKSPACE: usize = 4 << 20;
+
+/// Gives cuBLAS a workspace for good: of its own it allocates one within each recording. It is the same for what is recorded
+/// and what is not, so that cuBLAS chooses alike for both; one serves all, as all work goes through one stream.
+fn workspace(stream: &Arc<CudaStream>, blas: &CudaBlas, bytes: usize) -> Result<CudaSlice<u8>, GpuError> {
+    // SAFETY: a workspace has no content that anybody counts on.
+    let workspace = unsafe { stream.alloc::<u8>(bytes) }.map_err(failed("cuMemAllocAsync"))?;
+    let address = workspace.device_ptr(stream).0 as *mut c_void;
+    // SAFETY: that many bytes, aligned as the driver aligns all memory, which live as long as the handle: whoever opens the
+    // GPU keeps both, and drops the handle first.
+    unsafe { cublas::sys::cublasSetWorkspace_v2(*blas.handle(), address, bytes) }
+        .result()
+        .map_err(|e| GpuError::Failed { call: "cublasSetWorkspace", problem: format!("{e:?}") })?;
+    Ok(workspace)
 }
 
 /// By default a pool gives freed memory back to the driver at every synchronisation, which makes the

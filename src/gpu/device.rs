@@ -1,20 +1,14 @@
-use std::{
-    fmt,
-    str::FromStr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{fmt, str::FromStr, sync::Arc};
 
+#[cfg(feature = "cuda")]
+use super::cuda::Cuda;
 use super::{
     GpuError, Turn,
     emulator::{self, Emulator},
+    graph,
+    heap::{Heap, Memory, Place, Source},
     turns::Turns,
 };
-
-#[cfg(feature = "cuda")]
-use super::cuda::{self, Cuda};
 
 /// A GPU that is open; clones are the same.
 #[derive(Clone)]
@@ -26,33 +20,13 @@ struct Inner {
     engine: String,
     backend: Backend,
     turns: Turns,
-    usage: Arc<Usage>,
-}
-
-/// Bytes that arrays hold.
-#[derive(Default)]
-struct Usage {
-    now: AtomicU64,
-    most: AtomicU64,
+    heap: Arc<Heap>,
 }
 
 enum Backend {
     Emulated(Emulator),
     #[cfg(feature = "cuda")]
     Cuda(Box<Cuda>),
-}
-
-/// Memory of a GPU, counted as long as it lives.
-pub(super) struct Memory {
-    place: MemoryPlace,
-    bytes: u64,
-    usage: Arc<Usage>,
-}
-
-enum MemoryPlace {
-    Emulated(emulator::Memory),
-    #[cfg(feature = "cuda")]
-    Cuda(cuda::Memory),
 }
 
 /// An argument of a kernel.
@@ -97,8 +71,8 @@ impl Gpu {
     }
 
     fn of(name: String, engine: String, backend: Backend) -> Self {
-        let (turns, usage) = (Turns::default(), Arc::default());
-        Self(Arc::new(Inner { name, engine, backend, turns, usage }))
+        let (turns, heap) = (Turns::default(), Arc::default());
+        Self(Arc::new(Inner { name, engine, backend, turns, heap }))
     }
 
     /// Its kind: GPUs of one kind give the same bits.
@@ -138,12 +112,16 @@ impl Gpu {
     /// Bytes that arrays hold now, and the most that they have held at once. What CUDA, its libraries and the pool
     /// take beside them is not in it.
     pub fn held(&self) -> [u64; 2] {
-        let Usage { now, most } = &*self.0.usage;
-        [now.load(Ordering::Relaxed), most.load(Ordering::Relaxed)]
+        self.0.heap.held()
+    }
+
+    pub(super) fn heap(&self) -> &Arc<Heap> {
+        &self.0.heap
     }
 
     /// Waits until everything that was asked is done.
     pub fn synchronize(&self) -> Result<(), GpuError> {
+        self.0.heap.admit(false)?;
         match &self.0.backend {
             Backend::Emulated(_) => Ok(()),
             #[cfg(feature = "cuda")]
@@ -152,36 +130,36 @@ impl Gpu {
     }
 
     pub(super) fn allocate(&self, bytes: usize) -> Result<Memory, GpuError> {
-        let place = match &self.0.backend {
-            Backend::Emulated(_) => MemoryPlace::Emulated(emulator::Memory::new(bytes)?),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => MemoryPlace::Cuda(cuda.allocate(bytes)?),
+        let pool = match self.0.heap.source(bytes)? {
+            Source::Pool(memory) => return Ok(memory),
+            Source::Backend(pool) => pool,
         };
-        Ok(self.counted(place, bytes))
+        let place = match &self.0.backend {
+            Backend::Emulated(_) => Place::Emulated(emulator::Memory::new(bytes)?),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => Place::Cuda(cuda.allocate(bytes)?),
+        };
+        Ok(self.0.heap.counted(place, bytes, pool))
     }
 
+    /// Never out of a pool, and not while something is recorded.
     pub(super) fn allocate_zeros(&self, bytes: usize) -> Result<Memory, GpuError> {
+        self.0.heap.admit(false)?;
         let place = match &self.0.backend {
-            Backend::Emulated(_) => MemoryPlace::Emulated(emulator::Memory::zeroed(bytes)?),
+            Backend::Emulated(_) => Place::Emulated(emulator::Memory::zeroed(bytes)?),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => MemoryPlace::Cuda(cuda.allocate_zeros(bytes)?),
+            Backend::Cuda(cuda) => Place::Cuda(cuda.allocate_zeros(bytes)?),
         };
-        Ok(self.counted(place, bytes))
+        Ok(self.0.heap.counted(place, bytes, None))
     }
 
-    fn counted(&self, place: MemoryPlace, bytes: usize) -> Memory {
-        let (bytes, usage) = (bytes as u64, self.0.usage.clone());
-        let now = usage.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        usage.most.fetch_max(now, Ordering::Relaxed);
-        Memory { place, bytes, usage }
-    }
-
-    /// Fills memory that nobody uses yet.
+    /// Fills memory from its beginning on, once what was asked before is done with it.
     pub(super) fn write(&self, memory: &Memory, bytes: &[u8]) -> Result<(), GpuError> {
-        match (&self.0.backend, &memory.place) {
-            (Backend::Emulated(_), MemoryPlace::Emulated(memory)) => memory.write(bytes),
+        self.0.heap.admit(false)?;
+        match (&self.0.backend, memory.place()) {
+            (Backend::Emulated(_), Place::Emulated(memory)) => memory.write(bytes),
             #[cfg(feature = "cuda")]
-            (Backend::Cuda(cuda), MemoryPlace::Cuda(memory)) => return cuda.write(memory, bytes),
+            (Backend::Cuda(cuda), Place::Cuda(memory)) => return cuda.write(memory, bytes),
             #[cfg(feature = "cuda")]
             _ => unreachable!("memory of another GPU"),
         }
@@ -190,10 +168,11 @@ impl Gpu {
     }
 
     pub(super) fn read(&self, memory: &Memory, from: usize, bytes: &mut [u8]) -> Result<(), GpuError> {
-        match (&self.0.backend, &memory.place) {
-            (Backend::Emulated(_), MemoryPlace::Emulated(memory)) => memory.read(from, bytes),
+        self.0.heap.admit(false)?;
+        match (&self.0.backend, memory.place()) {
+            (Backend::Emulated(_), Place::Emulated(memory)) => memory.read(from, bytes),
             #[cfg(feature = "cuda")]
-            (Backend::Cuda(cuda), MemoryPlace::Cuda(memory)) => return cuda.read(memory, from, bytes),
+            (Backend::Cuda(cuda), Place::Cuda(memory)) => return cuda.read(memory, from, bytes),
             #[cfg(feature = "cuda")]
             _ => unreachable!("memory of another GPU"),
         }
@@ -218,6 +197,7 @@ impl Gpu {
             return Ok(());
         }
         let grid = [grid_size(grid[0])?, grid_size(grid[1])?];
+        self.0.heap.admit(true)?;
         match &self.0.backend {
             // SAFETY: by the caller's promise.
             Backend::Emulated(emulator) => unsafe {
@@ -235,12 +215,61 @@ impl Gpu {
     ///
     /// As said there.
     pub(super) unsafe fn multiply(&self, product: &super::product::RawProduct) -> Result<(), GpuError> {
+        self.0.heap.admit(true)?;
         match &self.0.backend {
             // SAFETY: by the caller's promise.
             Backend::Emulated(emulator) => unsafe { emulator.multiply(product) },
             #[cfg(feature = "cuda")]
             // SAFETY: by the caller's promise.
             Backend::Cuda(cuda) => unsafe { cuda.multiply(product) },
+        }
+    }
+
+    /// From here on recordings fail, those that are there, too.
+    #[cfg(test)]
+    pub(crate) fn break_recordings(&self) {
+        match &self.0.backend {
+            Backend::Emulated(emulator) => emulator.break_recordings(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => unreachable!("a real GPU is not to be broken"),
+        }
+    }
+
+    /// From here on what is launched is recorded, and not done.
+    pub(super) fn begin_capture(&self) -> Result<(), GpuError> {
+        match &self.0.backend {
+            Backend::Emulated(emulator) => {
+                emulator.begin_capture();
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.begin_capture(),
+        }
+    }
+
+    /// What was recorded; from here on everything is done again.
+    pub(super) fn end_capture(&self) -> Result<graph::Place, GpuError> {
+        match &self.0.backend {
+            Backend::Emulated(emulator) => emulator.end_capture().map(graph::Place::Emulated),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.end_capture().map(graph::Place::Cuda),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As of [`Gpu::replay`].
+    pub(super) unsafe fn launch_graph(&self, graph: &graph::Place) -> Result<(), GpuError> {
+        match (&self.0.backend, graph) {
+            (Backend::Emulated(emulator), graph::Place::Emulated(graph)) => {
+                // SAFETY: by the caller's promise.
+                unsafe { emulator.launch_graph(graph) }
+            }
+            #[cfg(feature = "cuda")]
+            // SAFETY: by the caller's promise.
+            (Backend::Cuda(cuda), graph::Place::Cuda(graph)) => unsafe { cuda.launch_graph(graph) },
+            #[cfg(feature = "cuda")]
+            _ => unreachable!("a graph of another GPU"),
         }
     }
 }
@@ -251,22 +280,6 @@ fn grid_size(blocks: usize) -> Result<u32, GpuError> {
         field: "batch",
         problem: format!("asks for {blocks} blocks of threads; a GPU takes less than 2^31"),
     })
-}
-
-impl Memory {
-    pub(super) fn address(&self) -> u64 {
-        match &self.place {
-            MemoryPlace::Emulated(memory) => memory.address(),
-            #[cfg(feature = "cuda")]
-            MemoryPlace::Cuda(memory) => memory.address(),
-        }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        self.usage.now.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
 }
 
 impl DeviceChoice {

@@ -1,12 +1,14 @@
 //! The kernels of a GPU as machine code of this one.
 
+#[cfg(test)]
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{
     alloc::{Layout, alloc, alloc_zeroed, dealloc},
     ffi::{CStr, CString, c_void},
     path::Path,
     process::Command,
     ptr,
-    sync::OnceLock,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use super::{Element, GpuError, device::Argument, product::RawProduct};
@@ -18,8 +20,23 @@ const SOURCE: &str =
 /// Alignment of memory, that of a GPU's.
 const ALIGNMENT: usize = 256;
 
-/// The compiled kernels, of which a process has one set.
-pub(super) struct Emulator(&'static Library);
+/// The compiled kernels, of which a process has one set, and what is recorded instead of being done.
+pub(super) struct Emulator {
+    library: &'static Library,
+    recorded: Mutex<Option<Graph>>,
+    /// Whether recordings fail at their end, and what was recorded at its launch.
+    #[cfg(test)]
+    is_broken: AtomicBool,
+}
+
+/// What was recorded, in its order.
+#[derive(Default)]
+pub(super) struct Graph(Vec<Work>);
+
+enum Work {
+    Launch { kernel: String, grid: [u32; 2], threads: u32, arguments: Vec<Argument> },
+    Product(RawProduct),
+}
 
 struct Library(*mut c_void);
 
@@ -31,7 +48,58 @@ unsafe impl Sync for Library {}
 impl Emulator {
     pub(super) fn open() -> Result<Self, GpuError> {
         static LIBRARY: OnceLock<Result<Library, GpuError>> = OnceLock::new();
-        LIBRARY.get_or_init(Library::compile).as_ref().map(Self).map_err(Clone::clone)
+        let library = LIBRARY.get_or_init(Library::compile).as_ref().map_err(Clone::clone)?;
+        Ok(Self {
+            library,
+            recorded: Mutex::default(),
+            #[cfg(test)]
+            is_broken: AtomicBool::new(false),
+        })
+    }
+
+    #[cfg(test)]
+    pub(super) fn break_recordings(&self) {
+        self.is_broken.store(true, Ordering::Relaxed);
+    }
+
+    fn check_whole(&self) -> Result<(), GpuError> {
+        #[cfg(test)]
+        if self.is_broken.load(Ordering::Relaxed) {
+            return Err(GpuError::Failed { call: "recording", problem: "it is broken".to_owned() });
+        }
+        Ok(())
+    }
+
+    pub(super) fn begin_capture(&self) {
+        *self.recorded() = Some(Graph::default());
+    }
+
+    /// Nothing is recorded any more, whatever comes back.
+    pub(super) fn end_capture(&self) -> Result<Graph, GpuError> {
+        let graph = self.recorded().take().unwrap_or_default();
+        self.check_whole().map(|()| graph)
+    }
+
+    /// # Safety
+    ///
+    /// As of [`Gpu::replay`](super::Gpu::replay).
+    pub(super) unsafe fn launch_graph(&self, graph: &Graph) -> Result<(), GpuError> {
+        self.check_whole()?;
+        for work in &graph.0 {
+            match work {
+                Work::Launch { kernel, grid, threads, arguments } => {
+                    // SAFETY: it was given so to `launch`, and by the caller's promise the arrays are still there.
+                    unsafe { self.launch(kernel, *grid, *threads, arguments) }?;
+                }
+                // SAFETY: as above, to `multiply`.
+                Work::Product(product) => unsafe { self.multiply(product) }?,
+            }
+        }
+        Ok(())
+    }
+
+    fn recorded(&self) -> MutexGuard<'_, Option<Graph>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// # Safety
@@ -44,8 +112,13 @@ impl Emulator {
         threads: u32,
         arguments: &[Argument],
     ) -> Result<(), GpuError> {
+        if let Some(Graph(recorded)) = &mut *self.recorded() {
+            let (kernel, arguments) = (kernel.to_owned(), arguments.to_vec());
+            recorded.push(Work::Launch { kernel, grid: [x, y], threads, arguments });
+            return Ok(());
+        }
         type Launch = unsafe extern "C" fn(u32, u32, u32, *const *const c_void);
-        let entry = self.0.find(&format!("emulate_{kernel}"))?;
+        let entry = self.library.find(&format!("emulate_{kernel}"))?;
         // SAFETY: EMULATE in emulate.h gives these functions this type.
         let launch = unsafe { std::mem::transmute::<*mut c_void, Launch>(entry) };
         let addresses: Vec<*const c_void> = arguments.iter().map(Argument::address).collect();
@@ -58,12 +131,16 @@ impl Emulator {
     ///
     /// As of [`Gpu::multiply`](super::Gpu::multiply).
     pub(super) unsafe fn multiply(&self, product: &RawProduct) -> Result<(), GpuError> {
+        if let Some(Graph(recorded)) = &mut *self.recorded() {
+            recorded.push(Work::Product(*product));
+            return Ok(());
+        }
         #[rustfmt::skip]
         type Multiply = unsafe extern "C" fn(
             u32, u32, u32, f32, u64, u64, u64, u64, u64, u64, f32, u64, u64,
         );
         let RawProduct { m, n, k, alpha, a, b, beta, c, element, result } = *product;
-        let entry = self.0.find(&format!("emulate_product_{}_{}", element.name(), result.name()))?;
+        let entry = self.library.find(&format!("emulate_product_{}_{}", element.name(), result.name()))?;
         // SAFETY: EMULATE_PRODUCT in emulate_end.h gives these functions this type; pointers are 64 bits.
         let multiply = unsafe { std::mem::transmute::<*mut c_void, Multiply>(entry) };
         let ([a_row, a_column], [b_row, b_column]) = (a.strides(), b.strides());

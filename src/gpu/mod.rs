@@ -13,6 +13,8 @@
 //! fibres. It is slow, and it is how the kernels and everything that launches them are tested on
 //! machines without a GPU.
 //!
+//! A step that comes again and again is recorded ([`Gpu::record`]) and then done as one launch.
+//!
 //! Calls return before the GPU has done what they ask; a download waits. All work of a GPU goes through
 //! one stream, so it happens in the order in which it was asked for. Threads take [turns](Gpu::turn).
 
@@ -22,6 +24,9 @@ mod cuda;
 mod device;
 mod emulator;
 mod error;
+mod graph;
+mod heap;
+mod lists;
 mod ops;
 mod product;
 #[cfg(any(test, feature = "cuda"))]
@@ -35,6 +40,9 @@ pub use device::{DeviceChoice, Gpu};
 pub use error::GpuError;
 pub use turns::Turn;
 
+pub(crate) use graph::Graph;
+pub(crate) use heap::Pool;
+pub(crate) use lists::{ListPlace, Lists};
 pub(crate) use ops::{
     AttentionBackward, BACKWARD_KEYS, BACKWARD_ROWS, FORWARD_ROWS, HeadShape, MAX_HEAD_DIM, PAGE, Pages,
     Spans, TargetRows,

@@ -164,12 +164,10 @@ fn attention_and_its_gradients_are_right_for_every_shape_of_heads() {
         let [q, k, v, d_out] = [q, k, v, d_out].map(|values| gpu.upload(Element::F32, &values).unwrap());
         let offsets: Vec<u64> =
             (0..rows.div_ceil(PAGE)).map(|page| (page * PAGE * keys * dim) as u64).collect();
-        let pages = Pages {
-            keys: k.address(),
-            values: v.address(),
-            table: gpu.upload_u64(&offsets).unwrap(),
-            per_sequence: offsets.len(),
-        };
+        let (mut lists, per_sequence) = (Lists::default(), offsets.len());
+        let table = lists.u64s(offsets);
+        let table = gpu.upload_lists(&lists).unwrap().list(table);
+        let pages = Pages { keys: k.address(), values: v.address(), table, per_sequence };
         let spans = spans(&gpu, heads, rows);
         let [out, lse] = gpu.attention(heads, &spans, &pages, &q).unwrap();
         let gradients = [len_q, len_k, len_k].map(|len| gpu.array(Element::F32, len).unwrap());

@@ -184,9 +184,9 @@ impl Library {
         };
         let weights = entry.files.load_unchanged(dtype, &entry.stamps)?;
         let _turn = gpu.turn();
-        Ok(Place::Gpu(Box::new(
-            DeviceModel::new(gpu, &entry.files.config, &weights).map_err(ModelError::Gpu)?,
-        )))
+        let model = DeviceModel::new(gpu, &entry.files.config, &weights).map_err(ModelError::Gpu)?;
+        let model = if self.options.plain_decoding { model.with_plain_decoding() } else { model };
+        Ok(Place::Gpu(Box::new(model)))
     }
 
     /// What computes: the kernel path of the CPU, or the GPU. Ranks of a run share it, as only the same

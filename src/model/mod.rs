@@ -32,7 +32,7 @@ pub use decoder::{
     AdapterRows, Batch, BatchSequence, HeadGradient, HeadRequest, HeadScores, Tape, Workspace, backward,
     forward, head_logits, head_logprobs,
 };
-pub use device::{GpuFootprint, GpuRows};
+pub use device::{GpuFootprint, GpuRows, StepCounts};
 pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use library::Library;

@@ -123,7 +123,17 @@ wire_enum!(LoraTarget {
 wire_struct!(LoraConfig { rank, alpha, seed, targets });
 wire_struct!(Footprint { weights, adapter_values, row, row_of_rank, workspace, checkpointed });
 wire_struct!(GpuRows { kept, kept_of_rank, passing, passing_of_rank });
-wire_struct!(GpuFootprint { weights, element, rows, checkpointed, head_rows, head, head_of_rank, workspace });
+wire_struct!(GpuFootprint {
+    weights,
+    steps,
+    element,
+    rows,
+    checkpointed,
+    head_rows,
+    head,
+    head_of_rank,
+    workspace
+});
 wire_enum!(LossFn {
     0 => CrossEntropy, 1 => ImportanceSampling, 2 => Ppo, 3 => Cispo, 4 => Dro, 5 => Dppo, 6 => Dpo, 7 => Gspo,
     8 => StableReinforce

@@ -237,6 +237,9 @@ impl Part {
         if config.compute.activation_checkpointing {
             arguments.push("--activation-checkpointing".into());
         }
+        if config.compute.plain_decoding {
+            arguments.push("--plain-decoding".into());
+        }
         let mut flag = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
         for model in &config.models {
             flag("--model", format!("{}={}", model.name, model.path.display()));
@@ -437,6 +440,13 @@ mod tests {
         };
         assert_eq!([0, 1].map(|index| said(&config, index, "--device")), ["cuda:2", "cuda:3"]);
         assert_eq!(said(&config, 1, "--reduce"), "fast");
+        let decodes_plainly = |config: &SupervisorConfig| {
+            let arguments = Part::node(config, 0, "127.0.0.1:1").arguments;
+            arguments.iter().any(|argument| argument == "--plain-decoding")
+        };
+        assert!(!decodes_plainly(&config));
+        config.compute.plain_decoding = true;
+        assert!(decodes_plainly(&config));
         config.compute.device = DeviceChoice::Auto;
         assert_eq!(said(&config, 1, "--device"), "auto");
     }

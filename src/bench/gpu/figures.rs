@@ -6,6 +6,7 @@ use std::{path::PathBuf, time::Instant};
 use futures::executor::block_on;
 use serde::{Deserialize, Serialize};
 
+use super::percent;
 use crate::{
     bench::{
         BenchError, GenerateConfig, ParityConfig, Subject, TrainConfig,
@@ -19,7 +20,7 @@ use crate::{
     client::LoraOptions,
     gpu::DeviceChoice,
     kernels::WeightDtype,
-    model::{ComputeOptions, ModelConfig},
+    model::{ComputeOptions, ModelConfig, StepCounts},
     types::{AdamParams, Datum, LossFn, LossSpec},
 };
 
@@ -48,6 +49,7 @@ pub struct FiguresConfig {
     /// As `--device` and `--dtype` say them.
     pub device: String,
     pub dtype: String,
+    pub plain_decoding: bool,
     pub workload: Workload,
 }
 
@@ -61,6 +63,8 @@ pub struct Figures {
     pub prefill_tokens_per_s: f64,
     /// One for each number of streams; none where the load of the machine left it no time.
     pub decode_tokens_per_s: Vec<Option<f64>>,
+    /// Percent of the steps of each that were replayed from a recording; none where there was no step.
+    pub replayed_percent: Vec<Option<f64>>,
     /// From `optim_step` done to its version served.
     pub publish_s: f64,
     /// Largest difference between a sample's log-probability and the trainer's, in nats.
@@ -72,7 +76,8 @@ impl FiguresConfig {
         let refused = |flag| move |problem: String| BenchError::Refused { flag, problem };
         let device: DeviceChoice = self.device.parse().map_err(refused("--device"))?;
         let dtype: WeightDtype = self.dtype.parse().map_err(refused("--dtype"))?;
-        let compute = ComputeOptions { device, dtype, ..ComputeOptions::default() };
+        let plain_decoding = self.plain_decoding;
+        let compute = ComputeOptions { device, dtype, plain_decoding, ..ComputeOptions::default() };
         Ok(Subject {
             model: self.model.clone(),
             threads: self.workload.threads,
@@ -100,9 +105,11 @@ pub fn gpu_figures(config: &FiguresConfig) -> Result<Figures, BenchError> {
         generate_on(&local, &GenerateConfig { subject: subject.clone(), batch, prompt, new })
     };
     let prefill = drawn(workload.prefill.0, workload.prefill.1, 1)?.prefill_tokens_per_s;
-    let mut decode = Vec::new();
+    let (mut decode, mut replayed) = (Vec::new(), Vec::new());
     for streams in &workload.decode {
+        let before = StepCounts::of_process().now();
         decode.push(drawn(*streams, workload.prompt, workload.new)?.decode_tokens_per_s);
+        replayed.push(share_replayed(before, StepCounts::of_process().now()));
     }
     let publish_s = publish(&local, workload)?;
     let parity = parity_on(
@@ -121,9 +128,16 @@ pub fn gpu_figures(config: &FiguresConfig) -> Result<Figures, BenchError> {
         fwdbwd_tokens_per_s: trained.fwdbwd_tokens_per_s,
         prefill_tokens_per_s: prefill,
         decode_tokens_per_s: decode,
+        replayed_percent: replayed,
         publish_s: round(publish_s, 4),
         parity_max: parity.gap_max_abs,
     })
+}
+
+/// Percent of the steps between that were replayed.
+fn share_replayed([plain, replayed, _]: [u64; 3], [plain_then, replayed_then, _]: [u64; 3]) -> Option<f64> {
+    let [plain, replayed] = [plain_then - plain, replayed_then - replayed].map(|steps| steps as f64);
+    (plain + replayed > 0.0).then(|| percent(replayed, plain + replayed))
 }
 
 /// Streams whose log-probabilities are compared.
@@ -151,4 +165,15 @@ fn publish(local: &Local, workload: &Workload) -> Result<f64, BenchError> {
         }
     }
     Ok(median(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_share_of_replayed_steps_is_of_those_in_between() {
+        assert_eq!(share_replayed([7, 100, 3], [9, 106, 4]), Some(75.0));
+        assert_eq!(share_replayed([7, 100, 3], [7, 100, 3]), None);
+    }
 }

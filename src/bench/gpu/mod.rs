@@ -35,6 +35,8 @@ pub struct GpuBenchConfig {
     pub program: PathBuf,
     pub device: DeviceChoice,
     pub dtype: WeightDtype,
+    /// As [`ComputeOptions`](crate::model::ComputeOptions) has it.
+    pub plain_decoding: bool,
     /// Models with random weights.
     pub shapes: Vec<Shape>,
     /// Hugging Face directories or GGUF files, beside them.
@@ -141,6 +143,7 @@ fn measure(config: &GpuBenchConfig, name: &str, model: &Path) -> Result<Measured
         model: model.to_owned(),
         device: config.device.to_string(),
         dtype: config.dtype.to_string(),
+        plain_decoding: config.plain_decoding,
         workload: config.workload.clone(),
     };
     let model_config = figures_config.model_config()?;

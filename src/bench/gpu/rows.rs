@@ -22,6 +22,9 @@ pub struct GpuRow {
     /// Percent of the chip's peak: of its operations in training and prefill, of its memory's bandwidth in decoding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub percent_of_peak: Option<f64>,
+    /// Of decoding: percent of the steps that were replayed from a recording.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replayed_percent: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -81,14 +84,16 @@ impl Measured {
                 of_operations(prefilled, work.prefilled(config.workload.prefill.1)),
             ),
         ];
-        for (&streams, decoded) in config.workload.decode.iter().zip(&self.figures.decode_tokens_per_s) {
+        let decoded = self.figures.decode_tokens_per_s.iter().zip(&self.figures.replayed_percent);
+        for (&streams, (decoded, replayed)) in config.workload.decode.iter().zip(decoded) {
             let Some(decoded) = *decoded else { continue };
             // In the middle of what is drawn.
             let positions = f64::from(config.workload.prompt) + f64::from(config.workload.new) / 2.0;
             let bytes = work.decoded_bytes(streams, positions);
             let of_bandwidth =
                 peak.map(|peak| percent(decoded / f64::from(streams) * bytes, peak.gb_per_s * 1e9));
-            rows.push(self.row(decode_work(streams), "tokens/s", decoded, of_bandwidth));
+            let row = self.row(decode_work(streams), "tokens/s", decoded, of_bandwidth);
+            rows.push(GpuRow { replayed_percent: *replayed, ..row });
         }
         rows.push(self.row("publish".into(), "ms", round(self.figures.publish_s * 1e3, 1), None));
         rows.push(self.row("sampler against trainer, at most".into(), "nats", self.figures.parity_max, None));
@@ -111,6 +116,7 @@ impl Measured {
             unit,
             lockstep,
             percent_of_peak,
+            replayed_percent: None,
             peer: peer.map(|peer| peer.peer),
             peer_figure: peer.map(|peer| peer.figure),
             ratio: peer.map(|peer| round(lockstep / peer.figure, 2)),
@@ -195,6 +201,7 @@ mod tests {
             program: "lockstep".into(),
             device: DeviceChoice::Cuda(0),
             dtype: WeightDtype::Bf16,
+            plain_decoding: false,
             shapes: vec![Shape::Qwen3_8b],
             models: Vec::new(),
             folder: None,
@@ -227,6 +234,7 @@ mod tests {
             fwdbwd_tokens_per_s: 0.0,
             prefill_tokens_per_s: 0.5e15 / work.prefilled(1024),
             decode_tokens_per_s: vec![Some(decode(1)), Some(decode(256) / 4.0)],
+            replayed_percent: vec![Some(98.5), None],
             publish_s: 0.0125,
             parity_max: 0.001,
         };
@@ -237,6 +245,8 @@ mod tests {
         let rows = measured.rows(&config, Some(&peak));
         let shares: Vec<_> = rows.iter().map(|row| row.percent_of_peak).collect();
         assert_eq!(shares, [Some(100.0), Some(50.0), Some(100.0), Some(25.0), None, None]);
+        let replayed: Vec<_> = rows.iter().map(|row| row.replayed_percent).collect();
+        assert_eq!(replayed, [None, None, Some(98.5), None, None, None]);
         assert_eq!((rows[0].peer, rows[0].ratio), (Some("PEFT"), Some(2.0)));
         assert_eq!((rows[4].lockstep, rows[4].unit, rows[4].ratio), (12.5, "ms", None));
         assert!(measured.rows(&config, None).iter().all(|row| row.percent_of_peak.is_none()));

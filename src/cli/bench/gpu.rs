@@ -21,6 +21,9 @@ pub struct Gpu {
     /// What products are computed in.
     #[arg(long, default_value = "bf16")]
     dtype: WeightDtype,
+    /// Launch every step of decoding kernel by kernel, to see what replaying recorded ones gains.
+    #[arg(long)]
+    plain_decoding: bool,
     /// Models with random weights: tiny, qwen3-1.7b, qwen3-8b. By default the two last, unless --model is given.
     #[arg(long, value_delimiter = ',')]
     shape: Vec<Shape>,
@@ -84,6 +87,7 @@ impl Gpu {
             program: std::env::current_exe()?,
             device: self.device,
             dtype: self.dtype,
+            plain_decoding: self.plain_decoding,
             shapes,
             models: self.models,
             folder: self.models_dir,
@@ -107,8 +111,8 @@ impl Gpu {
             return whole(&report);
         }
         println!(
-            "{:<14} {:<34} {:>12} {:>8} {:>12} {:>6}  peer",
-            "model", "work", "Lockstep", "% peak", "peer's", "ratio"
+            "{:<14} {:<34} {:>12} {:>8} {:>10} {:>12} {:>6}  peer",
+            "model", "work", "Lockstep", "% peak", "% replayed", "peer's", "ratio"
         );
         let report = bench::gpu(&config, |row| println!("{}", line(row)))?;
         println!("{}", beneath(&report));
@@ -125,10 +129,11 @@ fn line(row: &GpuRow) -> String {
         _ => format!("{:.1}", row.lockstep),
     };
     format!(
-        "{:<14} {:<34} {lockstep:>12} {:>8} {:>12} {:>6}  {}",
+        "{:<14} {:<34} {lockstep:>12} {:>8} {:>10} {:>12} {:>6}  {}",
         row.model,
         format!("{} ({})", row.work, row.unit),
         optional(row.percent_of_peak, 1),
+        optional(row.replayed_percent, 1),
         optional(row.peer_figure, 1),
         optional(row.ratio, 2),
         row.peer.unwrap_or_default()

@@ -43,6 +43,7 @@ struct Pool {
     cost: Cost,
     /// Absent: not known.
     bytes: Option<u64>,
+    /// Of the models, on a GPU with the steps of decoding that they hold recorded.
     weights: u64,
     /// States of the runs that the node holds, and on a GPU their links.
     states: u64,
@@ -189,7 +190,7 @@ impl Cost {
     fn weights(&self) -> u64 {
         match self {
             Self::Host(footprint) => footprint.weights,
-            Self::Gpu(_, footprint) => footprint.weights,
+            Self::Gpu(_, footprint) => footprint.model(),
         }
     }
 

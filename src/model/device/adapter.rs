@@ -12,7 +12,7 @@ use super::DeviceModel;
 /// with the run's state, in f32.
 pub struct DeviceAdapter {
     pub(super) layout: LoraLayout,
-    values: Array,
+    pub(super) values: Array,
 }
 
 /// The matrices of one adapted linear layer.
@@ -30,7 +30,11 @@ impl DeviceModel {
     /// An adapter on the GPU: copied there the first time, and held as long as its values live.
     pub fn adapter(&self, adapter: AdapterRows<'_>) -> Result<Arc<DeviceAdapter>, GpuError> {
         let mut held = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
+        let versions = held.len();
         held.retain(|(watch, _)| !watch.is_gone());
+        if held.len() < versions {
+            self.steps().forget_retired();
+        }
         if let Some((_, found)) = held.iter().find(|(watch, _)| watch.is(adapter.values)) {
             return Ok(found.clone());
         }

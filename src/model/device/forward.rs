@@ -5,7 +5,9 @@ use crate::{
     types::LoraTarget::{self, *},
 };
 
-use super::{DeviceAdapter, DeviceCache, DeviceModel, linear::Linear, plan::Plan, weights::DeviceLayer};
+use super::{
+    DeviceAdapter, DeviceCache, DeviceModel, linear::Linear, plan::Plan, steps, weights::DeviceLayer,
+};
 
 /// One sequence's new rows in a batch.
 pub struct DeviceSequence<'a> {
@@ -63,7 +65,7 @@ pub(super) struct Activations {
 }
 
 /// Runs the decoder over a batch and returns the final hidden states after the last norm, `[r, d]`
-/// in T.
+/// in T. A step of decoding that comes again is [replayed](super::steps).
 ///
 /// With a `tape`, records what [`backward`](super::backward()) needs: all rows must then share one
 /// adapter and have no cache.
@@ -77,17 +79,43 @@ pub fn forward(
     sequences: &mut [DeviceSequence<'_>],
     mut tape: Option<&mut DeviceTape>,
 ) -> Result<Array, GpuError> {
-    let plan = Plan::new(model, sequences)?;
-    if let Some(tape) = &mut tape {
-        assert!(
-            plan.sequence_of.is_none() && plan.segments.len() <= 1,
-            "a tape holds whole sequences of one adapter"
-        );
-        tape.layers.clear();
+    let hidden = match tape.is_none().then(|| steps::decode(model, sequences)).transpose()?.flatten() {
+        Some(hidden) => hidden,
+        None => {
+            let plan = Plan::new(model, sequences)?;
+            if let Some(tape) = &mut tape {
+                assert!(
+                    plan.sequence_of.is_none() && plan.segments.len() <= 1,
+                    "a tape holds whole sequences of one adapter"
+                );
+                tape.layers.clear();
+            }
+            let x = layers(model, &plan, tape.as_deref_mut())?;
+            let hidden = final_norm(model, &x)?;
+            if let Some(tape) = tape {
+                tape.plan = Some(plan);
+                tape.last = Some(x);
+            }
+            hidden
+        }
+    };
+    for sequence in sequences {
+        if let Some(cache) = &mut sequence.cache {
+            cache.advance(sequence.tokens.len());
+        }
     }
+    Ok(hidden)
+}
+
+/// The residual stream after the last layer, f32 `[r, d]`.
+pub(super) fn layers(
+    model: &DeviceModel,
+    plan: &Plan,
+    mut tape: Option<&mut DeviceTape>,
+) -> Result<Array, GpuError> {
     let mut x = model.gpu.embed(&model.embed, &plan.tokens, model.config.hidden_size)?;
     for (index, weights) in model.layers.iter().enumerate() {
-        let layer = ForwardLayer { model, weights, index, plan: &plan };
+        let layer = ForwardLayer { model, weights, index, plan };
         let activations = layer.activations(x)?;
         x = layer.result(&activations)?;
         if let Some(tape) = &mut tape {
@@ -97,18 +125,12 @@ pub fn forward(
             });
         }
     }
-    let eps = model.config.rms_norm_eps;
-    let hidden = model.gpu.rms_norm(&x, &model.final_norm, eps, model.element)?;
-    for sequence in sequences {
-        if let Some(cache) = &mut sequence.cache {
-            cache.advance(sequence.tokens.len());
-        }
-    }
-    if let Some(tape) = tape {
-        tape.plan = Some(plan);
-        tape.last = Some(x);
-    }
-    Ok(hidden)
+    Ok(x)
+}
+
+/// What the head reads, `[r, d]` in T.
+pub(super) fn final_norm(model: &DeviceModel, x: &Array) -> Result<Array, GpuError> {
+    model.gpu.rms_norm(x, &model.final_norm, model.config.rms_norm_eps, model.element)
 }
 
 /// One decoder block on its way forward.

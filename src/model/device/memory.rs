@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   GPU  =  weights of each model                                  shared by all its runs
+//!        +  1,024 rows of steps of decoding of each, and a page    what recorded steps hold, at most
 //!        +  4 P of each run, in T                                  versions of its adapter
 //!        +  3 P of each run with ranks on other GPUs, f32,         NCCL's link: partial sums of the gradient, their sum,
 //!                + 2 pieces of each of those ranks                 and what comes of the others' partial sums
@@ -19,6 +20,7 @@
 
 use crate::{
     collective::nccl_memory,
+    gpu::PAGE,
     kernels::WeightDtype,
     model::{ComputeOptions, ModelConfig, RunMemory},
     types::LoraConfig,
@@ -40,11 +42,17 @@ const ROTARY_LEAST: u64 = 512;
 const LISTS: u64 = 16;
 const HEAD_LISTS: u64 = 40;
 
+/// Rows whose steps of decoding are held recorded, at most: about one step of each number of rows that is recorded
+/// (`steps/padded.rs`), which are 871 rows.
+const STEP_ROWS: u64 = 1024;
+
 /// What a base model costs of a GPU; numbers that whoever plans needs no model to reckon with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GpuFootprint {
     /// Bytes of the weights.
     pub weights: u64,
+    /// Bytes that recorded steps of decoding hold, at most.
+    pub steps: u64,
     /// Bytes of a value of T.
     pub element: u64,
     /// Of a micro-batch's rows.
@@ -72,6 +80,11 @@ pub struct GpuRows {
 }
 
 impl GpuFootprint {
+    /// Bytes that the model holds as long as it is there, whatever its runs: at most.
+    pub fn model(&self) -> u64 {
+        self.weights.saturating_add(self.steps)
+    }
+
     /// The same model on a node with activation checkpointing.
     pub fn with_checkpointing(self) -> Self {
         Self { rows: self.checkpointed.unwrap_or(self.rows), checkpointed: None, ..self }
@@ -141,6 +154,7 @@ impl ModelConfig {
         let recomputes = options.activation_checkpointing;
         GpuFootprint {
             weights: element * matrices + F32 * vectors,
+            steps: steps_most(self, element),
             element,
             rows: if recomputes { checkpointed } else { kept },
             checkpointed: (!recomputes).then_some(checkpointed),
@@ -153,10 +167,27 @@ impl ModelConfig {
     }
 }
 
+/// Bytes that recorded steps of a model hold, at most, and a page for the rows that pad them.
+pub(super) fn steps_most(config: &ModelConfig, element: u64) -> u64 {
+    let page = 2 * config.num_layers * config.num_kv_heads * config.head_dim * PAGE;
+    STEP_ROWS * step_row(config, element) + page as u64 * element
+}
+
+/// Bytes of a row of a step: as much of each size as there is at once. A pool gives no array memory of another size.
+pub(super) fn step_row(config: &ModelConfig, element: u64) -> u64 {
+    let [d, w] = [config.hidden_size as u64, config.intermediate_size as u64];
+    let [heads, dim] = [config.num_heads as u64, config.head_dim as u64];
+    let (q, k) = (heads * dim, config.num_kv_heads as u64 * dim);
+    let raw = if config.family.has_qk_norm() { q + k } else { 0 };
+    // The residual stream before, within and behind a layer; what a norm or a product makes of it; raw, q, k, v, attended,
+    // gate, up and their product; lse.
+    3 * F32 * d + element * (d + raw + 2 * q + 2 * k + 3 * w) + F32 * heads
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tiny;
+    use crate::model::{Family, tiny};
 
     #[test]
     fn a_run_is_its_versions_and_one_micro_batch() {
@@ -170,6 +201,22 @@ mod tests {
         let by_row = memory(0, more_than_a_chunk).work - footprint.workspace;
         let GpuRows { kept, kept_of_rank, passing, passing_of_rank } = footprint.rows;
         assert_eq!(by_row, more_than_a_chunk * (kept + passing + 4 * (kept_of_rank + passing_of_rank)));
+    }
+
+    /// Of Qwen3-1.7B in bf16, as the README says.
+    #[test]
+    fn recorded_steps_of_a_model_take_little_beside_its_weights() {
+        let config = ModelConfig {
+            family: Family::Qwen3,
+            hidden_size: 2048,
+            intermediate_size: 6144,
+            num_layers: 28,
+            num_heads: 16,
+            num_kv_heads: 8,
+            head_dim: 128,
+            ..tiny::config()
+        };
+        assert_eq!(steps_most(&config, 2), 89_718_784);
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod head;
 mod linear;
 mod memory;
 mod plan;
+mod steps;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -29,4 +30,5 @@ pub use cache::DeviceCache;
 pub use forward::{DeviceSequence, DeviceTape, forward};
 pub use head::{DeviceHeadGradient, head_logits, head_logprobs};
 pub use memory::{GpuFootprint, GpuRows};
+pub use steps::StepCounts;
 pub use weights::DeviceModel;

@@ -31,7 +31,7 @@ fn gpu() -> &'static Gpu {
     GPU.get_or_init(open)
 }
 
-fn open() -> Gpu {
+pub(super) fn open() -> Gpu {
     let choice = std::env::var("LOCKSTEP_TEST_DEVICE").map_or(DeviceChoice::Emulated, |c| c.parse().unwrap());
     match choice {
         DeviceChoice::Cuda(ordinal) => Gpu::cuda(ordinal).unwrap(),
@@ -48,7 +48,7 @@ fn device_models() -> &'static [(&'static BaseModel, DeviceModel)] {
     })
 }
 
-fn tolerance(model: &BaseModel) -> f64 {
+pub(super) fn tolerance(model: &BaseModel) -> f64 {
     if model.weights().embed.rounds_inputs() { BF16_TOLERANCE } else { F32_TOLERANCE }
 }
 
@@ -72,11 +72,11 @@ fn train_on(model: &DeviceModel, sequences: &[Vec<u32>], adapter: &Adapter, reco
     Trained { gradient: gpu().download(&gradient).unwrap(), logprobs: scores.logprobs }
 }
 
-fn wide(values: &[f32]) -> Vec<f64> {
+pub(super) fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|value| f64::from(*value)).collect()
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
@@ -270,7 +270,10 @@ fn bf16_weights_under_f32_are_multiplied_in_f32() {
     for (dtype, element) in [(WeightDtype::F32, Element::F32), (WeightDtype::Bf16, Element::Bf16)] {
         let model = BaseModel::load_as(dtype, "tiny", directory.path()).unwrap();
         assert_eq!(model.weights().embed.dtype(), WeightDtype::Bf16, "held as the file has it");
-        let device = DeviceModel::new(gpu(), &model.config, model.weights()).unwrap();
+        let device = {
+            let _turn = gpu().turn();
+            DeviceModel::new(gpu(), &model.config, model.weights()).unwrap()
+        };
         assert_eq!(device.embed.element(), element);
         assert_close(&model, &device, &adapter(&model, 1, &ALL), &sequences());
     }

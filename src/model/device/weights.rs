@@ -1,4 +1,4 @@
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{
     gpu::{Array, BACKWARD_ROWS, Element, Gpu, GpuError, HeadShape, MAX_HEAD_DIM},
@@ -6,10 +6,14 @@ use crate::{
     model::{BaseWeights, LayerWeights, Mlp, ModelConfig, param_vector::VectorWatch},
 };
 
-use super::DeviceAdapter;
+use super::{DeviceAdapter, StepCounts, steps::Steps};
 
 /// A base model in the memory of a GPU.
 pub struct DeviceModel {
+    // Before what they have addresses of.
+    steps: Mutex<Steps>,
+    /// Of its steps of decoding.
+    pub(super) counts: StepCounts,
     pub(super) gpu: Gpu,
     /// T.
     pub(super) element: Element,
@@ -64,6 +68,8 @@ impl DeviceModel {
         };
         let layers = weights.layers.iter().map(|layer| upload.layer(layer)).collect::<Result<_, _>>()?;
         Ok(Self {
+            steps: Mutex::new(Steps::new(config, element)),
+            counts: StepCounts::default(),
             gpu: gpu.clone(),
             element,
             config: config.clone(),
@@ -98,6 +104,17 @@ impl DeviceModel {
             return refuse("num_attention_heads", problem);
         }
         Ok(())
+    }
+
+    /// The same with every step of decoding launched kernel by kernel: recorded steps of use to nobody, or in doubt.
+    pub fn with_plain_decoding(mut self) -> Self {
+        self.steps.get_mut().unwrap_or_else(PoisonError::into_inner).turn_off();
+        self
+    }
+
+    /// Its recorded steps; whoever looks has a turn at the GPU.
+    pub(super) fn steps(&self) -> MutexGuard<'_, Steps> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The GPU that it is on.

@@ -173,6 +173,7 @@ fn gpu_node(name: &str, trainers: u32, gpu_bytes: u64) -> NodeHello {
     let rows = GpuRows { kept: GIB / 4, kept_of_rank: 0, passing: GIB / 8, passing_of_rank: 0 };
     model.gpu_footprint = Some(GpuFootprint {
         weights: GIB,
+        steps: 0,
         element: 2,
         rows,
         checkpointed: None,
