@@ -11,7 +11,7 @@ pub enum Element {
     Bf16,
     /// Indices: tokens, rows, positions.
     U32,
-    /// Offsets of pages.
+    /// Offsets of pages, and words of eight bytes whatever they hold.
     U64,
 }
 
@@ -131,9 +131,7 @@ impl Gpu {
 
     /// The values of an array of numbers, once the GPU has computed them.
     pub fn download(&self, array: &Array) -> Result<Vec<f32>, GpuError> {
-        let size = array.element.bytes();
-        let mut bytes = vec![0; array.bytes()];
-        self.read(&array.memory, array.range.start * size, &mut bytes)?;
+        let bytes = self.download_bytes(array)?;
         Ok(match array.element {
             Element::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect(),
             Element::Bf16 => {
@@ -141,6 +139,19 @@ impl Gpu {
             }
             Element::U32 | Element::U64 => unreachable!("numbers are f32 or bf16"),
         })
+    }
+
+    /// The words of an array of U64.
+    pub(crate) fn download_u64(&self, array: &Array) -> Result<Vec<u64>, GpuError> {
+        assert_eq!(array.element, Element::U64);
+        let bytes = self.download_bytes(array)?;
+        Ok(bytes.as_chunks().0.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect())
+    }
+
+    fn download_bytes(&self, array: &Array) -> Result<Vec<u8>, GpuError> {
+        let mut bytes = vec![0; array.bytes()];
+        self.read(&array.memory, array.range.start * array.element.bytes(), &mut bytes)?;
+        Ok(bytes)
     }
 }
 

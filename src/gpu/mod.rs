@@ -37,6 +37,6 @@ pub use turns::Turn;
 
 pub(crate) use ops::{
     AttentionBackward, BACKWARD_KEYS, BACKWARD_ROWS, FORWARD_ROWS, HeadShape, MAX_HEAD_DIM, PAGE, Pages,
-    Spans, TargetRows,
+    RowDraw, RowStatistics, Spans, TargetRows,
 };
 pub(crate) use product::{Factor, Product};
