@@ -141,6 +141,16 @@ impl Gpu {
         })
     }
 
+    /// Fills `to` with the values of an array of f32, with no copy in between.
+    ///
+    /// # Panics
+    ///
+    /// If there are more or fewer of them.
+    pub(crate) fn download_to(&self, array: &Array, to: &mut [f32]) -> Result<(), GpuError> {
+        assert_eq!((array.element, array.len()), (Element::F32, to.len()));
+        self.read(&array.memory, array.range.start * array.element.bytes(), bytes_of_mut(to))
+    }
+
     /// The words of an array of U64.
     pub(crate) fn download_u64(&self, array: &Array) -> Result<Vec<u64>, GpuError> {
         assert_eq!(array.element, Element::U64);
@@ -167,4 +177,10 @@ impl Plain for u64 {}
 fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
     // SAFETY: numbers have no padding, and bytes no alignment; the length is that of the same memory.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// The same, to be written.
+fn bytes_of_mut<T: Plain>(values: &mut [T]) -> &mut [u8] {
+    // SAFETY: as in `bytes_of`, and any bytes are numbers.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }

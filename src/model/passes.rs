@@ -125,11 +125,11 @@ pub fn draw_rows(
                 let _turn = device.gpu().turn();
                 let rows = rows.iter().map(|row| Ok((row.row, on_device(device, row.adapter)?)));
                 let rows = rows.collect::<Result<Vec<_>, GpuError>>()?;
-                device::draw_rows(device, hidden, &rows, &wanted)?
+                device::draw_rows(device, hidden, &rows, &wanted, logits_sv)?
             };
             // Others may use the GPU meanwhile.
             let wanted: Vec<Wanted> = left.rows.iter().map(|row| wanted[*row]).collect();
-            let on_host = draw::draw_rows(&left.logits_sv, &wanted, |row, _| left.lse[row], kept, team);
+            let on_host = draw::draw_rows(logits_sv, &wanted, |row, _| left.lse[row], kept, team);
             left.rows.iter().zip(on_host).for_each(|(row, result)| drawn[*row] = result);
             Ok(drawn)
         }

@@ -29,57 +29,66 @@ use super::{
 pub(in crate::model) struct LeftRows {
     /// Which of those that were asked for; ascending.
     pub rows: Vec<usize>,
-    /// `[rows, vocab]`
-    pub logits_sv: Vec<f32>,
     /// Of each, its log-sum-exp.
     pub lse: Vec<f32>,
 }
 
 /// Draws from the chosen rows of `hidden`, in chunks of rows as in training; with each row the adapter that computed
-/// it. What is said of the rows that are left means nothing.
+/// it. Logits of the rows that are left, `[left, vocab]`, are written to `logits_sv`; what is said to be drawn from
+/// them means nothing.
 pub(in crate::model) fn draw_rows(
     model: &DeviceModel,
     hidden: &Array,
     rows: &[(usize, Option<Arc<DeviceAdapter>>)],
     wanted: &[Wanted],
+    logits_sv: &mut Vec<f32>,
 ) -> Result<(Vec<Result<Drawn, NotFinite>>, LeftRows), GpuError> {
     assert_eq!(rows.len(), wanted.len());
-    let rows_most = rows_most(model.config.vocab_size);
+    let (gpu, vocab) = (&model.gpu, model.config.vocab_size);
+    let filtered = wanted.iter().filter(|wanted| wanted.decoding.is_filtered()).count();
+    logits_sv.resize(filtered * vocab, 0.0);
     let (mut drawn, mut left) = (Vec::with_capacity(rows.len()), LeftRows::default());
+    let rows_most = rows_most(vocab);
     for (rows, wanted) in rows.chunks(rows_most).zip(wanted.chunks(rows_most)) {
         let logits = head_logits(model, hidden, rows)?;
-        draw_chunk(model, &logits, wanted, &mut drawn, &mut left)?;
+        let statistics = gpu.row_statistics(&logits, vocab)?;
+        let draws: Vec<RowDraw> = wanted.iter().map(RowDraw::from).collect();
+        let tokens = gpu.draw(&logits, &statistics, &draws, vocab)?;
+        left.bring(model, drawn.len(), wanted, &logits, &statistics.lse, logits_sv)?;
+        let known = |(token, logprob)| Drawn::new(token, logprob);
+        drawn.extend(tokens.into_iter().map(|token| token.map(known).ok_or(NotFinite)));
     }
     Ok((drawn, left))
 }
 
-/// Appends what the rows of `logits_cv` give.
-pub(super) fn draw_chunk(
-    model: &DeviceModel,
-    logits_cv: &Array,
-    wanted: &[Wanted],
-    drawn: &mut Vec<Result<Drawn, NotFinite>>,
-    left: &mut LeftRows,
-) -> Result<(), GpuError> {
-    let (gpu, vocab, first) = (&model.gpu, model.config.vocab_size, drawn.len());
-    let statistics = gpu.row_statistics(logits_cv, vocab)?;
-    let draws: Vec<RowDraw> = wanted.iter().map(RowDraw::from).collect();
-    let tokens = gpu.draw(logits_cv, &statistics, &draws, vocab)?;
-    let result = |token: Option<(u32, f32)>| token.map(|(token, logprob)| Drawn::new(token, logprob));
-    drawn.extend(tokens.into_iter().map(|token| result(token).ok_or(NotFinite)));
-
-    let filtered: Vec<usize> = (0..wanted.len()).filter(|row| wanted[*row].decoding.is_filtered()).collect();
-    if filtered.is_empty() {
-        return Ok(());
+impl LeftRows {
+    /// Brings the filtered ones among a chunk's rows, of which the first is `first`: their logits behind those that were
+    /// brought before.
+    fn bring(
+        &mut self,
+        model: &DeviceModel,
+        first: usize,
+        wanted: &[Wanted],
+        logits_cv: &Array,
+        lse: &Array,
+        logits_sv: &mut [f32],
+    ) -> Result<(), GpuError> {
+        let (gpu, vocab) = (&model.gpu, model.config.vocab_size);
+        let filtered = (0..wanted.len()).filter(|row| wanted[*row].decoding.is_filtered());
+        let filtered: Vec<usize> = filtered.collect();
+        if filtered.is_empty() {
+            return Ok(());
+        }
+        let lse = gpu.download(lse)?;
+        for run in filtered.chunk_by(|row, next| row + 1 == *next) {
+            let rows = run[0]..run[0] + run.len();
+            let to = &mut logits_sv[self.rows.len() * vocab..][..run.len() * vocab];
+            gpu.download_to(&logits_cv.range(rows.start * vocab..rows.end * vocab), to)?;
+            self.lse.extend_from_slice(&lse[rows]);
+            self.rows.extend(run.iter().map(|row| first + row));
+        }
+        Ok(())
     }
-    let lse = gpu.download(&statistics.lse)?;
-    for run in filtered.chunk_by(|row, next| row + 1 == *next) {
-        let (begin, end) = (run[0], run[0] + run.len());
-        left.rows.extend(first + begin..first + end);
-        left.lse.extend_from_slice(&lse[begin..end]);
-        left.logits_sv.extend(gpu.download(&logits_cv.range(begin * vocab..end * vocab))?);
-    }
-    Ok(())
 }
 
 impl From<&Wanted> for RowDraw {
