@@ -11,7 +11,7 @@ pub enum Element {
     Bf16,
     /// Indices: tokens, rows, positions.
     U32,
-    /// Offsets of pages.
+    /// Offsets of pages, and words of eight bytes whatever they hold.
     U64,
 }
 
@@ -152,9 +152,7 @@ impl Gpu {
 
     /// The values of an array of numbers, once the GPU has computed them.
     pub fn download(&self, array: &Array) -> Result<Vec<f32>, GpuError> {
-        let size = array.element.bytes();
-        let mut bytes = vec![0; array.bytes()];
-        self.read(&array.memory, array.range.start * size, &mut bytes)?;
+        let bytes = self.download_bytes(array)?;
         Ok(match array.element {
             Element::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect(),
             Element::Bf16 => {
@@ -162,6 +160,29 @@ impl Gpu {
             }
             Element::U32 | Element::U64 => unreachable!("numbers are f32 or bf16"),
         })
+    }
+
+    /// Fills `to` with the values of an array of f32, with no copy in between.
+    ///
+    /// # Panics
+    ///
+    /// If there are more or fewer of them.
+    pub(crate) fn download_to(&self, array: &Array, to: &mut [f32]) -> Result<(), GpuError> {
+        assert_eq!((array.element, array.len()), (Element::F32, to.len()));
+        self.read(&array.memory, array.range.start * array.element.bytes(), bytes_of_mut(to))
+    }
+
+    /// The words of an array of U64.
+    pub(crate) fn download_u64(&self, array: &Array) -> Result<Vec<u64>, GpuError> {
+        assert_eq!(array.element, Element::U64);
+        let bytes = self.download_bytes(array)?;
+        Ok(bytes.as_chunks().0.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect())
+    }
+
+    fn download_bytes(&self, array: &Array) -> Result<Vec<u8>, GpuError> {
+        let mut bytes = vec![0; array.bytes()];
+        self.read(&array.memory, array.range.start * array.element.bytes(), &mut bytes)?;
+        Ok(bytes)
     }
 }
 
@@ -176,4 +197,10 @@ impl Plain for u32 {}
 fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
     // SAFETY: numbers have no padding, and bytes no alignment; the length is that of the same memory.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// The same, to be written.
+fn bytes_of_mut<T: Plain>(values: &mut [T]) -> &mut [u8] {
+    // SAFETY: as in `bytes_of`, and any bytes are numbers.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }

@@ -21,7 +21,11 @@ EMULATE_BOTH(attention_dq)
 EMULATE_BOTH(attention_dkv)
 EMULATE_BOTH(append)
 EMULATE_BOTH(logits_gradient)
+EMULATE(chunk_statistics_f32)
 EMULATE(row_statistics_f32)
+EMULATE(row_entropies_f32)
+EMULATE(draw_sums_f32)
+EMULATE(draw_tokens_f32)
 EMULATE(target_logprobs_f32)
 
 // c[m, n] = alpha · a[m, k] · b[k, n] + beta · c, each row by row with strides of its own, f32 sums.

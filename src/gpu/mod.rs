@@ -45,6 +45,6 @@ pub(crate) use heap::Pool;
 pub(crate) use lists::{ListPlace, Lists};
 pub(crate) use ops::{
     AttentionBackward, BACKWARD_KEYS, BACKWARD_ROWS, FORWARD_ROWS, HeadShape, MAX_HEAD_DIM, PAGE, Pages,
-    Spans, TargetRows,
+    RowDraw, RowStatistics, Spans, TargetRows,
 };
 pub(crate) use product::{Factor, Product};

@@ -3,6 +3,10 @@
 //! Each operation names first what it reads. T is the element type of activations, f32 or bf16;
 //! legend of shapes as in kernels.cu.
 
+mod head;
+
+pub(crate) use head::{RowDraw, RowStatistics, TargetRows};
+
 use super::{Array, Element, Gpu, GpuError, device::Argument};
 
 /// Positions of a page of keys and values.
@@ -64,16 +68,6 @@ pub(crate) struct AttentionBackward<'a> {
     pub dv: &'a Array,
 }
 
-/// Rows of logits that have a gradient, their targets, and the targets' factors.
-pub(crate) struct TargetRows<'a> {
-    /// Rows of the logits.
-    pub rows: &'a Array,
-    /// Where each row's targets begin, and the end of the last's.
-    pub first_target: &'a Array,
-    pub tokens: &'a Array,
-    pub factors: &'a Array,
-}
-
 impl From<&Array> for Argument {
     fn from(array: &Array) -> Self {
         Self::U64(array.address())
@@ -102,6 +96,7 @@ impl From<u64> for Argument {
 macro_rules! arguments {
     ($($argument:expr),* $(,)?) => { &[$(Argument::from($argument)),*] };
 }
+use arguments;
 
 impl HeadShape {
     fn arguments(self) -> [Argument; 3] {
@@ -382,58 +377,5 @@ impl Gpu {
             [arguments![k, v, sequence_of, positions], &pages.arguments()[..], arguments![width as u32]];
         // SAFETY: the pages have room for the rows, as whoever reserved them says.
         unsafe { self.launch(&named("append", k), [positions.len(), 1], THREADS, &arguments.concat()) }
-    }
-
-    /// `ln Σ e^x` of each row of f32 logits, and if asked for each row's entropy.
-    pub(crate) fn row_statistics(
-        &self,
-        logits_cv: &Array,
-        vocab: usize,
-        entropy: bool,
-    ) -> Result<(Array, Option<Array>), GpuError> {
-        let rows = logits_cv.len() / vocab;
-        let lse = self.array(Element::F32, rows)?;
-        let entropies = entropy.then(|| self.array(Element::F32, rows)).transpose()?;
-        let address = entropies.as_ref().map_or(Argument::U64(0), Argument::from);
-        let arguments = [Argument::from(logits_cv), (&lse).into(), address, (vocab as u32).into()];
-        // SAFETY: a block for each row.
-        unsafe { self.launch("row_statistics_f32", [rows, 1], THREADS, &arguments) }?;
-        Ok((lse, entropies))
-    }
-
-    /// Log-probability of each target: `row_of` counts rows of the logits.
-    pub(crate) fn target_logprobs(
-        &self,
-        logits_cv: &Array,
-        lse: &Array,
-        row_of: &Array,
-        tokens: &Array,
-        vocab: usize,
-    ) -> Result<Array, GpuError> {
-        assert_eq!((row_of.len(), lse.len() * vocab), (tokens.len(), logits_cv.len()));
-        let logprobs = self.array(Element::F32, tokens.len())?;
-        let arguments = arguments![logits_cv, lse, row_of, tokens, &logprobs, vocab as u32];
-        // SAFETY: rows and tokens exist, as whoever calls has checked.
-        unsafe { self.each("target_logprobs_f32", tokens.len(), arguments) }?;
-        Ok(logprobs)
-    }
-
-    /// The gradient of the logits of some rows, `[rows, v]` in T.
-    pub(crate) fn logits_gradient(
-        &self,
-        logits_cv: &Array,
-        lse: &Array,
-        targets: TargetRows<'_>,
-        vocab: usize,
-        element: Element,
-    ) -> Result<Array, GpuError> {
-        let TargetRows { rows, first_target, tokens, factors } = targets;
-        assert_eq!((first_target.len(), factors.len()), (rows.len() + 1, tokens.len()));
-        let d_logits = self.array(element, rows.len() * vocab)?;
-        let arguments =
-            arguments![logits_cv, lse, rows, first_target, tokens, factors, &d_logits, vocab as u32];
-        // SAFETY: as above.
-        unsafe { self.launch(&named("logits_gradient", &d_logits), [rows.len(), 1], THREADS, arguments) }?;
-        Ok(d_logits)
     }
 }

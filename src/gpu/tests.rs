@@ -193,7 +193,7 @@ fn targets_of_one_row_share_its_gradient() {
     let (gpu, vocab) = (gpu(), 300);
     let logits = values(1, 3 * vocab);
     let on_gpu = gpu.upload(Element::F32, &logits).unwrap();
-    let (lse, _) = gpu.row_statistics(&on_gpu, vocab, false).unwrap();
+    let RowStatistics { lse, .. } = gpu.row_statistics(&on_gpu, vocab).unwrap();
     // Row 2 has three targets, two of them one token; row 0 has one.
     let (rows, tokens, factors) = ([2u32, 0], [7u32, 299, 7, 0], [0.5f32, -1.0, 0.25, 2.0]);
     let targets = TargetRows {
@@ -251,4 +251,38 @@ fn every_kernel_is_emulated() {
     };
     assert!(both.len() > 15);
     assert_eq!(names(emulated, "EMULATE_BOTH(", ')'), both);
+    let of_one_type = names(kernels, "__global__ void ", '(');
+    assert!(of_one_type.len() > 5);
+    assert_eq!(names(emulated, "EMULATE(", ')'), of_one_type);
+}
+
+/// Statistics of rows of one chunk, of a whole number of chunks and of a little more, against f64; also of a row whose
+/// values are large, and of one that has a chunk of nothing but −∞.
+#[test]
+fn rows_have_the_statistics_of_their_chunks() {
+    let gpu = gpu();
+    for vocab in [1, 300, 4096, 4097, 12_300] {
+        let mut rows = [values(1, vocab), values(2, vocab), values(3, vocab)];
+        rows[1].iter_mut().for_each(|x| *x = 500.0 + 80.0 * *x);
+        if vocab > 4096 {
+            rows[2][..4096].fill(f32::NEG_INFINITY);
+        }
+        let logits = gpu.upload(Element::F32, &rows.concat()).unwrap();
+        let RowStatistics { largest, lse } = gpu.row_statistics(&logits, vocab).unwrap();
+        let entropies = gpu.download(&gpu.row_entropies(&logits, &lse, vocab).unwrap()).unwrap();
+        let (largest, lse) = (gpu.download(&largest).unwrap(), gpu.download(&lse).unwrap());
+        for (row, rows_v) in rows.iter().enumerate() {
+            let most = rows_v.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(largest[row], most, "{vocab}, row {row}");
+            let total: f64 = rows_v.iter().map(|x| (f64::from(*x) - f64::from(most)).exp()).sum();
+            let expected = f64::from(most) + total.ln();
+            let off = (f64::from(lse[row]) - expected).abs() / expected.abs().max(1.0);
+            assert!(off < TOLERANCE, "{vocab}, row {row}: the log-sum-exp is {off:e} off");
+            let shares = rows_v.iter().map(|x| f64::from(*x) - expected).filter(|share| share.is_finite());
+            let entropy: f64 = shares.map(|share| -share.exp() * share).sum();
+            let off = (f64::from(entropies[row]) - entropy).abs() / entropy.max(1.0);
+            // The log-sum-exp of row 1 is rounded to 3e-5.
+            assert!(off < 1e-4, "{vocab}, row {row}: the entropy is {off:e} off");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Decoder, LoRA, losses, optimiser and loaders: the mathematics, which knows no actor.
+//! Decoder, LoRA, losses, optimiser, drawing and loaders: the mathematics, which knows no actor.
 
 mod compute_options;
 mod config;
@@ -13,6 +13,7 @@ mod weights;
 
 mod decoder;
 pub mod device;
+mod draw;
 mod kv_cache;
 mod memory;
 mod passes;
@@ -33,6 +34,7 @@ pub use decoder::{
     forward, head_logits, head_logprobs,
 };
 pub use device::{GpuFootprint, GpuRows, StepCounts};
+pub use draw::{Decoding, DrawBuffers, DrawKey, Drawn, Filter, MIN_LOGPROB, NotFinite};
 pub use error::ModelError;
 pub use kv_cache::KvCache;
 pub use library::Library;
@@ -42,7 +44,7 @@ pub use merge::merge_into_weights;
 pub use micro_batch::{Example, MicroBatchOutput, cut_micro_batches, prepare, run_micro_batch};
 pub use pack::{PackError, PackFile};
 pub use param_vector::ParamVector;
-pub use passes::{HiddenStates, SequenceCache, SequenceRows, extend, logits_of, logprobs_of};
+pub use passes::{DrawRow, HiddenStates, SequenceCache, SequenceRows, draw_rows, extend, logprobs_of};
 pub use source::ModelSource;
 pub use state::{GradientKind, TrainState};
 pub use text::{ChatMessage, TextCodec};

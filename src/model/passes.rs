@@ -6,10 +6,11 @@ use super::{
     AdapterRows, BaseModel, Batch, BatchSequence, HeadRequest, HeadScores, KvCache, Place, Workspace,
     decoder::{forward, head_logits, head_logprobs},
     device::{self, DeviceAdapter, DeviceCache, DeviceModel, DeviceSequence},
+    draw::{self, Decoding, DrawBuffers, DrawKey, Drawn, NotFinite, Wanted},
 };
 use crate::{
     gpu::{Array, GpuError},
-    kernels::Team,
+    kernels::{Team, log_sum_exp},
 };
 
 /// Keys and values of one sequence's past positions, where its model is.
@@ -25,6 +26,17 @@ pub struct SequenceRows<'a> {
     pub cache: &'a mut SequenceCache,
     /// Absent: the base model.
     pub adapter: Option<AdapterRows<'a>>,
+}
+
+/// A row that a token is drawn from.
+#[derive(Clone, Copy)]
+pub struct DrawRow<'a> {
+    /// Of the hidden states.
+    pub row: usize,
+    /// The adapter that computed it; absent: the base model.
+    pub adapter: Option<AdapterRows<'a>>,
+    pub decoding: Decoding,
+    pub key: DrawKey,
 }
 
 /// The final hidden states of a batch, where its model is.
@@ -85,27 +97,44 @@ pub fn extend(
     }
 }
 
-/// Logits of the chosen rows, `[rows.len(), vocab]` into `logits`; with each row the adapter that computed it.
-pub fn logits_of(
+/// Draws one token from each of the rows, where the model is; a GPU leaves rows with `top_k` or `top_p` to the
+/// host. Log-probabilities have the bits that [`logprobs_of`] gives for the same logits.
+///
+/// # Panics
+///
+/// If the hidden states are those of a model in another place.
+pub fn draw_rows(
     model: &BaseModel,
     hidden: &HiddenStates,
-    rows: &[(usize, Option<AdapterRows<'_>>)],
-    logits: &mut Vec<f32>,
+    rows: &[DrawRow<'_>],
+    buffers: &mut DrawBuffers,
     workspace: &mut Workspace,
     team: &Team,
-) -> Result<(), GpuError> {
+) -> Result<Vec<Result<Drawn, NotFinite>>, GpuError> {
+    let DrawBuffers { logits_sv, kept } = buffers;
+    let wanted = |row: &DrawRow<'_>| Wanted { decoding: row.decoding, uniform: row.key.uniform() };
+    let wanted: Vec<Wanted> = rows.iter().map(wanted).collect();
     match (&model.place, hidden) {
         (Place::Cpu(_), HiddenStates::Cpu(hidden)) => {
-            head_logits(model, hidden, rows, logits, workspace, team);
+            let rows: Vec<_> = rows.iter().map(|row| (row.row, row.adapter)).collect();
+            head_logits(model, hidden, &rows, logits_sv, workspace, team);
+            Ok(draw::draw_rows(logits_sv, &wanted, |_, logits_v| log_sum_exp(logits_v), kept, team))
         }
         (Place::Gpu(device), HiddenStates::Gpu(hidden)) => {
-            let _turn = device.gpu().turn();
-            let rows = rows.iter().map(|(row, adapter)| Ok((*row, on_device(device, *adapter)?)));
-            *logits = device::head_logits(device, hidden, &rows.collect::<Result<Vec<_>, GpuError>>()?)?;
+            let (mut drawn, left) = {
+                let _turn = device.gpu().turn();
+                let rows = rows.iter().map(|row| Ok((row.row, on_device(device, row.adapter)?)));
+                let rows = rows.collect::<Result<Vec<_>, GpuError>>()?;
+                device::draw_rows(device, hidden, &rows, &wanted, logits_sv)?
+            };
+            // Others may use the GPU meanwhile.
+            let wanted: Vec<Wanted> = left.rows.iter().map(|row| wanted[*row]).collect();
+            let on_host = draw::draw_rows(logits_sv, &wanted, |row, _| left.lse[row], kept, team);
+            left.rows.iter().zip(on_host).for_each(|(row, result)| drawn[*row] = result);
+            Ok(drawn)
         }
         _ => unreachable!("hidden states of a model in another place"),
     }
-    Ok(())
 }
 
 /// Log-probabilities of chosen targets, of rows that `adapter` computed.

@@ -1,22 +1,21 @@
-//! Carries out orders: one forward over all rows of a step, then a draw for each sequence.
+//! Carries out orders: one forward over all rows of a step, then a draw for each sequence, both where the model is.
 //!
 //! A step's rows are those of prompts (many each) and of sequences (one each), packed; requests
 //! of the base model and of several adapters share it. What a row yields depends on its own
 //! sequence alone, so the company that a request happens to have never shows in its answer.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     gpu::GpuError,
     kernels::{CoreBudget, Priority, Team},
-    model::{BaseModel, HeadRequest, HiddenStates, Workspace, extend, logits_of, logprobs_of},
+    model::{
+        BaseModel, DrawBuffers, DrawRow, HeadRequest, HiddenStates, NotFinite, Workspace, draw_rows, extend,
+        logprobs_of,
+    },
 };
 
 use super::{
-    draw::{self, Drawn, NotFinite},
     error::SamplerError,
     job::{Job, Serving},
     schedule::{RequestKey, Step},
@@ -35,8 +34,7 @@ pub struct Engine {
     cores: CoreBudget,
     jobs: BTreeMap<RequestKey, Job>,
     workspace: Workspace,
-    logits_sv: Vec<f32>,
-    scratch: Vec<Vec<u32>>,
+    draws: DrawBuffers,
 }
 
 /// A request's part of a step.
@@ -55,13 +53,7 @@ struct Part {
 impl Engine {
     /// With no requests.
     pub fn new(cores: CoreBudget) -> Self {
-        Self {
-            cores,
-            jobs: BTreeMap::new(),
-            workspace: Workspace::default(),
-            logits_sv: Vec::new(),
-            scratch: Vec::new(),
-        }
+        Self { cores, jobs: BTreeMap::new(), workspace: Workspace::default(), draws: DrawBuffers::default() }
     }
 
     /// Does what the order says; leases cores while there are rows to compute.
@@ -159,13 +151,11 @@ impl Engine {
         team: &Team,
         report: &mut StepReport,
     ) -> Result<(), GpuError> {
-        let rows = parts.iter().flat_map(|part| part.decode_rows().map(|row| (row, part.job.adapter_rows())));
-        let rows: Vec<_> = rows.collect();
+        let rows: Vec<DrawRow<'_>> = parts.iter().flat_map(Part::draws).collect();
         if rows.is_empty() {
             return Ok(());
         }
-        logits_of(model, hidden_rd, &rows, &mut self.logits_sv, &mut self.workspace, team)?;
-        let drawn = self.draw_rows(parts, rows.len(), team);
+        let drawn = draw_rows(model, hidden_rd, &rows, &mut self.draws, &mut self.workspace, team)?;
         let mut drawn = drawn.into_iter();
         for part in parts {
             for &sequence in &part.sequences {
@@ -187,38 +177,6 @@ impl Engine {
         Ok(())
     }
 
-    /// One token for each row of logits, shared over the team by row.
-    fn draw_rows(&mut self, parts: &[Part], rows: usize, team: &Team) -> Vec<Result<Drawn, NotFinite>> {
-        struct Row<'a> {
-            scratch: &'a mut Vec<u32>,
-            drawn: Result<Drawn, NotFinite>,
-        }
-        let keys: Vec<_> = parts
-            .iter()
-            .flat_map(|part| part.sequences.iter().map(|&s| (part.job.decoding, part.job.draw_key(s))))
-            .collect();
-        let vocab = self.logits_sv.len() / rows;
-        self.scratch.resize_with(self.scratch.len().max(rows), Vec::new);
-        let slots: Vec<_> = self
-            .scratch
-            .iter_mut()
-            .take(rows)
-            .map(|scratch| Mutex::new(Row { scratch, drawn: Err(NotFinite) }))
-            .collect();
-        team.run(rows, |row| {
-            // Each row has its own lock, taken once: it is never waited for.
-            let mut slot = slots[row].lock().unwrap_or_else(PoisonError::into_inner);
-            let Row { scratch, drawn } = &mut *slot;
-            let logits_v = &self.logits_sv[row * vocab..][..vocab];
-            let (decoding, key) = keys[row];
-            *drawn = draw::draw(logits_v, decoding, key, scratch);
-        });
-        slots
-            .into_iter()
-            .map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).drawn)
-            .collect()
-    }
-
     /// Answers what is over, keeps the rest.
     fn settle(&mut self, parts: Vec<Part>, report: &mut StepReport) {
         for Part { key, job, failure, .. } in parts {
@@ -234,9 +192,15 @@ impl Engine {
 }
 
 impl Part {
-    fn decode_rows(&self) -> impl Iterator<Item = usize> {
-        let first = self.first_row + self.rows;
-        first..first + self.sequences.len()
+    /// What is drawn for its sequences, in their order.
+    fn draws(&self) -> impl Iterator<Item = DrawRow<'_>> {
+        let (adapter, decoding) = (self.job.adapter_rows(), self.job.decoding);
+        (self.first_row + self.rows..).zip(&self.sequences).map(move |(row, &sequence)| DrawRow {
+            row,
+            adapter,
+            decoding,
+            key: self.job.draw_key(sequence),
+        })
     }
 }
 

@@ -8,14 +8,14 @@
 use std::sync::Arc;
 
 use crate::{
-    model::{Adapter, AdapterRows, BaseModel, SequenceCache, SequenceRows},
+    model::{
+        Adapter, AdapterRows, BaseModel, Decoding, DrawKey, Drawn, MIN_LOGPROB, SequenceCache, SequenceRows,
+    },
     types::{PolicyId, SampleFlags, SampleResult, SampledSequence, StopReason},
 };
 
 use super::{
-    draw::{Decoding, DrawKey, Drawn},
     error::SamplerError,
-    numerics::MIN_LOGPROB,
     state::Admission,
     stop::{StopRules, StopScan},
 };

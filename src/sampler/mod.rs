@@ -11,7 +11,7 @@
 //!
 //! The state knows lengths and names, never a tensor: which requests begin and which rows a step
 //! has (`schedule`, `budget`), which weights serve whom (`slots`). The compute thread knows
-//! tokens and caches (`job`), draws (`draw`) and stops (`stop`). Between two steps it holds no
+//! tokens, caches and draws (`job`) and stops (`stop`). Between two steps it holds no
 //! core, so training never waits longer than a step.
 
 mod actor;
@@ -26,8 +26,6 @@ mod threads;
 mod engine;
 mod job;
 
-mod draw;
-mod numerics;
 mod stop;
 
 mod error;

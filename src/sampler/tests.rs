@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::*;
 use crate::{
+    gpu::DeviceChoice,
     kernels::{Priority, Team},
     model::{
         Adapter, AdapterRows, BaseModel, Batch, BatchSequence, ComputeOptions, LoraLayout, ModelConfig,
@@ -38,6 +39,10 @@ struct Replica {
 
 impl Replica {
     fn launch(max_batch: usize) -> Self {
+        Self::launch_on(DeviceChoice::Cpu, max_batch)
+    }
+
+    fn launch_on(device: DeviceChoice, max_batch: usize) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         // Nothing that a tiny random model draws ends a sequence before its length.
         let config = ModelConfig { eos_token_ids: vec![0], ..tiny::config() };
@@ -47,7 +52,8 @@ impl Replica {
             aliases: vec!["tiny".into()],
             path: directory.path().to_owned(),
         };
-        let library = Arc::new(Library::open(vec![source], ComputeOptions::default()).expect("a model"));
+        let options = ComputeOptions { device, ..ComputeOptions::default() };
+        let library = Arc::new(Library::open(vec![source], options).expect("a model"));
         let deaths = Arc::new(AtomicUsize::new(0));
         let counter = deaths.clone();
         let cores = CoreBudget::new(2);
@@ -253,6 +259,41 @@ async fn sampled_and_prompt_logprobs_are_those_of_the_trainers_forward() {
     assert!(far_from_base > 0.1, "the adapter changes nothing: {far_from_base}");
 }
 
+/// Where the model is on a GPU: it draws most rows, and leaves those with a filter to the host.
+#[actix::test]
+async fn a_gpu_draws_in_any_company_what_it_draws_alone() {
+    let mut replica = Replica::launch_on(DeviceChoice::Emulated, 32);
+    let published = [replica.publish(1).await, replica.publish(2).await];
+    let fresh = Adapter::init(published[0].1.layout.clone());
+    let ways = [(1.0, -1, 1.0), (0.0, -1, 1.0), (0.7, -1, 1.0), (1.0, 5, 1.0), (0.9, -1, 0.8)];
+    let requests: Vec<Generate> = (0..15)
+        .map(|seed| {
+            let mut request = request(seed as u64, 1 + seed * 5 % 17, 2, 6);
+            request.policy = published.get(seed % 3).map(|(policy, _)| *policy);
+            (request.params.temperature, request.params.top_k, request.params.top_p) = ways[seed / 3];
+            request
+        })
+        .collect();
+    let mut alone = Vec::new();
+    for (request, which) in requests.iter().zip((0..3).cycle()) {
+        let result = replica.sample(request.clone()).await;
+        for sequence in &result.sequences {
+            let tokens = [&request.prompt[..], &sequence.tokens].concat();
+            let adapter = published.get(which).map_or(&fresh, |(_, adapter)| adapter);
+            let expected = trainer_logprobs(&replica.model, adapter, &tokens);
+            let of_tokens = &expected[request.prompt.len() - 1..];
+            assert_same_bits(sequence.logprobs.as_deref().expect("reported"), of_tokens, "sampled");
+        }
+        let [one, other] = &result.sequences[..] else { panic!("two were asked for") };
+        assert_eq!(request.params.temperature == 0.0, one.tokens == other.tokens);
+        alone.push(bits(&result));
+    }
+    let answers: Vec<_> = requests.iter().map(|request| replica.submit(request.clone())).collect();
+    for (answer, alone) in answers.into_iter().zip(alone) {
+        assert_eq!(bits(&done(answer.await)), alone);
+    }
+}
+
 #[actix::test]
 async fn a_publish_never_reaches_a_sequence_that_runs() {
     let mut replica = Replica::launch(4);
@@ -378,17 +419,19 @@ async fn weights_that_are_not_those_named_are_never_served() {
 
 #[actix::test]
 async fn weights_that_have_diverged_are_an_error_of_that_request_alone() {
-    let mut replica = Replica::launch(4);
-    let mut huge = adapter(&replica.model.config, 1);
-    huge.values = vec![3e38; huge.layout.len()].into();
-    let diverged = policy(1, huge.digest());
-    replica.stage(diverged, &huge);
-    replica.next_report().await;
-    replica.address.try_send(Activate { policy: diverged }).expect("there is room");
-    let bad = replica.submit(Generate { policy: Some(diverged), ..request(1, 3, 2, 30) });
-    let good = replica.submit(request(2, 3, 2, 30));
-    assert_eq!(failed(bad.await).kind, ErrorKind::NotFinite);
-    done(good.await);
+    for device in [DeviceChoice::Cpu, DeviceChoice::Emulated] {
+        let mut replica = Replica::launch_on(device, 4);
+        let mut huge = adapter(&replica.model.config, 1);
+        huge.values = vec![3e38; huge.layout.len()].into();
+        let diverged = policy(1, huge.digest());
+        replica.stage(diverged, &huge);
+        replica.next_report().await;
+        replica.address.try_send(Activate { policy: diverged }).expect("there is room");
+        let bad = replica.submit(Generate { policy: Some(diverged), ..request(1, 3, 2, 30) });
+        let good = replica.submit(request(2, 3, 2, 30));
+        assert_eq!(failed(bad.await).kind, ErrorKind::NotFinite);
+        done(good.await);
+    }
 }
 
 #[actix::test]

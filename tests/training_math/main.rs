@@ -21,9 +21,9 @@ use lockstep::{
     gpu::Gpu,
     kernels::{Team, WeightDtype},
     model::{
-        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, GradientKind, HeadRequest, ModelConfig,
-        RopeScaling, SequenceCache, SequenceRows, TrainState, Workspace, extend, forward, head_logits,
-        head_logprobs, logits_of, prepare, run_micro_batch,
+        Adapter, AdapterRows, BaseModel, Batch, BatchSequence, Decoding, DrawBuffers, DrawKey, DrawRow,
+        GradientKind, HeadRequest, ModelConfig, RopeScaling, SequenceCache, SequenceRows, TrainState,
+        Workspace, draw_rows, extend, forward, head_logits, head_logprobs, prepare, run_micro_batch,
     },
     types::{ErrorKind, TensorData, TensorValues},
 };
@@ -97,15 +97,19 @@ fn assert_generation(golden: &Golden) {
     assert!(*margin > 1e-3 && expected.len() == 30, "{}", golden.family);
     let adapter = AdapterRows { layout: &state.layout, values: &state.weights };
     let mut cache = SequenceCache::new(&golden.model);
-    let (mut workspace, team) = (Workspace::default(), Team::solo());
-    let (mut rows, mut generated, mut logits) = (prompt.clone(), Vec::new(), Vec::new());
+    let (mut workspace, mut buffers, team) = (Workspace::default(), DrawBuffers::default(), Team::solo());
+    let (mut rows, mut generated) = (prompt.clone(), Vec::new());
     while generated.len() < expected.len() {
         let sequence = SequenceRows { tokens: &rows, cache: &mut cache, adapter: Some(adapter) };
         let hidden = extend(&golden.model, vec![sequence], &mut workspace, &team).unwrap();
-        let last = [(rows.len() - 1, Some(adapter))];
-        logits_of(&golden.model, &hidden, &last, &mut logits, &mut workspace, &team).unwrap();
-        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-        generated.push(best.unwrap().0 as u32);
+        let last = DrawRow {
+            row: rows.len() - 1,
+            adapter: Some(adapter),
+            decoding: Decoding::Greedy,
+            key: DrawKey { seed: 0, sequence: 0, position: 0 },
+        };
+        let drawn = draw_rows(&golden.model, &hidden, &[last], &mut buffers, &mut workspace, &team).unwrap();
+        generated.push(drawn[0].expect("a row of numbers").token);
         rows = generated[generated.len() - 1..].to_vec();
     }
     assert_eq!(generated, *expected, "{}", golden.family);

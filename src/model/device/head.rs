@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use crate::{
-    gpu::{Array, Element, Factor, GpuError, Product, TargetRows},
+    gpu::{Array, Element, Factor, GpuError, Product, RowStatistics, TargetRows},
     model::{
         HeadRequest, HeadScores,
         decoder::{HeadChunk, likeliest_tokens},
@@ -25,13 +25,12 @@ pub struct DeviceHeadGradient<'a> {
     pub d_hidden: &'a Array,
 }
 
-/// Logits of the chosen rows of `hidden`, `[rows.len(), vocab]`, brought to the host; with each row the
-/// adapter that computed it.
-pub fn head_logits(
+/// Logits of the chosen rows of `hidden`, `[rows.len(), vocab]`, f32; with each row the adapter that computed it.
+pub(super) fn head_logits(
     model: &DeviceModel,
     hidden: &Array,
     rows: &[(usize, Option<Arc<DeviceAdapter>>)],
-) -> Result<Vec<f32>, GpuError> {
+) -> Result<Array, GpuError> {
     let width = model.config.hidden_size;
     let indices: Vec<u32> = rows.iter().map(|(row, _)| *row as u32).collect();
     let hidden = model.gpu.gather(hidden, &model.gpu.upload_u32(&indices)?, width)?;
@@ -48,7 +47,7 @@ pub fn head_logits(
         }
         first = last;
     }
-    model.gpu.download(&logits)
+    Ok(logits)
 }
 
 /// Log-probabilities of chosen targets, in chunks of rows so that the full logits never exist. All rows
@@ -125,14 +124,14 @@ impl<'a> DeviceChunk<'a> {
         let HeadRequest { targets, top_k, entropy } = request;
         let (gpu, vocab) = (&self.model.gpu, self.model.config.vocab_size);
         let of_chunk = &targets[self.chunk.targets.clone()];
-        let (lse, entropies) = gpu.row_statistics(&self.logits, vocab, entropy)?;
+        let RowStatistics { lse, .. } = gpu.row_statistics(&self.logits, vocab)?;
         let row_of: Vec<u32> = self.chunk.row_of.iter().map(|row| *row as u32).collect();
         let tokens: Vec<u32> = of_chunk.iter().map(|(_, token)| *token).collect();
         let (row_of, tokens) = (gpu.upload_u32(&row_of)?, gpu.upload_u32(&tokens)?);
         let logprobs = gpu.target_logprobs(&self.logits, &lse, &row_of, &tokens, vocab)?;
         scores.logprobs.extend(gpu.download(&logprobs)?);
-        if let Some(entropies) = entropies {
-            let entropies = gpu.download(&entropies)?;
+        if entropy {
+            let entropies = gpu.download(&gpu.row_entropies(&self.logits, &lse, vocab)?)?;
             scores.entropies.extend(self.chunk.row_of.iter().map(|row| entropies[*row]));
         }
         if top_k > 0 {

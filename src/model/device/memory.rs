@@ -13,10 +13,10 @@
 //! ```
 //!
 //! P is the adapter's values, T what products compute in. Ranks and replicas of a GPU take turns, so one micro-batch is
-//! there at a time. A run's state is in the host's memory ([`Footprint`](crate::model::Footprint)); caches of replicas
-//! are bounded by themselves and come on top. The names are those of the variables of `forward.rs`, `backward.rs` and
-//! `head.rs`, in which these formulas are to be read again when they change; a test holds them against what the
-//! emulation allocates.
+//! there at a time; a replica's step draws within the head of as many rows, which has no gradient then. A run's state is in
+//! the host's memory ([`Footprint`](crate::model::Footprint)); caches of replicas are bounded by themselves and come on top.
+//! The names are those of the variables of `forward.rs`, `backward.rs` and `head.rs`, in which these formulas are to be read
+//! again when they change; tests hold them against what the emulation allocates.
 
 use crate::{
     collective::nccl_memory,

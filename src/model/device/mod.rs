@@ -7,13 +7,14 @@
 //!
 //! Over the bus go, down: tokens, positions and places of pages, the adapter when it is new, and the
 //! derivative of the loss by each log-probability; up: the log-probabilities, and the adapter's
-//! gradient at the end of a micro-batch. In decoding, a row of logits for each token that is drawn.
+//! gradient at the end of a micro-batch. In decoding, what decides each draw down, and token and log-probability up.
 //!
 //! Legend of shapes as in `decoder/`; T is the element type of the weights.
 
 mod adapter;
 mod backward;
 mod cache;
+mod draw;
 mod forward;
 mod head;
 mod linear;
@@ -27,8 +28,9 @@ mod weights;
 pub use adapter::DeviceAdapter;
 pub use backward::backward;
 pub use cache::DeviceCache;
+pub(super) use draw::draw_rows;
 pub use forward::{DeviceSequence, DeviceTape, forward};
-pub use head::{DeviceHeadGradient, head_logits, head_logprobs};
+pub use head::{DeviceHeadGradient, head_logprobs};
 pub use memory::{GpuFootprint, GpuRows};
 pub use steps::StepCounts;
 pub use weights::DeviceModel;

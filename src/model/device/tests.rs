@@ -3,7 +3,9 @@
 
 use std::sync::{Arc, OnceLock};
 
-use super::*;
+mod draw;
+
+use super::{head::head_logits, *};
 use crate::{
     gpu::{DeviceChoice, Element, Gpu},
     kernels::{Team, WeightDtype},
@@ -46,6 +48,21 @@ fn device_models() -> &'static [(&'static BaseModel, DeviceModel)] {
         let dense = models().iter().filter(|model| model.config.experts.is_none());
         dense.map(|m| (m, DeviceModel::new(gpu(), &m.config, m.weights()).unwrap())).collect()
     })
+}
+
+/// The model where passes find it on the GPU.
+fn placed(model: &BaseModel, device: DeviceModel) -> BaseModel {
+    BaseModel {
+        name: model.name.clone(),
+        config: model.config.clone(),
+        place: Place::Gpu(Box::new(device)),
+        text: model.text.clone(),
+        digest: model.digest,
+    }
+}
+
+fn is_real() -> bool {
+    !gpu().name().starts_with("emulated")
 }
 
 pub(super) fn tolerance(model: &BaseModel) -> f64 {
@@ -167,7 +184,6 @@ fn alone(model: &DeviceModel, tokens: &[u32], adapter: &Option<Arc<DeviceAdapter
 #[test]
 fn decoding_in_any_steps_and_company_is_the_whole_forward() {
     let _turn = gpu().turn();
-    let is_real = !gpu().name().starts_with("emulated");
     let sequences = [tokens(11, 75), tokens(12, 75), tokens(13, 75)];
     for (model, device) in device_models() {
         let on_device =
@@ -178,7 +194,7 @@ fn decoding_in_any_steps_and_company_is_the_whole_forward() {
             let hidden = in_steps(device, &sequences, steps, &mut caches, &adapters);
             for ((tokens, adapter), hidden) in sequences.iter().zip(&adapters).zip(hidden) {
                 let whole = alone(device, tokens, adapter);
-                match is_real {
+                match is_real() {
                     true => assert!(distance(&hidden, &wide(&whole)) < tolerance(model), "{}", model.name),
                     false => assert_eq!(bits(&whole), bits(&hidden), "{} in steps {steps:?}", model.name),
                 }
@@ -210,7 +226,7 @@ fn forks_share_the_past_and_not_the_future() {
         let whole = alone(model, &[past.clone(), future.clone()].concat(), &None);
         let whole = &whole[45 * model.config.hidden_size..];
         assert!(distance(&hidden, &wide(whole)) < F32_TOLERANCE);
-        if gpu().name().starts_with("emulated") {
+        if !is_real() {
             assert_eq!(bits(whole), bits(&hidden));
         }
     }
@@ -234,7 +250,7 @@ fn the_head_answers_as_the_cpu_does() {
         let mut expected = Vec::new();
         let workspace = &mut Workspace::default();
         cpu_head_logits(model, &hidden, &cpu_rows, &mut expected, workspace, &Team::solo());
-        let logits = head_logits(device, &on_gpu, &device_rows).unwrap();
+        let logits = gpu().download(&head_logits(device, &on_gpu, &device_rows).unwrap()).unwrap();
         let off = distance(&logits, &wide(&expected));
         assert!(off < tolerance, "{}: logits are {off:e} off", model.name);
 
@@ -321,13 +337,7 @@ fn assert_memory_with(model: &BaseModel, options: ComputeOptions) {
     assert_eq!(gpu.held()[0], footprint.weights + cached as u64, "{what}");
     drop(cache);
 
-    let on_gpu = BaseModel {
-        name: model.name.clone(),
-        config: model.config.clone(),
-        place: Place::Gpu(Box::new(device)),
-        text: model.text.clone(),
-        digest: model.digest,
-    };
+    let on_gpu = placed(model, device);
     let adapter = adapter(model, 3, &ALL);
     let (loss, rows) = (LossSpec::new(LossFn::CrossEntropy), 128);
     let datum =

@@ -1,7 +1,5 @@
 //! Sums over one row of logits, in one fixed order.
 
-use crate::kernels::log_sum_exp;
-
 /// Values that are summed together; a draw walks blocks first, then one block's values.
 pub(super) const BLOCK: usize = 256;
 
@@ -33,15 +31,6 @@ impl RowSum {
         })
     }
 }
-
-/// The log-probability of `token` under the softmax of the row: computed as the trainer computes
-/// it, so that equal logits give equal bits.
-pub(super) fn logprob(logits_v: &[f32], token: u32) -> f32 {
-    (logits_v[token as usize] - log_sum_exp(logits_v)).max(MIN_LOGPROB)
-}
-
-/// How the log-probability of an impossible token is written: JSON has no infinity.
-pub(super) const MIN_LOGPROB: f32 = -9999.0;
 
 fn row_max(row_v: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -125,14 +114,5 @@ mod tests {
         }
         assert!(RowSum::of(&[f32::NEG_INFINITY; 9], 1.0).is_none());
         assert!(RowSum::of(&[], 1.0).is_none());
-    }
-
-    #[test]
-    fn logprobs_sum_to_one_and_an_impossible_token_is_written_as_a_number() {
-        let mut row_v: Vec<f32> = (0..1000).map(|i| ((i * 37) % 101) as f32 / 7.0).collect();
-        row_v[3] = f32::NEG_INFINITY;
-        let mass: f64 = (0..1000).map(|token| f64::from(logprob(&row_v, token)).exp()).sum();
-        assert!((mass - 1.0).abs() < 1e-5, "{mass}");
-        assert_eq!(logprob(&row_v, 3), MIN_LOGPROB);
     }
 }
