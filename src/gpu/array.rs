@@ -134,6 +134,10 @@ impl Gpu {
         self.upload_bytes(Element::U32, bytes_of(values))
     }
 
+    pub(crate) fn upload_u64(&self, values: &[u64]) -> Result<Array, GpuError> {
+        self.upload_bytes(Element::U64, bytes_of(values))
+    }
+
     fn upload_bytes(&self, element: Element, bytes: &[u8]) -> Result<Array, GpuError> {
         let memory = Arc::new(self.allocate(bytes.len())?);
         self.write(&memory, bytes)?;
@@ -192,6 +196,7 @@ trait Plain: Copy {}
 impl Plain for f32 {}
 impl Plain for bf16 {}
 impl Plain for u32 {}
+impl Plain for u64 {}
 
 /// The bytes of numbers, as they lie in memory.
 fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {

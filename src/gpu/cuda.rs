@@ -22,12 +22,10 @@ use candle_core::{
 use super::{
     Element, GpuError,
     device::Argument,
+    kernels::KERNELS,
     product::{RawFactor, RawProduct},
     staging::{self, Lane},
 };
-
-/// What NVRTC compiles; it includes nothing.
-const SOURCE: &str = include_str!("kernels.cu");
 
 /// One GPU.
 pub(super) struct Cuda {
@@ -108,7 +106,7 @@ impl Cuda {
             ],
             ..CompileOptions::default()
         };
-        let ptx = compile_ptx_with_opts(SOURCE, options)
+        let ptx = compile_ptx_with_opts(KERNELS, options)
             .map_err(|e| GpuError::Kernels { problem: format!("{e:?}") })?;
         let module = context.load_module(ptx).map_err(failed("cuModuleLoadData"))?;
         let name = context.name().map_err(failed("cuDeviceGetName"))?;

@@ -180,7 +180,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Runs a kernel of kernels.cu over `grid` blocks of `threads` threads.
+    /// Runs a kernel of kernels/ over `grid` blocks of `threads` threads.
     ///
     /// # Safety
     ///

@@ -11,11 +11,12 @@ use std::{
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
-use super::{Element, GpuError, device::Argument, product::RawProduct};
-
-/// What g++ compiles: the kernels between what they take for CUDA and what calls them.
-const SOURCE: &str =
-    concat!(include_str!("emulate.h"), include_str!("kernels.cu"), include_str!("emulate_end.h"));
+use super::{
+    Element, GpuError,
+    device::Argument,
+    kernels::{EMULATION, KERNELS},
+    product::RawProduct,
+};
 
 /// Alignment of memory, that of a GPU's.
 const ALIGNMENT: usize = 256;
@@ -172,8 +173,10 @@ impl Library {
         let build = || -> Result<Self, GpuError> {
             std::fs::create_dir_all(&directory)
                 .map_err(|e| problem(format!("{}: {e}", directory.display())))?;
+            let [before, behind] = EMULATION;
             let (source, library) = (directory.join("kernels.cpp"), directory.join("kernels.so"));
-            std::fs::write(&source, SOURCE).map_err(|e| problem(format!("{}: {e}", source.display())))?;
+            std::fs::write(&source, [before, KERNELS, behind].concat())
+                .map_err(|e| problem(format!("{}: {e}", source.display())))?;
             // Fibres jump between stacks, which the checks of _FORTIFY_SOURCE take for an attack. Sums keep
             // the order that they are written in.
             let output = Command::new("g++")

@@ -3,11 +3,11 @@
 //! ```text
 //!   Gpu ── array, upload, download ──► Array      typed memory, shared, freed when nobody holds it
 //!       ── product ─────────────────► cuBLAS      matrix products, f32 sums
-//!       ── operations (ops.rs) ─────► kernels.cu  everything between two products
+//!       ── operations (ops.rs) ─────► kernels/    everything between two products
 //! ```
 //!
 //! Two things stand behind it. CUDA, with the feature `cuda`: device, stream, memory and cuBLAS are
-//! candle's, and `kernels.cu` is compiled by NVRTC when the GPU is opened, for the GPU that is there;
+//! candle's, and `kernels/` is compiled by NVRTC when the GPU is opened, for the GPU that is there;
 //! so neither building nor running needs nvcc for our kernels, and one binary serves every
 //! generation. And an emulation ([`Gpu::emulated`]): the same source compiled by g++, a block's threads as
 //! fibres. It is slow, and it is how the kernels and everything that launches them are tested on
@@ -26,6 +26,7 @@ mod emulator;
 mod error;
 mod graph;
 mod heap;
+mod kernels;
 mod lists;
 mod ops;
 mod product;

@@ -1,7 +1,7 @@
-//! Launches of the kernels in kernels.cu: shapes are checked here, arithmetic is there.
+//! Launches of the kernels in kernels/: shapes are checked here, arithmetic is there.
 //!
 //! Each operation names first what it reads. T is the element type of activations, f32 or bf16;
-//! legend of shapes as in kernels.cu.
+//! legend of shapes as in kernels/base.cu.
 
 mod head;
 

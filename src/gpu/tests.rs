@@ -1,8 +1,11 @@
-//! The kernels of kernels.cu, emulated, against the same mathematics in f64.
+//! The kernels, emulated, against the same mathematics in f64.
 
 use half::bf16;
 
-use super::*;
+use super::{
+    kernels::{EMULATION, KERNELS},
+    *,
+};
 
 fn gpu() -> Gpu {
     Gpu::emulated().expect("g++ compiles the kernels")
@@ -235,7 +238,7 @@ fn devices_are_read_as_they_are_written() {
 /// What NVRTC is given must hold each kernel that Rust and the emulation name.
 #[test]
 fn every_kernel_is_emulated() {
-    let (kernels, emulated) = (include_str!("kernels.cu"), include_str!("emulate_end.h"));
+    let (kernels, emulated) = (KERNELS, EMULATION[1]);
     let names = |text: &'static str, before: &'static str, end: char| {
         let parts = text.split(before).skip(1).filter_map(move |rest| rest.split(end).next());
         let mut names: Vec<&str> = parts.filter(|name| !name.contains("NAME")).collect();

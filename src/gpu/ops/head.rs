@@ -46,7 +46,7 @@ pub(crate) struct TargetRows<'a> {
 }
 
 impl RowDraw {
-    /// `Draw` of kernels.cu, 16 bytes, as two words; of both, the lower bytes come first.
+    /// `Draw` of kernels/head.cu, 16 bytes, as two words; of both, the lower bytes come first.
     fn words(self) -> [u64; 2] {
         let (uniform, temperature) = match self {
             Self::Largest => (0.0, 0.0),

@@ -1,8 +1,8 @@
-// Enough of CUDA for kernels.cu on a CPU: a block's threads are fibres of one thread, which take
+// Enough of CUDA for the kernels on a CPU: a block's threads are fibres of one thread, which take
 // turns at barriers; blocks come one after another. Slow, and exact about who waits for whom: a
 // barrier that some threads of a block never reach ends the process with a message.
 //
-// g++ compiles this before kernels.cu, and emulate_end.h behind it.
+// g++ compiles this before the kernels, and emulate_end.h behind it.
 
 #include <math.h>
 #include <setjmp.h>
