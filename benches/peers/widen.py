@@ -1,4 +1,4 @@
-"""A GGUF file with its quantised matrices as bf16, so that a peer and Lockstep can be compared on bf16 weights.
+"""A GGUF file with all its matrices as bf16, so that a peer and Lockstep can be compared on bf16 weights.
 
     python widen.py IN.gguf OUT.gguf
 
@@ -6,6 +6,7 @@ Everything else (metadata, vectors, the order of tensors) is copied. Needs the p
 """
 
 import argparse
+import os
 
 import gguf
 from gguf.quants import dequantize, quantize
@@ -17,6 +18,8 @@ def main() -> None:
     ap.add_argument("target")
     args = ap.parse_args()
 
+    if os.path.exists(args.target):
+        raise SystemExit(f"{args.target} is there already")
     reader = gguf.GGUFReader(args.source)
     architecture = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
     writer = gguf.GGUFWriter(args.target, architecture)

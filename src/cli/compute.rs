@@ -12,7 +12,7 @@ pub struct Compute {
     device: DeviceChoice,
     /// What products with base weights are computed in: f32, which is nothing lost (bf16 and quantised files stay as
     /// small as they are), or bf16, which rounds the weights and what they are multiplied with: half the memory of f32,
-    /// and up to twice the speed on AMD's CPUs with AVX512-BF16. Sums and adapters are f32 either way. One for all nodes of a
+    /// and up to twice the speed on CPUs with a fast AVX512-BF16. Sums and adapters are f32 either way. One for all nodes of a
     /// cluster.
     #[arg(long, default_value_t, env = "LOCKSTEP_DTYPE")]
     dtype: WeightDtype,

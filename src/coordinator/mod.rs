@@ -84,7 +84,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             operation_deadline: Duration::from_secs(600),
-            form_deadline: Duration::from_secs(300),
+            form_deadline: Duration::from_secs(400),
             stage_deadline: Duration::from_secs(60),
             publish_deadline: Duration::from_secs(180),
             sampler_grace: Duration::from_secs(30),

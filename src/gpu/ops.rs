@@ -5,6 +5,8 @@
 
 mod head;
 
+#[cfg(test)]
+pub(super) use head::CHUNK;
 pub(crate) use head::{RowDraw, RowStatistics, TargetRows};
 
 use super::{Array, Element, Gpu, GpuError, device::Argument};

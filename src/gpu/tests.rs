@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::{
     kernels::{EMULATION, KERNELS},
+    ops::CHUNK,
     *,
 };
 
@@ -257,6 +258,7 @@ fn every_kernel_is_emulated() {
     let of_one_type = names(kernels, "__global__ void ", '(');
     assert!(of_one_type.len() > 5);
     assert_eq!(names(emulated, "EMULATE(", ')'), of_one_type);
+    assert!(kernels.contains(&format!("#define CHUNK {CHUNK}\n")), "both sides cut rows of logits alike");
 }
 
 /// Statistics of rows of one chunk, of a whole number of chunks and of a little more, against f64; also of a row whose

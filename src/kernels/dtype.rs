@@ -11,7 +11,7 @@ pub enum WeightDtype {
     #[default]
     F32,
     /// The upper half of an f32, rounded to nearest, ties to even: 8 bits of precision, half the memory, and up
-    /// to twice the speed on an AMD CPU with AVX512-BF16. Weights are rounded once, when they are loaded, activations and gradients on their
+    /// to twice the speed on a CPU with a fast AVX512-BF16. Weights are rounded once, when they are loaded, activations and gradients on their
     /// way into a product. Weights below 2⁻⁴⁰ and inputs below 2⁻⁷² are zero.
     Bf16,
 }

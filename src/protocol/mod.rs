@@ -49,10 +49,10 @@ pub use operation::{
 pub use stream::{BlobReply, StreamOpen};
 
 /// Version of these messages: part of the ALPN name and of every hello.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// ALPN name under which endpoints speak this protocol.
-pub const ALPN: &[u8] = b"lockstep/3";
+pub const ALPN: &[u8] = b"lockstep/4";
 
 const _: () =
     assert!(ALPN[ALPN.len() - 1] == b'0' + PROTOCOL_VERSION as u8, "the ALPN name ends in the version");

@@ -87,8 +87,15 @@ pub(super) fn choose<C: Exchange + 'static>(
         Choice::Nccl(gpus) => over_nccl(control, gpus),
         Choice::Host(reason) if required => Err(JoinError::NoNccl { reason }),
         Choice::Host(reason) => {
-            if *mine != Offer::Host {
-                tracing::info!(run = %call.token.run, %reason, "gradients go through the host, not NCCL");
+            let run = call.token.run;
+            match mine {
+                Offer::Host => {}
+                Offer::Nccl(NcclOffer { fast: true, .. }) => tracing::warn!(
+                    %run,
+                    %reason,
+                    "gradients go through the host, not NCCL, whose own sum `--reduce fast` asks for"
+                ),
+                _ => tracing::info!(%run, %reason, "gradients go through the host, not NCCL"),
             }
             Ok(Box::new(Exchanged::new(control)))
         }

@@ -96,6 +96,10 @@ impl Gpu {
         }
         let cuda = |call| move |error: result::DriverError| Fault::new(call, error);
         let context = CudaContext::new(ordinal as usize).map_err(cuda("cuDevicePrimaryCtxRetain"))?;
+        // Else a context's first stream waits for the whole GPU, where a replica may be recording a step: which ends the
+        // recording, or this.
+        // SAFETY: all memory of this context is used on the one stream.
+        unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(cuda("cuStreamCreate"))?;
         let ptx = nvrtc::compile_ptx(program::SOURCE)
             .map_err(|e| Fault::new("nvrtcCompileProgram", format!("{e:?}")))?;

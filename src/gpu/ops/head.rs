@@ -5,7 +5,7 @@ use crate::gpu::{Array, Element, Gpu, GpuError, device::Argument};
 use super::{THREADS, arguments, named, threads_for};
 
 /// Logits of a row that one block reads.
-const CHUNK: usize = 4096;
+pub(in crate::gpu) const CHUNK: usize = 4096;
 
 /// What [`Gpu::draw`] writes in the place of a token where there is none.
 const NO_TOKEN: u32 = u32::MAX;

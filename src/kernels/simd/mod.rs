@@ -29,8 +29,8 @@ pub(crate) enum Path {
     /// [`Path::Avx512Bf16`], and AMX for products of bf16 with bf16, with [bits of its own](amx).
     #[cfg(target_arch = "x86_64")]
     AmxBf16,
-    /// AVX-512, and AVX512-BF16 for products of bf16 with bf16: the same bits as [`Path::Avx512`], in half the time or,
-    /// on Intel's CPUs, twice of it.
+    /// AVX-512, and AVX512-BF16 for products of bf16 with bf16: the same bits as [`Path::Avx512`], in half the time on
+    /// some CPUs and twice of it on others.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
     #[cfg(target_arch = "x86_64")]

@@ -154,7 +154,7 @@ impl ModelConfig {
         let recomputes = options.activation_checkpointing;
         GpuFootprint {
             weights: element * matrices + F32 * vectors,
-            steps: steps_most(self, element),
+            steps: if options.plain_decoding { 0 } else { steps_most(self, element) },
             element,
             rows: if recomputes { checkpointed } else { kept },
             checkpointed: (!recomputes).then_some(checkpointed),

@@ -140,9 +140,9 @@ pub(super) struct Stamp {
     pub size: u64,
     /// Since the Unix epoch.
     pub modified_ns: u64,
-    /// Device and inode, on a disk of this machine: another file that came by a rename has others. Elsewhere the same
-    /// file may have others at the next look (FUSE).
-    pub inode: Option<(u64, u64)>,
+    /// On a disk of this machine: another file that came by a rename has another one. Elsewhere the same file may have
+    /// another at the next look (FUSE), as a disk's own number may at the next start (overlayfs, btrfs).
+    pub inode: Option<u64>,
 }
 
 impl Stamp {
@@ -156,7 +156,7 @@ impl Stamp {
             target: fs::canonicalize(path)?,
             size: metadata.len(),
             modified_ns: since_epoch.as_nanos().try_into().unwrap_or(u64::MAX),
-            inode: remote_system(&file)?.is_none().then(|| (metadata.dev(), metadata.ino())),
+            inode: remote_system(&file)?.is_none().then(|| metadata.ino()),
         })
     }
 }

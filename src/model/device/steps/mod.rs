@@ -16,8 +16,8 @@
 //! pages may come, go and be copied.
 //!
 //! The first time that a step of a kind comes it runs plainly, which fills the pool and has cuBLAS choose; the second time
-//! it is recorded. Steps of one number of rows share a pool: they take turns, and nothing in it outlives a step. If anything
-//! fails, the model decodes plainly from then on, and says so.
+//! it is recorded. Steps of one number of rows share a pool: they take turns, and nothing in it outlives a step. If
+//! anything fails, the step runs plainly and says so, and after three failures in a row all do.
 
 mod padded;
 #[cfg(test)]
@@ -39,15 +39,20 @@ use super::{
     memory::{step_row, steps_most},
     plan::{Draft, Plan},
 };
-use padded::Padded;
+use padded::{Asked, Padded};
 
-/// Recorded steps of a model, at most.
+/// Recorded steps of a model, at most. What the driver keeps of each, some hundred bytes a launch, is in no figure of memory.
 const STEPS_MOST: usize = 32;
+
+/// Failures in a row after which none is recorded any more: one may be a moment's, such as memory that is short.
+const FAILURES_MOST: u32 = 3;
 
 /// The recorded steps of a model.
 pub(super) struct Steps {
     /// None is recorded any more.
     is_off: bool,
+    /// In a row.
+    failures: u32,
     /// Bytes that they hold at most, all together, and about those of a row of one.
     most: u64,
     row: u64,
@@ -116,31 +121,46 @@ pub(super) fn decode(
         return Ok(None);
     }
     let mut steps = model.steps();
-    let mut done = None;
+    let mut ran = None;
     if !steps.is_off {
         let draft = Draft::new(model, sequences)?;
-        done = steps.run(model, draft).unwrap_or_else(|error| {
-            tracing::warn!("steps of decoding are not recorded any more, which makes them slower: {error}");
-            steps.turn_off();
+        ran = steps.run(model, draft).unwrap_or_else(|error| {
+            steps.failed(&error);
             None
         });
     }
-    let (hidden, done) = done.map_or((None, Done::Plainly), |(hidden, done)| (Some(hidden), done));
+    let done = ran.as_ref().map_or(Done::Plainly, |(.., done)| *done);
     model.counts.count(done);
     OF_PROCESS.count(done);
-    Ok(hidden)
+    ran.map(|(last, rows, _)| rows.final_norm(model, &last)).transpose()
 }
 
 impl Steps {
     pub(super) fn new(config: &ModelConfig, element: Element) -> Self {
         let element = element.bytes() as u64;
         let (most, row) = (steps_most(config, element), step_row(config, element));
-        Self { is_off: false, most, row, padding: None, recorded: Vec::new() }
+        Self { is_off: false, failures: 0, most, row, padding: None, recorded: Vec::new() }
     }
 
     /// Forgets all, and records none any more.
     pub(super) fn turn_off(&mut self) {
         self.is_off = true;
+        self.forget();
+    }
+
+    /// Forgets all: whatever failed, the next step begins anew, unless that has failed too often.
+    fn failed(&mut self, error: &GpuError) {
+        self.forget();
+        self.failures += 1;
+        if self.failures < FAILURES_MOST {
+            tracing::warn!("a step of decoding can't be recorded or replayed, and runs plainly: {error}");
+        } else {
+            tracing::warn!("steps of decoding are not recorded any more, which makes them slower: {error}");
+            self.turn_off();
+        }
+    }
+
+    fn forget(&mut self) {
         self.recorded.clear();
         self.padding = None;
     }
@@ -161,8 +181,13 @@ impl Steps {
         lists + pools + self.padding.as_ref().map_or(0, |page| page.bytes() as u64)
     }
 
-    /// Runs a step, `None` if it is of too many rows.
-    fn run(&mut self, model: &DeviceModel, draft: Draft<'_>) -> Result<Option<(Array, Done)>, GpuError> {
+    /// Runs a step: the residual stream behind its last layer, and which of the rows were asked for. `None` if it is of too
+    /// many rows or adapters.
+    fn run(
+        &mut self,
+        model: &DeviceModel,
+        draft: Draft<'_>,
+    ) -> Result<Option<(Array, Asked, Done)>, GpuError> {
         self.forget_retired();
         let Some(Padded { draft, rows }) = draft.padded(self.padding(model)?) else { return Ok(None) };
         let (lists, layout) = draft.lists(model);
@@ -191,11 +216,13 @@ impl Steps {
         };
         let last = step.last.clone();
         self.recorded.push(step);
+        if done != Done::Plainly {
+            self.failures = 0;
+        }
         if done != Done::Replayed {
             self.make_room(0);
         }
-        let last = last.expect("a step that ran has left the residual stream");
-        Ok(Some((rows.final_norm(model, &last)?, done)))
+        Ok(Some((last.expect("a step that ran has left the residual stream"), rows, done)))
     }
 
     /// A page for rows that nobody reads, counted in elements from address 0.

@@ -22,6 +22,10 @@ const BUCKETS: [usize; 13] = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256]
 /// Pages of a sequence in the table, at least: as many positions as the smallest rotary table.
 const PAGES_LEAST: usize = 16;
 
+/// Runs of rows with one adapter, at most. A product with an adapter's matrices is a launch for each of them: a step in
+/// which many adapters take turns has too many to be worth recording, and seldom comes again.
+const SEGMENTS_MOST: usize = 8;
+
 /// The token of a row that nobody reads.
 const PADDING: &[u32] = &[0];
 
@@ -40,9 +44,12 @@ pub(super) enum Asked {
 
 impl<'a> Draft<'a> {
     /// Pads a step in which each sequence has one row; the added ones have `page` for a cache. `None`: that is more rows than
-    /// are recorded.
+    /// are recorded, or more adapters in turns.
     pub(super) fn padded(mut self, page: u64) -> Option<Padded<'a>> {
         let given = mem::take(&mut self.segments);
+        if given.len() > SEGMENTS_MOST {
+            return None;
+        }
         let mut left = mem::take(&mut self.sequences).into_iter();
         let mut asked = Vec::new();
         for segment in &given {

@@ -244,13 +244,15 @@ fn a_grid_of_uniform_numbers_counts_the_shares_of_tokens() {
 #[test]
 fn a_pass_draws_each_row_as_it_is_asked() {
     for (model, _) in device_models() {
-        let device = DeviceModel::new(gpu(), &model.config, model.weights()).unwrap();
         let adapters = [adapter(model, 3, &ALL), adapter(model, 4, &ALL[6..])];
         let sequence = &sequences()[0];
-        let hidden = {
+        let (device, hidden) = {
             let _turn = gpu().turn();
+            let device = DeviceModel::new(gpu(), &model.config, model.weights()).unwrap();
             let on_device = device.adapter((&adapters[0]).into()).unwrap();
-            gpu().upload(device.element, &alone(&device, sequence, &Some(on_device))).unwrap()
+            let hidden = alone(&device, sequence, &Some(on_device));
+            let hidden = gpu().upload(device.element, &hidden).unwrap();
+            (device, hidden)
         };
         let on_gpu = placed(model, device);
         let decodings = [
