@@ -13,7 +13,7 @@
 //! fibres. It is slow, and it is how the kernels and everything that launches them are tested on
 //! machines without a GPU.
 //!
-//! A step that comes again and again is recorded ([`Gpu::record`]) and then done as one launch.
+//! A step that comes again and again is recorded and then done as one launch.
 //!
 //! Calls return before the GPU has done what they ask; a download waits. All work of a GPU goes through
 //! one stream, so it happens in the order in which it was asked for. Threads take [turns](Gpu::turn).

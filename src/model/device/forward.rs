@@ -65,7 +65,7 @@ pub(super) struct Activations {
 }
 
 /// Runs the decoder over a batch and returns the final hidden states after the last norm, `[r, d]`
-/// in T. A step of decoding that comes again is [replayed](super::steps).
+/// in T. A step of decoding that comes again is replayed (`steps`).
 ///
 /// With a `tape`, records what [`backward`](super::backward()) needs: all rows must then share one
 /// adapter and have no cache.
