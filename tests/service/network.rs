@@ -214,7 +214,7 @@ fn a_partition_delays_and_harms_nothing() {
 }
 
 /// Both while its ranks compute and while they are formed, silence between two nodes is noticed in the time in
-/// which the coordinator would notice it, and not at the deadline of forming (300 s) or of an operation (600 s).
+/// which the coordinator would notice it, and not at the deadline of forming (400 s) or of an operation (600 s).
 #[test]
 fn a_node_that_its_peers_do_not_hear_is_left_out_in_the_time_of_a_heartbeat() {
     if own_host().is_none() {

@@ -153,7 +153,7 @@ fn an_operation_has_a_deadline_that_names_the_node() {
     let again = desk.ask(ClientRequest::WaitOperation { run: RUN, seq: OperationSeq(1), hold_ms: 0 });
     let error = desk.failed(again);
     assert!(
-        error.message.contains("node node1, node2 did not form its ranks of run-1 within 300 s"),
+        error.message.contains("node node1, node2 did not form its ranks of run-1 within 400 s"),
         "{error}"
     );
 }
