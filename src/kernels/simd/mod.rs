@@ -121,6 +121,10 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
 
+    /// Brings what is read soon into the first-level cache, if the path can; any address will do.
+    #[inline(always)]
+    fn prefetch(self, _at: *const f32) {}
+
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 
