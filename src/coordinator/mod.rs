@@ -51,7 +51,8 @@ impl CoordinatorConfig {
 pub struct Limits {
     /// From `Execute`, or from the last progress of any of its ranks, to the last rank's answer.
     pub operation_deadline: Duration,
-    /// From `FormRanks` to the last node's answer; covers loading the base model.
+    /// From `FormRanks` to the last node's answer; covers loading the base model, and the nodes' own deadlines for
+    /// meeting and for NCCL's start, which name who is missing.
     pub form_deadline: Duration,
     /// From `Stage` or `Activate` to a node's answer.
     pub stage_deadline: Duration,

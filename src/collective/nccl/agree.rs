@@ -5,7 +5,9 @@ use std::collections::HashMap;
 #[cfg(any(test, feature = "nccl"))]
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
+
+use super::rounds::{OFFERS, tell};
 
 #[cfg(any(test, feature = "nccl"))]
 use super::{
@@ -18,10 +20,10 @@ use super::{device::Gpu, failures::StartFailures, start::START_PATIENCE};
 use crate::{
     collective::{
         Collective, CollectiveError, GpuSeat, JoinError, RankSet,
-        contribution::{Call, Header, Method},
+        contribution::{Call, Method},
         exchange::{Exchange, Exchanged},
     },
-    protocol::{OpToken, OperationSeq, RankIndex},
+    protocol::{OpToken, OperationSeq},
 };
 
 /// What a rank can do.
@@ -51,9 +53,6 @@ enum Choice {
     /// With these GPUs, by rank.
     Nccl(Vec<String>),
 }
-
-/// Number of the first call of all: a collective's own count from 1.
-const OFFERS: u64 = 0;
 
 /// Makes the collective of ranks that have met over `control`: through NCCL if each has a GPU of its own and
 /// the same NCCL, else through `control` itself.
@@ -220,24 +219,6 @@ fn decide(offers: &[Offer]) -> Result<Choice, JoinError> {
         gpus.push(offer.uuid.clone());
     }
     Ok(Choice::Nccl(gpus))
-}
-
-/// Says something to every rank, and hears it of each: by rank, my own too. `round` is of no other call.
-pub(super) fn tell<C: Exchange, T: Serialize + DeserializeOwned>(
-    control: &mut C,
-    call: &Call,
-    round: u64,
-    mine: &T,
-) -> Result<Vec<T>, CollectiveError> {
-    let bytes = serde_json::to_vec(mine).map_err(|e| call.system(e))?;
-    let (token, len) = (call.token, bytes.len() as u64);
-    let header = Header { method: call.method, round, token, leaves: 0, len, nodes: Vec::new() };
-    let told =
-        control.gather(call, &header, bytes).inspect_err(|error| control.break_off(error.missing()))?;
-    let read = |(bytes, rank): (Vec<u8>, u32)| {
-        serde_json::from_slice(&bytes).map_err(|e| call.mismatch(RankIndex(rank), e))
-    };
-    told.into_iter().zip(0..).map(read).collect()
 }
 
 fn not_met(error: CollectiveError) -> JoinError {

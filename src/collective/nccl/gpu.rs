@@ -6,10 +6,10 @@ use std::{
 };
 
 use super::{
-    agree::tell,
     device::Gpu,
     failures::StartFailures,
-    start::{IDENTIFIER, Opening, start},
+    rounds::{IDENTIFIER, tell},
+    start::{Opening, start},
     tests::{LEN, PATIENCE, as_each, bits, call, control, linked, reduce, reference, unique},
     *,
 };

@@ -14,7 +14,7 @@
 //! ```
 //!
 //! The tree's sum has the bits of every other collective of this room; NCCL's own depends on how the ranks
-//! are connected, and so is never replaced by another. The calling thread polls and never blocks in NCCL, so a deadline
+//! are connected, and so is never replaced by another once the ranks have chosen it. The calling thread polls and never blocks in NCCL, so a deadline
 //! is always seen; then the communicator is aborted, and the next generation makes another.
 
 use std::{fmt, str::FromStr};
@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 mod agree;
 mod memory;
+mod rounds;
 
 #[cfg(any(test, feature = "nccl"))]
 mod abortable;

@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Fault, Link,
-    agree::tell,
     failures::StartFailures,
     link::{Ended, wait},
+    rounds::{IDENTIFIER, VERDICT, tell},
 };
 use crate::{
     collective::{CollectiveError, contribution::Call, exchange::Exchange},
@@ -82,10 +82,6 @@ pub(super) const START_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a rank may take beyond that to say how it went: it may have to abort first, which is bounded
 /// (`device`).
 const VERDICT_GRACE: Duration = Duration::from_secs(25);
-
-/// Numbers of the two rounds over control: no other calls have them.
-pub(super) const IDENTIFIER: u64 = u64::MAX - 1;
-const VERDICT: u64 = u64::MAX - 2;
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -61,7 +61,8 @@ fn placed(model: &BaseModel, device: DeviceModel) -> BaseModel {
     }
 }
 
-fn is_real() -> bool {
+/// On a GPU cuBLAS chooses by the number of rows, so products of others are as near as sums in another order.
+pub(super) fn is_real() -> bool {
     !gpu().name().starts_with("emulated")
 }
 

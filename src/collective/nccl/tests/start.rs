@@ -9,9 +9,9 @@ use super::*;
 use crate::collective::{
     GpuSeat,
     nccl::{
-        agree::{over_link, tell},
+        agree::over_link,
         link::Fault,
-        start::IDENTIFIER,
+        rounds::{IDENTIFIER, tell},
     },
 };
 
